@@ -1,0 +1,45 @@
+# One command each:  make demo | make test | make lint | make types | make check
+# VENV=DIR uses another virtual environment; PYTHON=python3.12 builds it with another interpreter.
+
+VENV ?= .venv
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(RECENT)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.linearize-installed
+
+.PHONY: help install demo test lint types check format clean
+
+help:
+	@sed -n 1,2p Makefile
+
+install: $(STAMP)
+
+# A stamp instead of the folder itself: an interrupted installation is repeated, a finished one is not.
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "linearize needs Python 3.11 or newer; say: make PYTHON=/path/to/python3.11"; exit 2; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(PY)" -m pip install --disable-pip-version-check -e ".[all]"
+	@touch "$@"
+
+demo: $(STAMP)
+	"$(PY)" benchmarks/demo.py
+
+test: $(STAMP)
+	"$(PY)" -m pytest
+
+lint: $(STAMP)
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+
+types: $(STAMP)
+	"$(PY)" -m mypy
+
+check: lint types test
+
+format: $(STAMP)
+	"$(PY)" -m ruff check --fix .
+	"$(PY)" -m ruff format .
+
+clean:
+	rm -rf .venv build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
