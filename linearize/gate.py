@@ -1,0 +1,193 @@
+"""The channel gate: an activation that each channel can leave, smoothly, for a straight line.
+
+``y = act(x) + a * (slope * x + intercept - act(x))`` with one ``a`` in [0, 1] per channel. ``a = 0`` is the
+activation, ``a = 1`` a linear channel. With ReLU and the default surrogate (slope 1, intercept 0) it is the
+channel-wise PReLU of Ali Mehmeti-Goepel and Disselhoff, "Nonlinear Advantage", ICML 2023; for smooth
+activations it is the form of Dror et al., "Layer Folding", BMVC 2022.
+
+Shape letters: C channels of the gate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import UsageError
+
+if TYPE_CHECKING:
+    from linearize.sites import Site
+
+__all__ = ["ChannelGate", "gates"]
+
+# Names that wrappers (DDP, torch.compile, FSDP, checkpointing) put into module paths.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class ChannelGate(nn.Module):
+    """An activation with one gate ``alpha`` per channel between itself and a straight line.
+
+    Args:
+        activation: the wrapped activation; it becomes the child ``activation``. Its own parameters and
+            buffers keep their names in the state dict (a PReLU's ``weight`` stays ``weight``). If it works in
+            place, a copy that does not takes its seat, since the gate needs its input.
+        channels: C, the size of the channel axis.
+        axis: the channel axis of the input, counted from the end (negative).
+        gated_unit: the activation is the gate factor of a gated linear unit, ``act(g) * u``. Its surrogate
+            is then a constant: slope 0, and an intercept that starts at 0.
+        site: where the gate sits, for those who list gates; plain data.
+
+    Shape:
+        Any input with C entries on ``axis``; the output has the input's shape and the activation's dtype.
+
+    Attributes:
+        alpha: parameter (C,), float32 unless the gate is cast; 0 at the start.
+        slope, intercept: buffers (C,), the line that a channel moves to.
+        frozen: buffer (C,) of bool: the channel is linear whatever its alpha, and its alpha gets no gradient.
+
+    Raises:
+        UsageError: channels is not positive, or axis is not negative.
+
+    Example:
+        >>> gate = ChannelGate(nn.ReLU(), channels=2)
+        >>> gate(torch.tensor([[-1.0, -1.0]]))
+        tensor([[-0., -0.]], grad_fn=<...>)
+        >>> _ = gate.linearize_(torch.tensor([False, True]))
+        >>> gate(torch.tensor([[-1.0, -1.0]])).tolist()
+        [[0.0, -1.0]]
+    """
+
+    alpha: nn.Parameter
+    slope: Tensor
+    intercept: Tensor
+    frozen: Tensor
+
+    def __init__(
+        self,
+        activation: nn.Module,
+        channels: int,
+        axis: int = -1,
+        *,
+        gated_unit: bool = False,
+        site: Site | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise UsageError(
+                "ChannelGate", f"found channels={channels}", "Pass the size of the channel axis."
+            )
+        if axis >= 0:
+            raise UsageError("ChannelGate", f"found axis={axis}", "Count it from the end: -1 is the last axis.")
+        self.activation = _out_of_place(activation)
+        self.channels = channels
+        self.axis = axis
+        self.gated_unit = gated_unit
+        self.site = site
+        self.alpha = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        start = torch.zeros if gated_unit else torch.ones
+        self.register_buffer("slope", start(channels, dtype=torch.float32))
+        self.register_buffer("intercept", torch.zeros(channels, dtype=torch.float32))
+        self.register_buffer("frozen", torch.zeros(channels, dtype=torch.bool))
+        self.train(activation.training)
+
+    @property
+    def linear(self) -> Tensor:
+        """Which channels are linear now: bool (C,)."""
+        return self.frozen | (self.alpha.detach() >= 1)
+
+    @torch.no_grad()
+    def linearize_(self, mask: Tensor) -> ChannelGate:
+        """Make the channels where ``mask`` (bool, (C,)) is True linear, for good; the others stay.
+
+        Raises:
+            UsageError: mask is not a bool tensor of shape (C,).
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (self.channels,):
+            found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            name = self.site.name if self.site is not None else "ChannelGate.linearize_"
+            raise UsageError(name, f"found a mask {found}", f"Pass bool of shape ({self.channels},).")
+        mask = mask.to(self.frozen.device)
+        self.alpha.masked_fill_(mask, 1)
+        self.frozen.logical_or_(mask)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The gated activation of ``x``."""
+        return _mix(self.activation(x), x, self._coefficients(), self.axis)
+
+    def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors (C,) of act(x), of x, and of one."""
+        a = torch.where(self.frozen, 1.0, self.alpha)
+        return 1 - a, a * self.slope, a * self.intercept
+
+    def extra_repr(self) -> str:
+        """Channels and axis, for ``print(model)``."""
+        unit = ", gated_unit=True" if self.gated_unit else ""
+        return f"channels={self.channels}, axis={self.axis}{unit}"
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, but the activation's own entries keep the names they had before the gate."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        inner = f"{prefix}activation."
+        for name in [name for name in state if name.startswith(inner)]:
+            outer = prefix + name[len(inner) :]
+            if outer not in state:
+                state[outer] = state.pop(name)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.activation.state_dict():
+            outer, inner = f"{prefix}{name}", f"{prefix}activation.{name}"
+            if name not in ("alpha", "slope", "intercept", "frozen") and outer in state_dict:
+                state_dict[inner] = state_dict.pop(outer)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def gates(model: nn.Module) -> dict[str, ChannelGate]:
+    """The gates of ``model`` in order of execution, by site name (by module path for a gate made by hand).
+
+    Wrappers (DistributedDataParallel, torch.compile) are looked through: the names are the wrapped model's.
+
+    Example:
+        >>> list(gates(nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.GELU(), 4), nn.Linear(4, 2))))
+        ['1']
+    """
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, ChannelGate)]
+    if all(gate.site is not None for _, gate in found):
+        found.sort(key=lambda item: item[1].site.order if item[1].site is not None else 0)
+    names = [gate.site.name if gate.site is not None else _plain(path) for path, gate in found]
+    # Two converted models inside one may share site names; paths are always distinct.
+    pairs = zip(names, found, strict=True)
+    return {name if names.count(name) == 1 else path: gate for name, (path, gate) in pairs}
+
+
+def _plain(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPER_PARTS)
+
+
+def _out_of_place(activation: nn.Module) -> nn.Module:
+    """The activation, or a copy that does not work in place: others may hold the same module."""
+    if not any(getattr(module, "inplace", False) for module in activation.modules()):
+        return activation
+    import copy
+
+    activation = copy.deepcopy(activation)
+    for module in activation.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return activation
+
+
+def _mix(h: Tensor, x: Tensor, coefficients: tuple[Tensor, Tensor, Tensor], axis: int) -> Tensor:
+    """``of_h * h + of_x * x + of_one``: exactly h for factors (1, 0, 0), exactly the line for of_h = 0.
+
+    In this form neither end needs a difference of large numbers, so both stay exact for every finite x.
+    """
+    shape = (-1,) + (1,) * (-axis - 1)
+    of_h, of_x, of_one = (coefficient.view(shape) for coefficient in coefficients)
+    return torch.addcmul(torch.addcmul(of_one, of_x, x), of_h, h).to(h.dtype)
