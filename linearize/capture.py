@@ -1,0 +1,216 @@
+"""Read a model with ``torch.export``: a graph of ATen ops, each op with the module that called it.
+
+The graph is for analysis only; what the user gets back is always the eager module tree.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from linearize.errors import CaptureError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+CONSTANT = "linearize_constant"  # marks the nodes whose value does not depend on the input
+_WRAPPED = "model"
+# A guard on dtype or device that torch.export writes between the real ops: it reads, and computes nothing.
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_size", "sym_constrain_range")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one module: its path in the model and which call of that module it is, from 0."""
+
+    path: str
+    index: int
+
+
+@dataclass
+class Capture:
+    """A captured model.
+
+    Attributes:
+        graph: the ``torch.fx`` graph of ATen ops, in order of execution.
+        calls: the innermost module call of every op.
+        ops: the ops that each module call made itself, not through its children.
+        times: how often each module was called.
+        parameters: name of the parameter or buffer behind a placeholder.
+        order: position of every node in the graph.
+        stacks: the module calls that an op runs in, from the outermost to the innermost.
+    """
+
+    graph: fx.Graph
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    ops: dict[Call, list[fx.Node]] = field(default_factory=dict)
+    times: dict[str, int] = field(default_factory=dict)
+    parameters: dict[fx.Node, str] = field(default_factory=dict)
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    stacks: dict[fx.Node, tuple[Call, ...]] = field(default_factory=dict)
+
+    def path(self, node: fx.Node) -> str:
+        """Path of the module that called the op; "" is the model itself."""
+        return self.calls[node].path if node in self.calls else ""
+
+    def siblings(self, node: fx.Node) -> list[fx.Node]:
+        """The ops of the same module call, this one included."""
+        return self.ops.get(self.calls[node], [node]) if node in self.calls else [node]
+
+
+class _TensorsOnly(nn.Module):
+    """Returns the tensors of a model's output: caches and other objects are no outputs of a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_of(self.model(*args, **kwargs))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, through dicts, dataclasses, lists and tuples; all else is left out.
+
+    Example:
+        >>> len(tensors_of({"logits": torch.zeros(2), "cache": object(), "states": (torch.ones(1),)}))
+        2
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in tensors_of(value)]
+    if isinstance(output, (list, tuple)):
+        return [t for value in output for t in tensors_of(value)]
+    if hasattr(output, "__dataclass_fields__"):
+        return [t for name in output.__dataclass_fields__ for t in tensors_of(getattr(output, name))]
+    return []
+
+
+def normalize_inputs(example_inputs: Any) -> Inputs:
+    """Positional and keyword arguments from a tensor, a tuple (or list) of them, or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def fake_inputs(inputs: Inputs, device: str | torch.device = "meta") -> Inputs:
+    """The same inputs with every tensor emptied on another device: shapes and dtypes without memory."""
+    moved: Inputs = pytree.tree_map_only(
+        Tensor, lambda t: torch.empty_like(t, device=device) if device == "meta" else t.to(device), inputs
+    )
+    return moved
+
+
+def capture(model: nn.Module, inputs: Inputs) -> Capture:
+    """Capture `model` on `inputs` in eval mode; the model is not changed, and no parameter is copied.
+
+    Args:
+        model: an eager module; meta tensors are fine.
+        inputs: positional and keyword arguments for its forward.
+
+    Raises:
+        CaptureError: the model does not run on these inputs, or its control flow depends on the data.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(_TensorsOnly(model), *inputs, strict=False)
+    except (
+        Exception
+    ) as error:  # whatever a model's own forward raises is a fact about the model, told as such
+        raise CaptureError(*_explain(model, inputs, error)) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    return _index(program)
+
+
+def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, str, str]:
+    """Whether the inputs or the capture failed: only a plain run can tell."""
+    first = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        return name, "found a scripted module, which has no Python left to rewrite", "Pass the eager model."
+    try:
+        with torch.no_grad():
+            model(*inputs[0], **inputs[1])
+    except Exception as failure:  # same reason as above
+        line = next((text for text in str(failure).strip().splitlines() if text.strip()), "")
+        shapes = [tuple(t.shape) for t in tensors_of([inputs[0], inputs[1]])]
+        return (
+            name,
+            f"does not run on the example inputs of shapes {shapes} ({type(failure).__name__}: {line})",
+            "Pass example_inputs= that the model's forward takes.",
+        )
+    return (
+        name,
+        f"runs, but torch.export cannot capture it ({type(error).__name__}: {first})",
+        "Make the control flow independent of the data, or convert the submodule that holds the activations.",
+    )
+
+
+def _index(program: torch.export.ExportedProgram) -> Capture:
+    captured = Capture(program.graph)
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    called: dict[str, set[str]] = {}
+    for position, node in enumerate(program.graph.nodes):
+        captured.order[node] = position
+        if node.op == "placeholder" and node.name in names:
+            captured.parameters[node] = names[node.name].removeprefix(f"{_WRAPPED}.")
+        if node.name in names or node.name in signature.inputs_to_lifted_tensor_constants:
+            node.meta[CONSTANT] = True
+        stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+        for key, (path, _) in stack.items():
+            called.setdefault(_strip(path), set()).add(key)
+        if stack and node.op == "call_function" and not is_check(node):
+            captured.stacks[node] = tuple(_call(key, path) for key, (path, _) in stack.items())
+            captured.calls[node] = captured.stacks[node][-1]
+            captured.ops.setdefault(captured.calls[node], []).append(node)
+    captured.times = {path: len(keys) for path, keys in called.items()}
+    return captured
+
+
+def _call(key: str, path: str) -> Call:
+    repeat = re.search(r"@(\d+)$", key)
+    return Call(_strip(path), int(repeat.group(1)) if repeat else 0)
+
+
+def _strip(path: str) -> str:
+    path = re.sub(r"@\d+", "", path)
+    return "" if path == _WRAPPED else path.removeprefix(f"{_WRAPPED}.")
+
+
+def is_check(node: fx.Node) -> bool:
+    """True for the guards and size reads that torch.export adds."""
+    return node.op == "call_function" and any(check in str(node.target) for check in _CHECKS)
+
+
+def users(node: fx.Node) -> list[fx.Node]:
+    """The ops that compute with a node's value."""
+    return [user for user in node.users if not is_check(user)]
+
+
+def shape(node: Any) -> tuple[int, ...] | None:
+    """Shape of a node's value, or None if it is no single tensor of fixed shape."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    sizes = tuple(value.shape)
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def tensor_args(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes among an op's arguments, lists included, in order."""
+    return iter(node.all_input_nodes)

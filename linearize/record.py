@@ -1,0 +1,41 @@
+"""What linearize remembers about a model that it has rewritten: plain data, kept on the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from linearize.sites import Site
+
+Step = dict[str, Any]
+"""One change of the module tree: ``{"path": where, "module": the spec of what stands there now}``."""
+
+_ATTRIBUTE = "_linearize"
+
+
+@dataclass
+class Record:
+    """The history of a rewritten model.
+
+    Attributes:
+        sites: every activation that was found, gated or not, in order of execution.
+        steps: changes of the module tree since the base model, without the gates; replayed when a file is loaded.
+        inputs: example inputs with tensors on the meta device: shapes and dtypes only.
+    """
+
+    sites: tuple[Site, ...] = ()
+    steps: list[Step] = field(default_factory=list)
+    inputs: Any = None
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The record of a model, or None if linearize has not touched it."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, Record) else None
+
+
+def set_record(model: nn.Module, record: Record) -> None:
+    """Attach a record to a model; it survives deepcopy and pickle, and is no part of the state dict."""
+    model.__dict__[_ATTRIBUTE] = record

@@ -1,0 +1,120 @@
+"""Activation sites: an activation, the affine maps around it, and what can be done with its channels (or why not).
+
+Plain data throughout, so that a site can be printed, pickled with its model and written to a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Port:
+    """The linear map on one side of a site.
+
+    Attributes:
+        module: path of the module that holds it.
+        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        start, stop: the features of that module which are the site's channels (all of them, except for a packed gated unit).
+        total: how many features the module has on this side.
+        transposed: True if the weight is stored (inputs, outputs), as in transformers' ``Conv1D``.
+        positions: where the map is evaluated, in the example inputs: tokens or pixels, times the batch.
+    """
+
+    module: str
+    kind: str
+    start: int
+    stop: int
+    total: int
+    transposed: bool
+    positions: int
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions: 0 for a matrix."""
+        return 0 if self.kind == "linear" else int(self.kind[-2])
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A constant affine map per channel, `weight * (x - mean) / sqrt(var + eps) + bias`, that can be folded into a neighbour.
+
+    Attributes:
+        module: path of the module that computes it and nothing else besides what its children do.
+        children: names of the children that run after it, in order (the activation of a norm-act layer, for one).
+        weight, bias, mean, var: names of its parameters and buffers in the model.
+    """
+
+    module: str
+    children: tuple[str, ...] = ()
+    weight: str | None = None
+    bias: str | None = None
+    mean: str | None = None
+    var: str | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation of a model.
+
+    Attributes:
+        name: the site's name, which is the path of the gate in the converted model.
+        module: path of the activation module, or of the module whose forward calls the activation function.
+        activation: name of the activation, as its class or ATen op.
+        channels, axis: number of channels, and their axis counted from the end.
+        order: position in the order of execution.
+        positions: values per channel in the example inputs.
+        call: index of the call inside `module`'s forward, if it must be rewritten for the gate; None for a module swap.
+        gated_unit: True for `act(g) * u`.
+        ungated: why it gets no gate; None if it gets one.
+        reason: why its linear channels cannot be collapsed; None if they can.
+        producer, up, consumers: the linear maps around it; `up` is the other factor of a gated unit.
+        folds, up_folds, consumer_folds: constant maps per channel between them.
+        steady: False if something between activation and consumers does not keep a constant constant (zero padding, a scale).
+        direct: True if nothing but the identity lies between producer, activation and consumers.
+        saved: multiply-adds per linear channel and example batch that go if the channel vanishes without a trace.
+    """
+
+    name: str
+    module: str
+    activation: str
+    channels: int
+    axis: int
+    order: int
+    positions: int
+    call: int | None = None
+    gated_unit: bool = False
+    ungated: str | None = None
+    reason: str | None = None
+    producer: Port | None = None
+    up: Port | None = None
+    consumers: tuple[Port, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    up_folds: tuple[Fold, ...] = ()
+    consumer_folds: tuple[Fold, ...] = ()
+    steady: bool = True
+    direct: bool = True
+    saved: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `Site.from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Site:
+        """The site that `to_dict` wrote.
+
+        Example:
+            >>> site = Site("act", "act", "relu", channels=4, axis=-1, order=0, positions=2)
+            >>> Site.from_dict(site.to_dict()) == site
+            True
+        """
+        fields = dict(data)
+        for key in ("producer", "up"):
+            fields[key] = Port(**fields[key]) if fields.get(key) else None
+        fields["consumers"] = tuple(Port(**port) for port in fields.get("consumers", ()))
+        for key in ("folds", "up_folds", "consumer_folds"):
+            fields[key] = tuple(Fold(**{**fold, "children": tuple(fold["children"])}) for fold in fields.get(key, ()))
+        return cls(**fields)
