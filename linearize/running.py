@@ -1,0 +1,105 @@
+"""Run models to measure or compare them: inputs in one form, eval mode, everything put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from linearize.capture import Inputs, normalize_inputs
+from linearize.errors import UsageError
+
+__all__ = ["batches_of", "call", "device_of", "evaluating", "move"]
+
+
+def batches_of(inputs: Any) -> list[Inputs]:
+    """Inputs as a list of (args, kwargs): a list holds batches; a tensor, a tuple or a dict is one batch.
+
+    Raises:
+        UsageError: there is no batch, or a batch holds no tensor.
+
+    Example:
+        >>> len(batches_of(torch.zeros(2, 3))), len(batches_of([torch.zeros(2, 3), (torch.zeros(2, 3),)]))
+        (1, 2)
+    """
+    found = (
+        [normalize_inputs(batch) for batch in inputs]
+        if isinstance(inputs, list)
+        else [normalize_inputs(inputs)]
+    )
+    if not found:
+        raise UsageError("inputs", "found an empty list", "Pass at least one batch.")
+    for position, batch in enumerate(found):
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(batch)):
+            raise UsageError(
+                f"inputs[{position}]",
+                "found no tensor",
+                "Pass a tensor, a tuple, a dict of keyword arguments, or a list of these.",
+            )
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's first parameter or buffer; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def move(batch: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
+    """A copy of a batch on a device; floating tensors in `dtype` when one is given.
+
+    A copy always, since a model may change its input in place.
+    """
+
+    def one(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else None
+        return tensor.detach().to(device=device, dtype=kind, copy=True)
+
+    moved: Inputs = pytree.tree_map_only(Tensor, one, batch)
+    return moved
+
+
+def call(name: str, model: nn.Module, batch: Inputs) -> Any:
+    """Output of a model on a batch, on the model's own device.
+
+    Raises:
+        UsageError: the model does not run on the batch; `name` says which model.
+    """
+    args, kwargs = move(batch, device_of(model))
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        line = next((text for text in str(error).splitlines() if text.strip()), "no message")
+        raise UsageError(
+            f"{name} ({type(model).__name__})",
+            f"does not run on the inputs ({type(error).__name__}: {line.strip()})",
+            "Pass inputs that its forward takes.",
+        ) from error
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards each module is in the mode it was in.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with evaluating(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,274 @@
+"""Are two models the same function? Relative errors of every output, measured on inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import UsageError
+from linearize.report.table import render
+from linearize.running import batches_of, call, evaluating
+
+__all__ = ["OutputError", "Verification", "verify"]
+
+# float32 and float64: the error budget of a network whose sums are taken in another order. The 16-bit types:
+# each weight is rounded once more when layers merge, so four steps of the type, the best such a model can do.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far one output of the candidate is from the reference's.
+
+    Attributes:
+        name: path of the output, for example "logits" or "hidden_states.3"; "output" if there is only one.
+        max_error: max |a - b| / max |a| over all batches; a is the reference's output.
+        rms_error: ||a - b|| / ||a|| over all batches.
+        tolerance: what both errors may be; 0 for integers, which must be equal.
+        reason: why it failed for another reason than the size of the errors; None otherwise.
+    """
+
+    name: str
+    max_error: float
+    rms_error: float
+    tolerance: float
+    reason: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance. NaN never passes."""
+        return self.reason is None and self.max_error <= self.tolerance and self.rms_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of `verify`: true if every output passed. Prints as a table.
+
+    Attributes:
+        outputs: one entry per output.
+        ignored: outputs that hold no numbers and were not compared, for example caches.
+    """
+
+    outputs: tuple[OutputError, ...]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """True if there was something to compare and all of it passed."""
+        return bool(self.outputs) and all(output.passed for output in self.outputs)
+
+    @property
+    def max_error(self) -> float:
+        """The largest `max_error` of all outputs; NaN if any is NaN."""
+        return _worst(output.max_error for output in self.outputs)
+
+    @property
+    def rms_error(self) -> float:
+        """The largest `rms_error` of all outputs; NaN if any is NaN."""
+        return _worst(output.rms_error for output in self.outputs)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; errors that are no numbers for JSON are the texts "inf" and "nan"."""
+        outputs = [{**asdict(output), "passed": output.passed} for output in self.outputs]
+        found = {
+            "passed": self.passed,
+            "max_error": self.max_error,
+            "rms_error": self.rms_error,
+            "outputs": [{key: _plain(value) for key, value in output.items()} for output in outputs],
+            "ignored": list(self.ignored),
+        }
+        return {key: _plain(value) for key, value in found.items()}
+
+    def __str__(self) -> str:
+        rows = [
+            [o.name, f"{o.max_error:.2e}", f"{o.rms_error:.2e}", f"{o.tolerance:.0e}", _verdict(o)]
+            for o in self.outputs
+        ]
+        lines = [render(["output", "max error", "rms error", "tolerance", "result"], rows)]
+        if self.ignored:
+            lines.append(f"not compared: {', '.join(self.ignored)}")
+        lines.append("the same function" if self.passed else "NOT the same function")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Sums:
+    """Running maxima and sums of one output over the batches, and the first reason why it fails."""
+
+    tolerance: float = 0.0
+    max_difference: float = 0.0
+    max_reference: float = 0.0
+    square_difference: float = 0.0
+    square_reference: float = 0.0
+    reason: str | None = field(default=None)
+
+    def add(self, reference: Tensor, candidate: Tensor) -> None:
+        """Take one batch's output into the sums."""
+        a, b = _comparable(reference), _comparable(candidate)
+        if a.shape != b.shape:
+            self.fail(f"shape {tuple(b.shape)} instead of {tuple(a.shape)}")
+        elif reference.dtype != candidate.dtype:
+            self.fail(f"{candidate.dtype} instead of {reference.dtype}".replace("torch.", ""))
+        elif a.numel():
+            self._add_numbers(a, b)
+            exact = not (reference.is_floating_point() or reference.is_complex())
+            if exact and not torch.equal(reference.cpu(), candidate.cpu()):
+                self.fail("integers differ")
+
+    def _add_numbers(self, a: Tensor, b: Tensor) -> None:
+        infinite = torch.isinf(a) | torch.isinf(b)
+        if (
+            infinite.any()
+        ):  # a mask of -inf is a legitimate output: equal where it is infinite, measured elsewhere
+            if not torch.equal(a[infinite], b[infinite]):
+                self.fail("infinite values differ")
+            a, b = a.masked_fill(infinite, 0), b.masked_fill(infinite, 0)
+        if torch.isnan(a).any() or torch.isnan(b).any():
+            self.fail("NaN in the reference" if torch.isnan(a).any() else "NaN in the candidate")
+        difference = (a - b).abs()
+        self.max_difference = _worst([self.max_difference, float(difference.max())])
+        self.max_reference = _worst([self.max_reference, float(a.abs().max())])
+        self.square_difference += float(difference.square().sum())
+        self.square_reference += float(a.abs().square().sum())
+
+    def fail(self, reason: str) -> None:
+        """Keep the first reason."""
+        self.reason = self.reason or reason
+
+    def result(self, name: str) -> OutputError:
+        """The errors over all batches."""
+        max_error = _ratio(self.max_difference, self.max_reference)
+        rms_error = _ratio(math.sqrt(self.square_difference), math.sqrt(self.square_reference))
+        return OutputError(name, max_error, rms_error, self.tolerance, self.reason)
+
+
+def verify(
+    reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance: float | None = None
+) -> Verification:
+    """Compare two models on inputs, both in eval mode, and leave both as they were.
+
+    Every tensor in the outputs is compared, through tuples, dicts, dataclasses and the outputs of transformers.
+    Integers must be equal; NaN never passes; infinite values must be the same and do not count otherwise.
+
+    Args:
+        reference: the model that is right by definition.
+        candidate: the model in question; it may live on another device.
+        inputs: a tensor, a tuple, a dict of keyword arguments, or a list of such batches.
+        tolerance: the largest relative error that passes, maximum and RMS; None chooses by the coarsest
+            floating type in the outputs and parameters: 1e-12 for float64, 1e-5 for float32, 4e-3 for float16,
+            3.2e-2 for bfloat16.
+
+    Returns:
+        A `Verification`: `.passed`, `.max_error`, `.rms_error`, `.outputs`; it prints as a table.
+
+    Raises:
+        UsageError: no inputs, a negative tolerance, or a model that does not run on the inputs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> bool(verify(model, model, torch.randn(3, 4)))
+        True
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise UsageError("tolerance", f"found {tolerance}", "Pass a number of at least 0, or None.")
+    parameters = [p for model in (reference, candidate) for p in model.parameters()]
+    comparison = _Comparison(tolerance, max((_tolerance(p.dtype) for p in parameters), default=0.0))
+    with evaluating(reference, candidate):
+        for batch in batches_of(inputs):
+            expected = dict(_leaves(call("reference", reference, batch)))
+            found = dict(_leaves(call("candidate", candidate, batch)))
+            for name in expected | found:
+                comparison.add(name, expected.get(name, _MISSING), found.get(name, _MISSING))
+    return comparison.result()
+
+
+_MISSING = object()
+
+
+@dataclass
+class _Comparison:
+    """All outputs met so far. `coarsest` is the tolerance that the parameters' types call for."""
+
+    tolerance: float | None
+    coarsest: float
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    ignored: dict[str, None] = field(default_factory=dict)
+
+    def add(self, name: str, a: Any, b: Any) -> None:
+        """Compare one output of one batch: `a` of the reference, `b` of the candidate."""
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            entry = self._entry(name)
+            if a.is_floating_point() or a.is_complex():
+                chosen = max(_tolerance(a.dtype), self.coarsest)
+                entry.tolerance = chosen if self.tolerance is None else self.tolerance
+            entry.add(a, b)
+        elif a is _MISSING or b is _MISSING:
+            self._entry(name).fail("only in the candidate" if a is _MISSING else "missing in the candidate")
+        elif isinstance(a, Tensor) or isinstance(b, Tensor):
+            self._entry(name).fail(f"{type(b).__name__} instead of {type(a).__name__}")
+        elif isinstance(a, (bool, int, float, str)):
+            if a != b:
+                self._entry(name).fail(f"{b!r} instead of {a!r}")
+        elif a is not None or b is not None:
+            self.ignored[name] = None
+
+    def _entry(self, name: str) -> _Sums:
+        return self.sums.setdefault(name, _Sums())
+
+    def result(self) -> Verification:
+        """The verdict on all batches."""
+        return Verification(tuple(s.result(name) for name, s in self.sums.items()), tuple(self.ignored))
+
+
+def _leaves(output: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and other values in an output, each with its path."""
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(output, (tuple, list)):
+        for position, value in enumerate(output):
+            yield from _leaves(value, f"{name}.{position}" if name else str(position))
+    elif is_dataclass(output) and not isinstance(output, type):
+        for entry in fields(output):
+            yield from _leaves(getattr(output, entry.name), f"{name}.{entry.name}" if name else entry.name)
+    else:
+        yield name or "output", output
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """A dense copy in double precision on the CPU, which has that type on every machine."""
+    dense = tensor.detach().cpu()
+    dense = dense if dense.layout == torch.strided else dense.to_dense()
+    return dense.to(torch.complex128 if dense.is_complex() else torch.float64)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    real = {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
+    return TOLERANCES.get(real, 0.0)
+
+
+def _ratio(difference: float, reference: float) -> float:
+    if reference == 0:
+        return 0.0 if difference == 0 else (math.nan if math.isnan(difference) else math.inf)
+    return difference / reference
+
+
+def _worst(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verdict(output: OutputError) -> str:
+    return "ok" if output.passed else (output.reason or "too far")
