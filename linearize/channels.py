@@ -94,12 +94,12 @@ def move(node: fx.Node, source: fx.Node, axis: int) -> Motion:
     """Follow the channels of `source`, held on `axis`, through `node`."""
     before, after = shape(source), shape(node)
     name = op_name(node)
+    if name == "getitem":
+        return _getitem(node, axis)
     if before is None or not 0 <= axis < len(before):
         return Motion(None, f"{name} reads something that is no tensor of fixed shape")
     if name in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split"):
         return Motion(axis, None)  # what is kept of it is the getitem's business
-    if name == "getitem":
-        return _getitem(node, axis)
     if after is None:
         return Motion(None, f"{name} gives no single tensor of fixed shape")
     rule = _RULES.get(name)
@@ -352,11 +352,8 @@ def channel_axes(graph: fx.Graph) -> dict[fx.Node, int]:
             continue
         axis = produced_axis(node)
         if axis is None:
-            moved = [move(node, source, known[source]).axis for source in node.all_input_nodes if source in known]
-            rank = max((len(shape(source) or ()) for source in node.all_input_nodes if source in known), default=0)
-            if shape(node) is not None and moved and rank:
-                axis = next((value for value in moved if value is not None), None)
-        sizes = shape(node)
-        if axis is not None and (sizes is None or sizes[axis] >= 1):
+            moved = (move(node, source, known[source]).axis for source in node.all_input_nodes if source in known)
+            axis = next((value for value in moved if value is not None), None)
+        if axis is not None:
             known[node] = axis
     return known

@@ -1,0 +1,271 @@
+"""Walk from an activation to the linear maps around it, by the rules of the channel table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from linearize.capture import CONSTANT, Capture, shape, users
+from linearize.channels import Motion, constant, move, op_name
+from linearize.sites import Fold, Port
+
+_LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
+_STILL = frozenset("dropout contiguous clone alias detach to getitem slice chunk split split_with_sizes".split())
+_AROUND = frozenset("view reshape flatten transpose permute _unsafe_view contiguous".split())  # inside the module of a linear map
+
+
+class Dead(Exception):
+    """A walk ended without a linear map; the argument is the reason, in words for the user."""
+
+
+@dataclass
+class Reading:
+    """Where a walk from an activation back to its producer ended."""
+
+    port: Port
+    node: fx.Node
+    folds: tuple[Fold, ...]
+    direct: bool
+
+
+@dataclass
+class Uses:
+    """What reads an activation: the linear maps that it feeds, and what lies in between."""
+
+    ports: list[Port] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+    steady: bool = True
+    direct: bool = True
+
+
+@dataclass(frozen=True)
+class Walker:
+    """A captured model and which of its parameters are used in more than one place."""
+
+    model: nn.Module
+    captured: Capture
+    shared: dict[str, str]
+
+    def back(self, node: fx.Node, axis: int, packed: bool = False) -> Reading:
+        """From a node whose channels lie on `axis` to the linear map that produced them.
+
+        With `packed`, the node may be one of several slices of that map's output.
+
+        Raises:
+            Dead: there is no such map, or something in between that cannot be followed.
+        """
+        folds: list[Fold] = []
+        rows: tuple[int, int] | None = None
+        direct = True
+        while True:
+            if op_name(node) in _LINEAR and node.op == "call_function":
+                port, into = self.port(node, node, axis, output=True)
+                if rows is not None:
+                    port = replace(port, start=rows[0], stop=rows[1])
+                self._alone(into, packed=rows is not None)
+                return Reading(port, node, tuple(reversed(folds)), direct)
+            if node.op != "call_function":
+                raise Dead("its input is an input of the model")
+            if node in self.captured.calls and self._inside_linear(node):
+                node, axis = self._through_linear(node, axis)
+                continue
+            source, before, motion = self._step_back(node, axis)
+            if motion.reason is not None:
+                raise Dead(f"between producer and activation, {motion.reason} ({self._where(node)})")
+            if motion.norm or motion.factor is not None:
+                if rows is not None:
+                    raise Dead(f"a constant map acts on a slice of the channels ({self._where(node)})")
+                folds.append(self.fold(node, motion))
+            elif not motion.steady:
+                raise Dead(f"between producer and activation, {op_name(node)} scales or pads ({self._where(node)})")
+            elif motion.rows is not None:
+                if not packed or rows is not None:
+                    raise Dead(f"only a part of what its producer puts out is activated ({self._where(node)})")
+                rows = motion.rows
+            direct = direct and (op_name(node) in _STILL or bool(folds))
+            if rows is None:
+                self._alone(source, packed=False)
+            node, axis = source, before
+
+    def _step_back(self, node: fx.Node, axis: int) -> tuple[fx.Node, int, Motion]:
+        sources = [s for s in node.all_input_nodes if CONSTANT not in s.meta and constant(s) is None]
+        if len(sources) != 1:
+            what = "a sum or product of branches" if len(sources) > 1 else "a constant"
+            raise Dead(f"its input is {what} ({op_name(node)} in {self._where(node)})")
+        source = sources[0]
+        sizes = shape(source) or shape_of_list(source)
+        if sizes is None:
+            raise Dead(f"{op_name(node)} is not in the channel table ({self._where(node)})")
+        last: Motion | None = None
+        for candidate in range(len(sizes)):
+            motion = move(node, source, candidate)
+            if motion.axis == axis:
+                if motion.reason is None:
+                    return source, candidate, motion
+                last = motion
+        reason = last.reason if last and last.reason else f"{op_name(node)} is not in the channel table"
+        raise Dead(f"between producer and activation, {reason} ({self._where(node)})")
+
+    def _alone(self, node: fx.Node, packed: bool) -> None:
+        """A map can only be changed if nothing else reads what it puts out."""
+        if len(users(node)) > 1 and not packed:
+            raise Dead(f"what its producer puts out is also read elsewhere ({self._where(node)})")
+
+    def forward(self, node: fx.Node, axis: int, uses: Uses | None = None) -> Uses:
+        """From an activation's output to every linear map that reads it.
+
+        Raises:
+            Dead: something that is no linear map reads it, or something in between cannot be followed.
+        """
+        uses = Uses() if uses is None else uses
+        readers = users(node)
+        if not readers:
+            raise Dead("nothing reads it")
+        for reader in readers:
+            if reader.op == "output":
+                raise Dead("it is an output of the model")
+            if op_name(reader) in _LINEAR and reader.args[1 if op_name(reader) == "addmm" else 0] is node:
+                port, _ = self.port(reader, node, axis, output=False)
+                uses.ports.append(port)
+                uses.nodes.append(reader)
+                continue
+            motion = move(reader, node, axis)
+            if motion.axis is None or motion.reason is not None:
+                raise Dead(f"after the activation, {motion.reason} ({self._where(reader)})")
+            if motion.rows is not None:
+                raise Dead(f"after the activation, a slice of the channels is taken ({self._where(reader)})")
+            if motion.norm or motion.factor is not None:
+                uses.folds.append(self.fold(reader, motion))
+            elif op_name(reader) not in _STILL and not self._inside_linear(reader):
+                uses.direct = False
+                uses.steady = uses.steady and motion.steady
+            self.forward(reader, motion.axis, uses)
+        return uses
+
+    def port(self, node: fx.Node, operand: fx.Node, axis: int, output: bool) -> tuple[Port, fx.Node]:
+        """The port of a linear op, and the last node of its module.
+
+        Raises:
+            Dead: its weight is not a parameter of a module of its own, is shared, or works on another axis.
+        """
+        name, path = op_name(node), self.captured.path(node)
+        kind = _LINEAR[name]
+        dims = 0 if kind == "linear" else int(kind[-2])
+        sizes = shape(operand)
+        if sizes is None or axis != len(sizes) - 1 - dims:
+            raise Dead(f"{path or name} works on another axis than the channels")
+        module = self.model.get_submodule(path)
+        weight = node.args[2 if name == "addmm" else 1] if len(node.args) > 1 else None
+        bias = node.args[0] if name == "addmm" else (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"))
+        held = getattr(module, "weight", None)
+        if not isinstance(weight, fx.Node) or weight not in self.captured.parameters or not isinstance(held, Tensor):
+            raise Dead(f"the weight of {path or 'the model'} is not a plain parameter")
+        if bias is not None and (bias not in self.captured.parameters or getattr(module, "bias", None) is None):
+            raise Dead(f"the bias of {path or 'the model'} is not a plain parameter")
+        extra = [op_name(other) for other in self.captured.siblings(node) if other is not node and op_name(other) not in _AROUND]
+        if extra or self._has_inner(path):
+            what = f"also computes {extra[0]}" if extra else "holds other modules that compute"
+            raise Dead(f"{path or 'the model'} {what}")
+        for parameter in ("weight", "bias"):
+            other = self.shared.get(f"{path}.{parameter}" if path else parameter)
+            if other is not None:
+                raise Dead(f"{path}.{parameter} is shared with {other}")
+        if self.captured.times.get(path, 1) > 1:
+            raise Dead(f"{path} is called {self.captured.times[path]} times")
+        transposed = name == "addmm"
+        outputs, inputs = (held.shape[1], held.shape[0]) if transposed else (held.shape[0], held.shape[1])
+        if dims and not output:
+            inputs *= _groups(node)
+        total = int(outputs if output else inputs)
+        positions = max(1, _numel(node) // max(1, int(outputs)))
+        last = self.captured.siblings(node)[-1]
+        return Port(path, kind, 0, total, total, transposed, positions), last if output else node
+
+    def fold(self, node: fx.Node, motion: Motion) -> Fold:
+        """The constant map per channel that an op computes.
+
+        Raises:
+            Dead: its constants are shared, or its module does other things too.
+        """
+        path = self.captured.path(node)
+        if motion.norm:
+            values: list[Any] = [node.args[i] for i in (1, 2, 3, 4)]
+            eps = float(node.args[7])  # type: ignore[arg-type]
+        else:
+            values, eps = [node.args[motion.factor or 0], None, None, None], 0.0
+        names = [self._parameter(value) for value in values]
+        extra = [op_name(n) for n in self.captured.siblings(node) if n is not node and op_name(n) not in (*_AROUND, "dropout", "mul", "to")]
+        extra += ["mul" for n in self.captured.siblings(node) if n is not node and op_name(n) == "mul"]
+        if extra or not path:
+            raise Dead(f"{path or 'the model itself'} computes more than one constant map per channel")
+        if self.captured.times.get(path, 1) > 1:
+            raise Dead(f"{path} is called {self.captured.times[path]} times")
+        for name in names:
+            if name is not None and name in self.shared:
+                raise Dead(f"{name} is shared with {self.shared[name]}")
+        return Fold(path, self._children(path, node), names[0], names[1], names[2], names[3], eps)
+
+    def _parameter(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        node = constant(value)
+        if node is None or node not in self.captured.parameters:
+            raise Dead("a constant between the maps is no parameter or buffer")
+        return self.captured.parameters[node]
+
+    def _children(self, path: str, node: fx.Node) -> tuple[str, ...]:
+        """The children that run after the map, one after the other: what stays when the map is folded away."""
+        ran: list[str] = []
+        last = node
+        for child in sorted(self._child_ops(path), key=lambda ops: self.captured.order[ops[1][0]]):
+            name, ops = child
+            if last not in ops[0].all_input_nodes or len(users(last)) != 1:
+                raise Dead(f"{path}.{name} does not simply follow the constant map of {path}")
+            ran.append(name)
+            last = ops[-1]
+        return tuple(ran)
+
+    def _child_ops(self, path: str) -> list[tuple[str, list[fx.Node]]]:
+        grouped: dict[str, list[fx.Node]] = {}
+        for call, ops in self.captured.ops.items():
+            if call.path.startswith(f"{path}."):
+                grouped.setdefault(call.path[len(path) + 1 :].split(".")[0], []).extend(ops)
+        return list(grouped.items())
+
+    def _inside_linear(self, node: fx.Node) -> bool:
+        """True for the reshapes that a linear module wraps around its product."""
+        return op_name(node) in _AROUND and any(op_name(other) in _LINEAR for other in self.captured.siblings(node))
+
+    def _through_linear(self, node: fx.Node, axis: int) -> tuple[fx.Node, int]:
+        source, before, _ = self._step_back(node, axis)
+        self._alone(source, packed=False)
+        return source, before
+
+    def _has_inner(self, path: str) -> bool:
+        return any(call.path.startswith(f"{path}." if path else "") and call.path != path for call in self.captured.ops) if path else True
+
+    def _where(self, node: fx.Node) -> str:
+        return self.captured.path(node) or "the model's own forward"
+
+
+def shape_of_list(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of the tensor that a chunk or split took apart."""
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and isinstance(node.args[0], fx.Node):
+        return shape(node.args[0])
+    return None
+
+
+def _groups(node: fx.Node) -> int:
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return groups if isinstance(groups, int) else 1
+
+
+def _numel(node: fx.Node) -> int:
+    total = 1
+    for size in shape(node) or ():
+        total *= size
+    return total
