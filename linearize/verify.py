@@ -125,9 +125,7 @@ class _Sums:
 
     def _add_numbers(self, a: Tensor, b: Tensor) -> None:
         infinite = torch.isinf(a) | torch.isinf(b)
-        if (
-            infinite.any()
-        ):  # a mask of -inf is a legitimate output: equal where it is infinite, measured elsewhere
+        if infinite.any():  # legitimate as a mask: must be equal there, and is measured everywhere else
             if not torch.equal(a[infinite], b[infinite]):
                 self.fail("infinite values differ")
             a, b = a.masked_fill(infinite, 0), b.masked_fill(infinite, 0)
@@ -155,7 +153,7 @@ def verify(
 ) -> Verification:
     """Compare two models on inputs, both in eval mode, and leave both as they were.
 
-    Every tensor in the outputs is compared, through tuples, dicts, dataclasses and the outputs of transformers.
+    Every tensor in the outputs is compared, through tuples, dicts and dataclasses.
     Integers must be equal; NaN never passes; infinite values must be the same and do not count otherwise.
 
     Args:
@@ -163,8 +161,8 @@ def verify(
         candidate: the model in question; it may live on another device.
         inputs: a tensor, a tuple, a dict of keyword arguments, or a list of such batches.
         tolerance: the largest relative error that passes, maximum and RMS; None chooses by the coarsest
-            floating type in the outputs and parameters: 1e-12 for float64, 1e-5 for float32, 4e-3 for float16,
-            3.2e-2 for bfloat16.
+            floating type in the outputs and parameters: 1e-12 for float64, 1e-5 for float32, 4e-3 for
+            float16, 3.2e-2 for bfloat16.
 
     Returns:
         A `Verification`: `.passed`, `.max_error`, `.rms_error`, `.outputs`; it prints as a table.
