@@ -10,12 +10,14 @@ Shape letters: C channels of the gate.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
+from linearize.recompute import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
 
 if TYPE_CHECKING:
     from linearize.sites import Site
@@ -79,7 +81,7 @@ class ChannelGate(nn.Module):
                 "ChannelGate", f"found channels={channels}", "Pass the size of the channel axis."
             )
         if axis >= 0:
-            raise UsageError("ChannelGate", f"found axis={axis}", "Count it from the end: -1 is the last axis.")
+            raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
         self.activation = _out_of_place(activation)
         self.channels = channels
         self.axis = axis
@@ -115,12 +117,13 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The gated activation of ``x``."""
-        return _mix(self.activation(x), x, self._coefficients(), self.axis)
-
-    def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The factors (C,) of act(x), of x, and of one."""
-        a = torch.where(self.frozen, 1.0, self.alpha)
-        return 1 - a, a * self.slope, a * self.intercept
+        activation = self.activation
+        unit = Unit(activation, Line(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
+        if torch.compiler.is_compiling() or not recomputable(activation, x):
+            return mix(unit, x)
+        if not torch.is_grad_enabled():
+            return mix_in_pieces(unit, x)
+        return cast("Tensor", Recomputed.apply(unit, x, self.alpha, *activation.parameters()))
 
     def extra_repr(self) -> str:
         """Channels and axis, for ``print(model)``."""
@@ -174,20 +177,8 @@ def _out_of_place(activation: nn.Module) -> nn.Module:
     """The activation, or a copy that does not work in place: others may hold the same module."""
     if not any(getattr(module, "inplace", False) for module in activation.modules()):
         return activation
-    import copy
-
     activation = copy.deepcopy(activation)
     for module in activation.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return activation
-
-
-def _mix(h: Tensor, x: Tensor, coefficients: tuple[Tensor, Tensor, Tensor], axis: int) -> Tensor:
-    """``of_h * h + of_x * x + of_one``: exactly h for factors (1, 0, 0), exactly the line for of_h = 0.
-
-    In this form neither end needs a difference of large numbers, so both stay exact for every finite x.
-    """
-    shape = (-1,) + (1,) * (-axis - 1)
-    of_h, of_x, of_one = (coefficient.view(shape) for coefficient in coefficients)
-    return torch.addcmul(torch.addcmul(of_one, of_x, x), of_h, h).to(h.dtype)
