@@ -1,0 +1,147 @@
+"""All knowledge of timm and transformers: example inputs, recipes that rebuild a model, and models by name.
+
+Importing this package imports neither library; a model's own class tells which one it comes from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize.errors import CaptureError, UsageError
+from linearize.zoo import timm_models, transformers_inputs, transformers_models
+from linearize.zoo.resolve import create
+from linearize.zoo.structure import compare, forget_parameters, parameters_on_meta, plain_tensors, put_tensor
+
+__all__ = ["candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "unwrap"]
+
+Recipe = dict[str, Any]
+"""How to build a model again: plain data for JSON, with the key ``library``."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and ``torch.compile`` wrappers.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> unwrap(nn.DataParallel(inner)) is inner
+        True
+    """
+    while True:
+        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs that the model's forward takes: ``(args, kwargs)`` with ``batch`` samples, small where allowed.
+
+    Tensors are on the device of the model's parameters (also if that is meta), floating ones in their dtype.
+
+    Raises:
+        CaptureError: the model comes from neither timm nor transformers, or its inputs cannot be derived.
+
+    Example:
+        >>> args, kwargs = example_inputs(create("timm:test_vit"))
+        >>> args[0].shape, kwargs
+        (torch.Size([2, 3, 160, 160]), {})
+    """
+    model = unwrap(model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if transformers_models.is_transformers(model):
+        return transformers_inputs.example_inputs(model, batch=batch, like=like)
+    if timm_models.is_timm(model):
+        return timm_models.example_inputs(model, batch=batch, like=like)
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    found = "it is neither a timm nor a transformers model, so its inputs are not known"
+    raise CaptureError(
+        name, found, "Pass example_inputs= as a tensor, a tuple, or a dict of keyword arguments."
+    )
+
+
+def candidates(model: nn.Module) -> list[Recipe]:
+    """Recipes that may rebuild the model, unverified; empty for a model of neither library."""
+    model = unwrap(model)
+    remembered = model.__dict__.get("_linearize_recipe")
+    found = [remembered] if isinstance(remembered, dict) else []
+    if transformers_models.is_transformers(model):
+        return found + transformers_models.candidates(model)
+    if timm_models.is_timm(model):
+        return found + [recipe for recipe in timm_models.candidates(model) if recipe not in found]
+    return found
+
+
+def recipe(model: nn.Module) -> Recipe | None:
+    """How to rebuild ``model``, verified by doing it: same modules, names and shapes. None if that fails.
+
+    Plain attributes and tensors outside the state dict may differ from the rebuilt model; files store those.
+
+    Example:
+        >>> recipe(create("timm:test_vit", num_classes=10))
+        {'library': 'timm', 'name': 'test_vit', 'kwargs': {'num_classes': 10}}
+        >>> recipe(nn.Linear(2, 2)) is None
+        True
+    """
+    model = unwrap(model)
+    for candidate in candidates(model):
+        try:
+            fresh = skeleton(candidate)
+        except UsageError:
+            continue
+        if compare(fresh, model).problem is None:
+            return candidate
+    return None
+
+
+def skeleton(recipe: Recipe) -> nn.Module:
+    """The model of a recipe in eval mode: parameters on the meta device, other tensors real on the CPU.
+
+    Raises:
+        UsageError: the recipe is not one of ours, or its library cannot build it.
+    """
+    try:
+        with parameters_on_meta():
+            model = _build(recipe)
+    except UsageError as error:
+        if error.__cause__ is None:
+            raise
+        # A constructor that computes with its own parameters: build it in full, then forget the values.
+        model = _build(recipe)
+        forget_parameters(model)
+    return model
+
+
+def rebuild(recipe: Recipe, device: str | torch.device = "meta") -> nn.Module:
+    """Build the model of a recipe on ``device``, in eval mode; no weights are loaded, nothing is fetched.
+
+    On the meta device everything is without memory, buffers and plain tensors included. On any other device
+    the weights are as the library initialises them.
+
+    Raises:
+        UsageError: the recipe is not one of ours, or its library cannot build it.
+
+    Example:
+        >>> model = rebuild({"library": "timm", "name": "test_vit", "kwargs": {"num_classes": 10}})
+        >>> model.head.weight.device, model.num_classes
+        (device(type='meta'), 10)
+    """
+    if torch.device(device).type != "meta":
+        return _build(recipe).to(device)
+    model = skeleton(recipe).to("meta")
+    for module in model.modules():
+        for path, tensor in plain_tensors(module).items():
+            put_tensor(module, path, tensor.to("meta"))
+    return model
+
+
+def _build(recipe: Recipe) -> nn.Module:
+    library = recipe.get("library") if isinstance(recipe, dict) else None
+    if library == "timm":
+        return timm_models.build(recipe).eval()
+    if library == "transformers":
+        return transformers_models.build(recipe).eval()
+    raise UsageError("recipe", f"found the library {library!r:.40}", "Known are 'timm' and 'transformers'.")

@@ -1,0 +1,77 @@
+"""A model from what a user types."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from linearize.errors import UsageError
+from linearize.zoo import timm_models, transformers_models
+from linearize.zoo.plain import is_plain, pack
+
+_FORMS = "Pass timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or the path of a .safetensors file."
+
+
+def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
+    """Make the model that ``spec`` names, in eval mode.
+
+    Args:
+        spec: ``timm:NAME``, ``hf:FOLDER_OR_NAME``, ``package.module:callable``, or the path of a file that
+            `linearize.save` wrote.
+        pretrained: True asks for pretrained weights, False for random ones. None means: timm random, a folder
+            or name of transformers with its weights, if it has any.
+        **kwargs: passed on to ``timm.create_model``, to the configuration, or to the callable. What timm gets
+            is remembered, so that a file can rebuild the model.
+
+    Raises:
+        UsageError: the spec has no such form, or the model that it names cannot be made.
+        CheckpointError: the file cannot be loaded.
+
+    Example:
+        >>> model = create("timm:test_vit", num_classes=10)
+        >>> type(model).__name__, model.num_classes
+        ('VisionTransformer', 10)
+    """
+    library, colon, name = spec.partition(":")
+    if spec.endswith(".safetensors"):
+        from linearize.checkpoint import load
+
+        return load(spec, **kwargs)
+    if colon and library == "timm" and name:
+        model = timm_models.create(name, pretrained=bool(pretrained), **kwargs).eval()
+        if is_plain(kwargs, simple=True):
+            model.__dict__["_linearize_recipe"] = {"library": "timm", "name": name, "kwargs": pack(kwargs)}
+        return model
+    if colon and library == "hf" and name:
+        return transformers_models.create(name, pretrained=pretrained, **kwargs)
+    if colon and library and name:
+        return _call(spec, library, name, kwargs)
+    found = "found a folder" if Path(spec).is_dir() else f"found {spec!r}, which names no model"
+    raise UsageError(
+        "model",
+        found,
+        f"Write hf:{spec} for a transformers folder. {_FORMS}" if "folder" in found else _FORMS,
+    )
+
+
+def _call(spec: str, module_name: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(spec, f"it cannot be imported: {error}", _FORMS) from error
+    try:
+        model = target(**kwargs)
+    except Exception as error:  # the callable is the user's: anything can happen in it
+        raise UsageError(
+            spec, f"calling it failed: {type(error).__name__}: {error}", "Check the callable."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            spec, f"it returned {type(model).__name__}", "The callable must return a torch.nn.Module."
+        )
+    return model.eval()

@@ -1,0 +1,234 @@
+"""All that linearize knows about building transformers models: recipes, and models by folder or name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from linearize.errors import UsageError
+from linearize.zoo.plain import IDENTIFIER
+
+# Keys of a configuration through which a file could make the library fetch or run something.
+_DROPPED = {"auto_map", "custom_code", "quantization_config", "use_kernels", "kernel_config"}
+_IMPLEMENTATIONS = {
+    "attn": {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"},
+    "experts": {"eager", "batched_mm", "grouped_mm"},
+}
+_MODELING = re.compile(r"transformers\.models\.[a-z0-9_]+\.(modeling|configuration)_[a-z0-9_]+", re.ASCII)
+_ELSEWHERE = re.compile(r"(hf[-_]hub|local-dir|https?|file):", re.IGNORECASE)
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model's class derives from transformers' ``PreTrainedModel``."""
+    if "transformers" not in sys.modules:
+        return False
+    return any(
+        cls.__name__ == "PreTrainedModel" and _root(cls) == "transformers" for cls in type(model).__mro__
+    )
+
+
+def _root(cls: type) -> str:
+    return cls.__module__.split(".")[0]
+
+
+def candidates(model: Any) -> list[dict[str, Any]]:
+    """The recipe of a model whose class and configuration are transformers' own; the caller verifies it."""
+    names = _public_name(type(model)), _public_name(type(model.config))
+    if None in names:
+        return []
+    recipe = {
+        "library": "transformers",
+        "class": names[0],
+        "config_class": names[1],
+        "config": _plain_config(model.config),
+        "implementations": _implementations(model.config),
+    }
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        recipe["generation"] = generation.to_dict()
+    try:
+        return [json.loads(json.dumps(recipe))]
+    except (TypeError, ValueError):
+        return []
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in _DROPPED}
+
+
+def _public_name(cls: type) -> str | None:
+    """The class's name in the transformers namespace, else ``module:name`` if it is theirs, else None."""
+    import transformers
+
+    if _root(cls) != "transformers":
+        return None
+    if getattr(transformers, cls.__name__, None) is cls:
+        return str(cls.__name__)
+    if (
+        _MODELING.fullmatch(cls.__module__)
+        and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls
+    ):
+        return f"{cls.__module__}:{cls.__name__}"
+    return None
+
+
+def _find(name: object, base_name: str) -> Any:
+    """The class that `_public_name` named, only if it is the library's and derives from ``base_name``."""
+    import transformers
+
+    base = getattr(transformers, base_name)
+    module, _, cls_name = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    if IDENTIFIER.fullmatch(cls_name) and (not module or _MODELING.fullmatch(module)):
+        try:
+            cls = getattr(importlib.import_module(module) if module else transformers, cls_name, None)
+        except (ImportError, RuntimeError):
+            cls = None
+        if isinstance(cls, type) and issubclass(cls, base) and _root(cls) == "transformers":
+            return cls
+    remedy = "Install the transformers version that wrote the file, or a newer one."
+    raise UsageError("recipe", f"transformers has no {base_name} named {name!r:.80}", remedy)
+
+
+def _implementations(config: Any, prefix: str = "") -> dict[str, str]:
+    """Which attention and experts code each (sub)configuration asks for, by ``path/kind``."""
+    found = {}
+    for kind, allowed in _IMPLEMENTATIONS.items():
+        value = getattr(config, f"_{kind}_implementation", None)
+        if value in allowed:
+            found[f"{prefix}{kind}"] = value
+    for key in getattr(config, "sub_configs", {}):
+        part = getattr(config, key, None)
+        if hasattr(part, "to_dict"):
+            found.update(_implementations(part, f"{prefix}{key}/"))
+    return found
+
+
+def _set_implementations(config: Any, wanted: dict[str, str]) -> None:
+    for where, value in sorted(wanted.items(), key=lambda item: item[0].count("/")):
+        *path, kind = where.split("/")
+        part = config
+        for key in path:
+            part = getattr(part, key, None) if IDENTIFIER.fullmatch(key) else None
+        if part is not None and value in _IMPLEMENTATIONS.get(kind, ()):
+            setattr(part, f"_{kind}_implementation", value)
+
+
+def clean(value: Any, depth: int = 0) -> Any:
+    """A configuration from a file, without the keys and strings that reach outside it.
+
+    Raises:
+        UsageError: a string points at a model hub, a folder or an address for the library to open.
+    """
+    if depth > 20:
+        raise UsageError(
+            "recipe", "the configuration is nested too deeply", "It was not written by linearize."
+        )
+    if isinstance(value, list):
+        return [clean(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        kept = {key: clean(item, depth + 1) for key, item in value.items() if key not in _DROPPED}
+        for key in ("attn_implementation", "experts_implementation", "_attn_implementation", "pretrained"):
+            kept.pop(key, None)
+        for key in [key for key in kept if key.startswith("use_pretrained")]:
+            kept[key] = False
+        return kept
+    if isinstance(value, str) and _ELSEWHERE.match(value):
+        raise UsageError(
+            "recipe", f"the configuration points elsewhere: {value!r:.80}", "Name a library model instead."
+        )
+    return value
+
+
+def build(recipe: dict[str, Any]) -> nn.Module:
+    """Build the model of a recipe with weights as the library initialises them.
+
+    Raises:
+        UsageError: the recipe names a class that is not transformers' own, or settings that it does not take.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        remedy = 'Install it: pip install "linearize[transformers]".'
+        raise UsageError("recipe", "transformers is not installed", remedy) from error
+    cls = _find(recipe.get("class"), "PreTrainedModel")
+    config_cls = _find(recipe.get("config_class"), "PreTrainedConfig")
+    settings, wanted = recipe.get("config"), recipe.get("implementations", {})
+    if not isinstance(settings, dict) or not isinstance(wanted, dict):
+        raise UsageError(
+            cls.__name__, "the recipe has no configuration", "The recipe was not written by linearize."
+        )
+    try:
+        config = config_cls.from_dict(clean(settings))
+        _set_implementations(config, wanted)
+        model: nn.Module = cls(config)
+        if isinstance(recipe.get("generation"), dict) and hasattr(model, "generation_config"):
+            model.generation_config = transformers.GenerationConfig.from_dict(clean(recipe["generation"]))
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the constructor of one of hundreds of models raises
+        remedy = "Use the transformers version that wrote the recipe."
+        raise UsageError(
+            cls.__name__, f"it cannot be built from its configuration: {error}", remedy
+        ) from error
+    return model
+
+
+def create(name: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
+    """A model from a local folder (``config.json``, with or without weights) or a name on the model hub.
+
+    Args:
+        name: the folder or name.
+        pretrained: load weights; None loads them unless the folder has none.
+        **kwargs: settings that override the configuration's.
+
+    Raises:
+        UsageError: transformers is not installed, the folder holds no model, or the hub cannot be reached.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        remedy = 'Install it: pip install "linearize[transformers]".'
+        raise UsageError(f"hf:{name}", "transformers is not installed", remedy) from error
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageError(
+            f"hf:{name}", "the folder holds no config.json", "Pass the folder that save_pretrained wrote."
+        )
+    if pretrained is None:
+        weights = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+        pretrained = not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in weights)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
+        cls = _class_for(config)
+        auto = {} if cls is not transformers.AutoModel else {"trust_remote_code": False}
+        if pretrained:
+            model = cls.from_pretrained(source, config=config, **auto)
+        else:
+            model = cls.from_config(config, **auto) if auto else cls(config)
+    except Exception as error:  # missing files, no network, broken weights: one clear line each
+        found = f"it cannot be loaded: {_first_line(error)}"
+        remedy = "Pass a local folder that save_pretrained wrote, or check the name and the network."
+        raise UsageError(f"hf:{name}", found, remedy) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _class_for(config: Any) -> Any:
+    """The class that the configuration names as the model's architecture, else ``AutoModel``."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    return transformers.AutoModel
