@@ -47,7 +47,7 @@ def benchmark(
     as they were.
 
     Args:
-        models: names and models, the first being the reference of the ratios; or a pair (reference, candidate).
+        models: names and models, the first being the reference of ratios; or a pair (reference, candidate).
         inputs: one batch: a tensor, a tuple, or a dict of keyword arguments.
         rounds: measurements of each model.
         warmup: calls of each model before the first measurement.
