@@ -55,10 +55,10 @@ def load_data(
     """Open a data source.
 
     Args:
-        source: "digits" (scikit-learn's 1797 handwritten digits of 8 x 8 pixels, needs no download), a folder
-            with the four idx .gz files of MNIST or Fashion-MNIST, or a folder with one subfolder of images per
-            class, which may lie in "train" and "test" (or "val") themselves; without these, every fifth image
-            is kept for testing.
+        source: "digits" (1797 handwritten digits of 8 x 8 pixels from scikit-learn, no download), a folder
+            with the four idx .gz files of MNIST or Fashion-MNIST, or a folder with a subfolder of images for
+            each class; these may lie in "train" and "test" (or "val"), otherwise every fifth image is kept for
+            testing.
         size: height and width that the model takes; None keeps the source's own (224 for image files).
         in_chans: channels that the model takes; None keeps the source's own (3 for image files).
         mean: of each channel, for values in [0, 1]; one number serves all channels.

@@ -1,0 +1,87 @@
+"""What a model costs: parameters and floating point operations, exactly; `benchmark` measures latency."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from linearize.capture import Inputs
+from linearize.errors import UsageError
+from linearize.running import batches_of, call, evaluating
+
+__all__ = ["Cost", "cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one forward pass.
+
+    Attributes:
+        parameters: numbers in the model's parameters, shared ones counted once.
+        flops: additions and multiplications in matrix products, convolutions and attention, for the whole
+            batch; elementwise work is not counted.
+    """
+
+    parameters: int
+    flops: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain data."""
+        return asdict(self)
+
+
+def cost(model: nn.Module, inputs: Any) -> Cost:
+    """Parameters and FLOPs of a model in eval mode; the model is left as it was.
+
+    The operations are counted on meta tensors, so that nothing is computed; a model that cannot run on these
+    runs for real.
+
+    Args:
+        model: any module.
+        inputs: one batch: a tensor, a tuple, or a dict of keyword arguments.
+
+    Raises:
+        UsageError: more or less than one batch, or the model does not run on it.
+
+    Example:
+        >>> cost(nn.Linear(3, 5), torch.zeros(2, 3))
+        Cost(parameters=20, flops=60)
+    """
+    batches = batches_of(inputs)
+    if len(batches) != 1:
+        raise UsageError("inputs", f"found {len(batches)} batches", "Pass one batch.")
+    return Cost(sum(p.numel() for p in model.parameters()), _flops(model, batches[0]))
+
+
+def _flops(model: nn.Module, batch: Inputs) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with evaluating(model):
+        try:
+            with FlopCounterMode(display=False) as counter:
+                _run_on_meta(model, batch)
+        except Exception:  # whatever a model does with the values in its tensors, it can do only for real
+            with FlopCounterMode(display=False) as counter:
+                call("model", model, batch)
+    return int(counter.get_total_flops())
+
+
+def _run_on_meta(model: nn.Module, batch: Inputs) -> None:
+    """Run the model with all its tensors replaced for the time of the call."""
+
+    def meta(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="meta")
+
+    tensors = {
+        name: meta(tensor)
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+    }
+    args, kwargs = pytree.tree_map_only(Tensor, meta, batch)
+    torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)
