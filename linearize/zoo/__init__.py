@@ -13,9 +13,17 @@ from torch import nn
 from linearize.errors import CaptureError, UsageError
 from linearize.zoo import timm_models, transformers_inputs, transformers_models
 from linearize.zoo.resolve import create
-from linearize.zoo.structure import compare, forget_parameters, parameters_on_meta, plain_tensors, put_tensor
+from linearize.zoo.structure import (
+    NO_LIMIT,
+    Limit,
+    compare,
+    forget_parameters,
+    parameters_on_meta,
+    plain_tensors,
+    put_tensor,
+)
 
-__all__ = ["candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "unwrap"]
+__all__ = ["Limit", "candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "unwrap"]
 
 Recipe = dict[str, Any]
 """How to build a model again: plain data for JSON, with the key ``library``."""
@@ -97,20 +105,25 @@ def recipe(model: nn.Module) -> Recipe | None:
     return None
 
 
-def skeleton(recipe: Recipe) -> nn.Module:
+def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     """The model of a recipe in eval mode: parameters on the meta device, other tensors real on the CPU.
 
+    Args:
+        recipe: as `recipe` gives it.
+        limit: how many parameters may be made.
+
     Raises:
-        UsageError: the recipe is not one of ours, or its library cannot build it.
+        UsageError: the recipe is not one of ours, its library cannot build it, or it goes over the limit.
     """
     try:
-        with parameters_on_meta():
+        with parameters_on_meta(limit):
             model = _build(recipe)
     except UsageError as error:
         if error.__cause__ is None:
             raise
         # A constructor that computes with its own parameters: build it in full, then forget the values.
-        model = _build(recipe)
+        with parameters_on_meta(limit, move=False):
+            model = _build(recipe)
         forget_parameters(model)
     return model
 

@@ -33,9 +33,9 @@ def is_plain(value: object, *, simple: bool = False, depth: int = 0) -> bool:
         return True
     if type(value) is str:
         return not simple or SIMPLE.fullmatch(value) is not None
-    if type(value) in (list, tuple):
-        return all(is_plain(item, simple=simple, depth=depth + 1) for item in value)  # type: ignore[attr-defined]
-    if type(value) is dict:
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(is_plain(item, simple=simple, depth=depth + 1) for item in value)
+    if isinstance(value, dict) and type(value) is dict:
         keys_fit = all(type(key) is str and key != _TUPLE and is_plain(key, simple=simple) for key in value)
         return keys_fit and all(is_plain(item, simple=simple, depth=depth + 1) for item in value.values())
     return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from linearize.errors import UsageError
 from linearize.zoo.plain import is_plain, same
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 TensorPath = tuple[Any, ...]
 """Where a plain tensor hangs in a module: the attribute's name, then indices and keys of containers."""
@@ -22,19 +27,51 @@ TensorPath = tuple[Any, ...]
 _OWN = frozenset(nn.Module().__dict__) | {"_linearize", "_linearize_recipe"}
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How much a model may register while it is built: a hostile file must not build for ever.
+
+    Attributes:
+        elements: of all parameters together.
+        parameters: their number.
+    """
+
+    elements: float = math.inf
+    parameters: float = math.inf
+
+
+NO_LIMIT = Limit()
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(limit: Limit = NO_LIMIT, *, move: bool = True) -> Iterator[None]:
     """Modules built inside get parameters without memory; their buffers and plain tensors are real.
 
     Building under ``torch.device("meta")`` would lose the tables that a constructor computes and puts in no
     state dict (rotary frequencies, position indices), and stops where a constructor reads a tensor's value.
     A parameter that is registered in several places stays one parameter. Other threads are not affected.
+
+    Args:
+        limit: how much may be registered inside.
+        move: False leaves the parameters where they are, and only counts them.
+
+    Raises:
+        UsageError: a constructor inside asks for more.
     """
+    registered = [0, 0]
     thread = threading.get_ident()
     moved = WeakIdKeyDictionary()
 
-    def move(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+    def register(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None
+        registered[0] += parameter.numel()
+        registered[1] += 1
+        if registered[0] > limit.elements or registered[1] > limit.parameters:
+            raise UsageError(
+                "recipe", "it asks for far more weights than there are", "Check where it came from."
+            )
+        if parameter.is_meta or not move:
             return None
         if parameter not in moved:
             moved[parameter] = nn.Parameter(
@@ -43,7 +80,7 @@ def parameters_on_meta() -> Iterator[None]:
         found: nn.Parameter = moved[parameter]
         return found
 
-    handle = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
+    handle = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -80,10 +117,10 @@ def plain_tensors(module: nn.Module) -> dict[TensorPath, Tensor]:
 def _gather(value: object, path: TensorPath, found: dict[TensorPath, Tensor]) -> None:
     if isinstance(value, Tensor):
         found[path] = value
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):  # type: ignore[arg-type,var-annotated]
+    elif isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        for index, item in enumerate(value):
             _gather(item, (*path, index), found)
-    elif type(value) is dict:
+    elif isinstance(value, dict) and type(value) is dict:
         for key, item in value.items():
             if type(key) in (str, int):
                 _gather(item, (*path, key), found)
@@ -156,7 +193,8 @@ def compare(fresh: nn.Module, model: nn.Module) -> Difference:
         >>> compare(nn.Linear(2, 3), nn.Linear(2, 4)).problem
         'weight is of shape (4, 2), rebuilt (3, 2)'
     """
-    difference = Difference(problem=_module_problem(fresh, model) or _state_problem(fresh, model))
+    problem = _module_problem(fresh, model) or _state_problem(fresh, model) or _function_problem(fresh, model)
+    difference = Difference(problem)
     if difference.problem is None:
         rebuilt = dict(fresh.named_modules())
         for path, module in model.named_modules():
@@ -173,8 +211,17 @@ def _compare_module(path: str, fresh: nn.Module, module: nn.Module, difference: 
     tensors = plain_tensors(fresh)
     for where, tensor in plain_tensors(module).items():
         other = tensors.get(where)
+        if isinstance(tensor, nn.Parameter) and isinstance(other, nn.Parameter):
+            continue  # a second reference to a weight
+        if other is None and not _has_place(fresh, where):
+            continue  # made by a forward: the rebuilt model will make it, too
         if other is None or other.is_meta or not _equal(other, tensor):
             difference.tensors.append((path, where, tensor))
+
+
+def _has_place(module: nn.Module, where: TensorPath) -> bool:
+    name, *inner = where
+    return not inner and (name in module.__dict__ or name in module._buffers)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -195,6 +242,25 @@ def _module_problem(fresh: nn.Module, model: nn.Module) -> str | None:
 
 def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _function_problem(fresh: nn.Module, model: nn.Module) -> str | None:
+    """Functions that modules keep in attributes, such as an activation."""
+    rebuilt = dict(fresh.named_modules())
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            other = rebuilt[path].__dict__.get(name) if path in rebuilt else None
+            if (
+                isinstance(value, _FUNCTIONS)
+                and isinstance(other, _FUNCTIONS)
+                and _named(value) != _named(other)
+            ):
+                return f"{path}.{name} is {_named(value)}, rebuilt {_named(other)}"
+    return None
+
+
+def _named(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _state_problem(fresh: nn.Module, model: nn.Module) -> str | None:

@@ -128,6 +128,8 @@ def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise UsageError(f"timm:{name}", "timm has no model of this name", remedy)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except UsageError:
+        raise
     except Exception as error:  # whatever the constructor of one of a thousand models raises
         remedy = "Check the arguments" + (", and that the model hub can be reached." if pretrained else ".")
         raise UsageError(f"timm:{name}", f"it cannot be built: {error}", remedy) from error
