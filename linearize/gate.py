@@ -1,7 +1,7 @@
 """The channel gate: an activation that each channel can leave, smoothly, for a straight line.
 
-``y = act(x) + a * (slope * x + intercept - act(x))`` with one ``a`` in [0, 1] per channel. ``a = 0`` is the
-activation, ``a = 1`` a linear channel. With ReLU and the default surrogate (slope 1, intercept 0) it is the
+`y = act(x) + a * (slope * x + intercept - act(x))` with one `a` in [0, 1] per channel. `a = 0` is the
+activation, `a = 1` a linear channel. With ReLU and the default surrogate (slope 1, intercept 0) it is the
 channel-wise PReLU of Ali Mehmeti-Goepel and Disselhoff, "Nonlinear Advantage", ICML 2023; for smooth
 activations it is the form of Dror et al., "Layer Folding", BMVC 2022.
 
@@ -29,20 +29,20 @@ _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modu
 
 
 class ChannelGate(nn.Module):
-    """An activation with one gate ``alpha`` per channel between itself and a straight line.
+    """An activation with one gate `alpha` per channel between itself and a straight line.
 
     Args:
-        activation: the wrapped activation; it becomes the child ``activation``. Its own parameters and
-            buffers keep their names in the state dict (a PReLU's ``weight`` stays ``weight``). If it works in
+        activation: the wrapped activation; it becomes the child `activation`. Its own parameters and
+            buffers keep their names in the state dict (a PReLU's `weight` stays `weight`). If it works in
             place, a copy that does not takes its seat, since the gate needs its input.
         channels: C, the size of the channel axis.
         axis: the channel axis of the input, counted from the end (negative).
-        gated_unit: the activation is the gate factor of a gated linear unit, ``act(g) * u``. Its surrogate
+        gated_unit: the activation is the gate factor of a gated linear unit, `act(g) * u`. Its surrogate
             is then a constant: slope 0, and an intercept that starts at 0.
         site: where the gate sits, for those who list gates; plain data.
 
     Shape:
-        Any input with C entries on ``axis``; the output has the input's shape and the activation's dtype.
+        Any input with C entries on `axis`; the output has the input's shape and the activation's dtype.
 
     Attributes:
         alpha: parameter (C,), float32 unless the gate is cast; 0 at the start.
@@ -54,8 +54,8 @@ class ChannelGate(nn.Module):
 
     Example:
         >>> gate = ChannelGate(nn.ReLU(), channels=2)
-        >>> gate(torch.tensor([[-1.0, -1.0]]))
-        tensor([[-0., -0.]], grad_fn=<...>)
+        >>> gate(torch.tensor([[-1.0, -1.0]])).tolist()
+        [[0.0, 0.0]]
         >>> _ = gate.linearize_(torch.tensor([False, True]))
         >>> gate(torch.tensor([[-1.0, -1.0]])).tolist()
         [[0.0, -1.0]]
@@ -101,7 +101,7 @@ class ChannelGate(nn.Module):
 
     @torch.no_grad()
     def linearize_(self, mask: Tensor) -> ChannelGate:
-        """Make the channels where ``mask`` (bool, (C,)) is True linear, for good; the others stay.
+        """Make the channels where `mask` (bool, (C,)) is True linear, for good; the others stay.
 
         Raises:
             UsageError: mask is not a bool tensor of shape (C,).
@@ -116,7 +116,7 @@ class ChannelGate(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """The gated activation of ``x``."""
+        """The gated activation of `x`."""
         activation = self.activation
         unit = Unit(activation, Line(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
         if torch.compiler.is_compiling() or not recomputable(activation, x):
@@ -126,7 +126,7 @@ class ChannelGate(nn.Module):
         return cast("Tensor", Recomputed.apply(unit, x, self.alpha, *activation.parameters()))
 
     def extra_repr(self) -> str:
-        """Channels and axis, for ``print(model)``."""
+        """Channels and axis, for `print(model)`."""
         unit = ", gated_unit=True" if self.gated_unit else ""
         return f"channels={self.channels}, axis={self.axis}{unit}"
 
@@ -150,7 +150,7 @@ class ChannelGate(nn.Module):
 
 
 def gates(model: nn.Module) -> dict[str, ChannelGate]:
-    """The gates of ``model`` in order of execution, by site name (by module path for a gate made by hand).
+    """The gates of `model` in order of execution, by site name (by module path for a gate made by hand).
 
     Wrappers (DistributedDataParallel, torch.compile) are looked through: the names are the wrapped model's.
 

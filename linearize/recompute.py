@@ -1,6 +1,6 @@
 """The arithmetic of a gate, and its backward pass that recomputes instead of remembering.
 
-Eager autograd would keep several tensors of the activation's size for every gate. :class:`Recomputed` keeps
+Eager autograd would keep several tensors of the activation's size for every gate. `Recomputed` keeps
 the input alone and runs the activation once more on the way back, in pieces that fit a cache: a training step
 with gates then needs about the memory and the time of one without.
 
@@ -26,7 +26,7 @@ _PIECE = 2**25
 
 
 class Line(NamedTuple):
-    """Per channel, the gate's value ``alpha``, the line it leads to, and where alpha counts as one."""
+    """Per channel, the gate's value `alpha`, the line it leads to, and where alpha counts as one."""
 
     alpha: Tensor
     slope: Tensor
@@ -53,7 +53,7 @@ class Unit(NamedTuple):
 
 
 def mix(unit: Unit, x: Tensor) -> Tensor:
-    """``h + a * (slope * x + intercept - h)`` for ``h = activation(x)``, in differentiable operations."""
+    """`h + a * (slope * x + intercept - h)` for `h = activation(x)`, in differentiable operations."""
     h = unit.activation(x)
     of_h, of_x, of_one = unit.line.coefficients(unit.axis)
     y = torch.addcmul(torch.addcmul(of_one, of_x, x), of_h, h)
@@ -61,7 +61,7 @@ def mix(unit: Unit, x: Tensor) -> Tensor:
 
 
 def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
-    """As :func:`mix`, without autograd, and written over ``h`` unless ``h`` is another name of ``x``."""
+    """As `mix`, without autograd, and written over `h` unless `h` is another name of `x`."""
     h = unit.activation(x)
     of_h, of_x, of_one = unit.line.coefficients(unit.axis)
     alias = h.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
@@ -72,7 +72,7 @@ def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
 
 
 def recomputable(activation: nn.Module, x: Tensor) -> bool:
-    """Whether ``activation(x)`` may be run again, and outside the autograd graph, unnoticed.
+    """Whether `activation(x)` may be run again, and outside the autograd graph, unnoticed.
 
     Not so for subclasses of Tensor, under torch.func, forward-mode differentiation and tracing (each has
     rules of its own), for activations that draw random numbers, and where hooks watch the activation.
@@ -90,11 +90,11 @@ def recomputable(activation: nn.Module, x: Tensor) -> bool:
 
 
 class Recomputed(torch.autograd.Function):
-    """``mix(activation(x), x, ...)`` that saves ``x`` for the backward pass, and parameters, no more."""
+    """`mix(activation(x), x, ...)` that saves `x` for the backward pass, and parameters, no more."""
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, x: Tensor, alpha: Tensor, *parameters: Tensor) -> Tensor:
-        """Run the activation and the mix; ``alpha`` and ``parameters`` stand here to be seen by autograd."""
+        """Run the activation and the mix; `alpha` and `parameters` stand here to be seen by autograd."""
         ctx.unit = unit._replace(line=unit.line._replace(alpha=alpha.detach()))
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -140,7 +140,10 @@ def _in_pieces(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...]) -> list[Tenso
     grad_parameters = [torch.zeros_like(parameter) for parameter in parameters]
     for piece in _pieces(x, channel_axis):
         part, g = x[piece], grad[piece]
-        h, through = _activation_and_gradients(activation, part, (g * of_h).to(grad.dtype), parameters)
+        if x.device.type == "cpu" and not parameters:
+            # On a CPU each operation on mixed dtypes converts its inputs anew; others do so on the fly.
+            part, g = part.to(of_h.dtype), g.to(of_h.dtype)
+        h, through = _activation_and_gradients(activation, part, g * of_h, parameters)
         if grad_x is not None:
             torch.addcmul(through[0], g, of_x, out=grad_x[piece])
         for total, term in zip(grad_parameters, through[1:], strict=True):
@@ -157,14 +160,14 @@ def _in_pieces(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...]) -> list[Tenso
 def _activation_and_gradients(
     activation: nn.Module, x: Tensor, grad: Tensor, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """``activation(x)`` and, for its gradient ``grad``, the gradients of x and of the parameters."""
+    """`activation(x)` and, for its gradient `grad`, the gradients of x and of the parameters."""
     inputs = [x.detach().requires_grad_(), *parameters]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     with torch.enable_grad():
         h = activation(inputs[0])
     if not h.requires_grad:
         return h, [torch.zeros_like(tensor) for tensor in inputs]
-    found = iter(torch.autograd.grad(h, wanted, grad, allow_unused=True))
+    found = iter(torch.autograd.grad(h, wanted, grad.to(h.dtype), allow_unused=True))
     terms = [next(found) if tensor.requires_grad else None for tensor in inputs]
     filled = [torch.zeros_like(t) if term is None else term for t, term in zip(inputs, terms, strict=True)]
     return h.detach(), filled

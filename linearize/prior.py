@@ -1,0 +1,250 @@
+"""Sparsity priors: what draws the channels of a gated model to their straight line, and holds them there.
+
+With a training loop of your own, these lines are all it takes::
+
+    prior = SparsityPrior(model, kind="target", target=0.6, steps=epochs * len(loader))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, gate_lr=1e-2, weight_decay=0.05))
+    loss = criterion(model(x), y) + prior()     # instead of the criterion alone
+    prior.step()                                # after optimizer.step()
+
+Sources: "paper" is the prior of Ali Mehmeti-Goepel and Disselhoff, "Nonlinear Advantage", ICML 2023;
+"folding" that of Dror et al., "Layer Folding", BMVC 2022. Shape letters: T channels of all gates together, in
+order of execution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from linearize.compete import SCHEDULES, Competition, channel_costs
+from linearize.errors import TrainingError, UsageError
+from linearize.gate import ChannelGate, gates
+
+if TYPE_CHECKING:
+    from linearize.calibrate import Calibration
+
+__all__ = ["SparsityPrior", "param_groups"]
+
+Kind = Literal["paper", "folding", "target"]
+Unit = Literal["channels", "cost"]
+
+
+class SparsityPrior:
+    """A penalty on nonlinear channels, and the bookkeeping after each optimizer step.
+
+    The penalty of each kind, over the channels that are not frozen:
+
+    - "paper": `weight * sum |1 - alpha| ** p`
+    - "folding": `weight * sum |1 - alpha ** 2|`
+    - "target": as "paper", but `weight` may be 0, since `step` itself leads channels to 1: exactly the
+      share `target` of them at call number `steps`. The rest have alpha 0 then. See `compete.py`.
+
+    Args:
+        model: a model with gates.
+        kind: see above.
+        weight: factor of the penalty; if None, 1e-4, or 0 for "target".
+        p: exponent of "paper" and "target".
+        target: "target" only: share in (0, 1] that is linear at the end, counted as `by` says. Of channels,
+            the number is rounded to the nearest, a half up; of cost, the first set of channels that reaches
+            it is taken.
+        steps: "target" only: calls of `step` until then.
+        schedule: "target" only: "linear", "cosine" or "cubic" (early), the pace at which channels are chosen.
+        ramp: "target" only: share of the steps over which a chosen channel is led from its alpha to 1.
+        by: "target" only: count "channels", or "cost", the multiply-adds saved by collapsing them.
+        cost_weighted: weight each channel by the cost that collapsing it saves, relative to the average
+            channel: its term of the penalty, and its score in the competition.
+        calibration: what `linearize.calibrate` returned. "target" adds the share of each channel's
+            energy that its line explains to its alpha when it chooses, so that channels that are nearly
+            linear go first.
+        tolerance: a channel whose alpha is at least `1 - tolerance` after a step has arrived: it is frozen.
+
+    Raises:
+        UsageError: an argument is out of range or does not belong to the kind; the model has no gates, or no
+            costs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.ReLU(), 4), nn.Linear(4, 2))
+        >>> prior = SparsityPrior(model, kind="target", target=0.5, steps=10)
+        >>> for _ in range(10):
+        ...     prior.step()  # after optimizer.step()
+        >>> model[1].linear
+        tensor([ True,  True, False, False])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kind: Kind = "paper",
+        weight: float | None = None,
+        p: float = 0.5,
+        target: float | None = None,
+        steps: int | None = None,
+        schedule: str = "cosine",
+        ramp: float = 0.2,
+        by: Unit = "channels",
+        cost_weighted: bool = False,
+        calibration: Calibration | None = None,
+        tolerance: float = 1e-3,
+    ) -> None:
+        _check("kind", kind, kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}")
+        weight = (0.0 if kind == "target" else 1e-4) if weight is None else weight
+        _check("weight", weight, 0 <= weight < math.inf, "a finite number of at least 0")
+        _check("p", p, 0 < p < math.inf, "a positive number")
+        _check("tolerance", tolerance, 0 < tolerance < 1, "a number between 0 and 1")
+        _check("by", by, by in get_args(Unit), f"one of {', '.join(get_args(Unit))}")
+        named = gates(model)
+        if not named:
+            raise UsageError("SparsityPrior", "found no gate in the model", "Pass linearize.convert(model).")
+        self.kind, self.weight, self.p, self.tolerance = kind, float(weight), float(p), float(tolerance)
+        self.gates = list(named.values())
+        self.steps_taken = 0
+        home = self.gates[0].alpha.device
+        home = torch.device("cpu") if home.type == "mps" else home  # which has no float64
+        sizes = [gate.channels for gate in self.gates]
+        ones = torch.ones(sum(sizes), dtype=torch.float64, device=home)
+        costs = channel_costs(self.gates).to(home) if cost_weighted or by == "cost" else ones
+        relative = costs / costs.mean() if cost_weighted else ones
+        self._weights = relative.split(sizes) if cost_weighted else None
+        self.competition: Competition | None = None
+        if kind != "target":
+            _check("target", target, target is None and steps is None, 'left out, or kind="target"')
+            return
+        _check("target", target, target is not None and 0 < target <= 1, "a share above 0 and up to 1")
+        _check("steps", steps, isinstance(steps, int) and steps >= 1, "the number of training steps")
+        _check("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        _check("ramp", ramp, 0 <= ramp < 1, "a share of the steps, from 0 to below 1")
+        worth = costs if by == "cost" else ones
+        goal = (target or 0) * float(worth.sum())
+        self.competition = Competition(
+            self.gates,
+            goal=goal if by == "cost" else math.floor(goal + 0.5),
+            steps=steps or 1,
+            schedule=schedule,
+            ramp=ramp,
+            worth=worth,
+            weight=relative,
+            ease=_ease(named, calibration).to(home) if calibration is not None else 0 * ones,
+        )
+
+    def __call__(self) -> Tensor:
+        """The penalty: a scalar to add to the loss.
+
+        The slope of `|1 - alpha| ** p` is infinite at 1 for p < 1, so the distance is kept from falling
+        below the tolerance; a channel that comes so close is frozen by `step` and leaves the sum.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=self.gates[0].alpha.device)
+        if self.weight == 0:
+            return total
+        for index, gate in enumerate(self.gates):
+            if self.kind == "folding":
+                distance = (1 - gate.alpha.square()).abs()
+            else:
+                distance = (1 - gate.alpha).abs().clamp(min=self.tolerance) ** self.p
+            if self._weights is not None:
+                distance = distance * self._weights[index].to(distance)
+            total = total + distance.masked_fill(gate.frozen, 0).sum().to(total)
+        return self.weight * total
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After the optimizer's step: bring alpha back into [0, 1] and freeze the channels that have arrived.
+
+        With "target" also: choose channels by the schedule and lead them on.
+        """
+        self.steps_taken += 1
+        if self.competition is not None:
+            self.competition.advance(self.steps_taken)
+            return
+        for gate in self.gates:
+            gate.alpha.clamp_(0, 1)
+            gate.linearize_(gate.frozen | (gate.alpha >= 1 - self.tolerance))
+
+    @property
+    def share(self) -> float:
+        """Share of channels that are linear now. On a GPU this waits for the device."""
+        linear = torch.stack([gate.linear.sum().cpu() for gate in self.gates]).sum()
+        return float(linear) / sum(gate.channels for gate in self.gates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model: plain numbers and tensors."""
+        state: dict[str, Any] = {"kind": self.kind, "steps_taken": self.steps_taken, "weight": self.weight}
+        if self.competition is not None:
+            state["competition"] = self.competition.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; the model's own state is loaded separately.
+
+        Raises:
+            TrainingError: the state is of another kind of prior or of other gates.
+        """
+        if state["kind"] != self.kind:
+            found = f"found the state of a prior of kind {state['kind']!r}, not {self.kind!r}"
+            raise TrainingError("SparsityPrior", found, "Resume with the options of that run.")
+        if self.competition is not None:
+            self.competition.load_state_dict(state["competition"])
+        self.steps_taken, self.weight = int(state["steps_taken"]), float(state["weight"])
+
+
+def param_groups(
+    model: nn.Module, lr: float = 1e-3, gate_lr: float = 1e-2, weight_decay: float = 0.05
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: matrices and kernels decay; biases, norms and gates do not.
+
+    Args:
+        model: with or without gates; parameters that need no gradient are left out, shared ones come once.
+        lr: learning rate of all but the gates.
+        gate_lr: learning rate of the gates' alpha, which moves in [0, 1] whatever the size of the weights.
+        weight_decay: for parameters of two and more dimensions.
+
+    Returns:
+        Up to three groups, named "decay", "plain" and "gates"; none of them is empty.
+
+    Raises:
+        UsageError: a rate is negative or not finite, or nothing in the model can be trained.
+
+    Example:
+        >>> [group["name"] for group in param_groups(nn.Linear(2, 2), lr=1e-3)]
+        ['decay', 'plain']
+    """
+    for name, value in {"lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay}.items():
+        _check(name, value, 0 <= value < math.inf, "a finite number of at least 0", where="param_groups")
+    alphas = {id(module.alpha) for module in model.modules() if isinstance(module, ChannelGate)}
+    kinds: dict[str, dict[str, Any]] = {
+        "decay": {"lr": lr, "weight_decay": weight_decay},
+        "plain": {"lr": lr, "weight_decay": 0.0},
+        "gates": {"lr": gate_lr, "weight_decay": 0.0},
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in kinds}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "gates" if id(parameter) in alphas else "decay" if parameter.dim() >= 2 else "plain"
+            members[kind].append(parameter)
+    if not any(members.values()):
+        raise UsageError("param_groups", "found no parameter to train", "Set requires_grad on some of them.")
+    return [{"name": name, "params": members[name], **kinds[name]} for name in kinds if members[name]]
+
+
+def _ease(named: Mapping[str, ChannelGate], calibration: Calibration) -> Tensor:
+    """What the line explains of each channel, in [0, 1], float64 (T,)."""
+    rows = []
+    for name, gate in named.items():
+        site = calibration.sites.get(name)
+        if site is None or len(site.unexplained) != gate.channels:
+            found = (
+                "found no calibration of this gate" if site is None else "found another number of channels"
+            )
+            raise UsageError(name, found, "Pass what calibrate returned for this very model.")
+        rows.append(1 - site.unexplained.double().cpu().clamp(0, 1))
+    return torch.cat(rows)
+
+
+def _check(name: str, value: object, valid: bool, expected: str, where: str = "SparsityPrior") -> None:
+    if not valid:
+        raise UsageError(where, f"found {name}={value!r}", f"{name} must be {expected}.")
