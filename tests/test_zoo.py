@@ -165,7 +165,8 @@ def test_compare_finds_functions_attributes_and_tables() -> None:
 def test_create_resolves_each_form(tmp_path: Path) -> None:
     assert zoo.create("timm:test_vit", num_classes=3).num_classes == 3
     assert isinstance(zoo.create("torch.nn:ReLU"), nn.ReLU)
-    TRANSFORMERS["bert"]().save_pretrained(tmp_path / "bert")
+    bert: Any = TRANSFORMERS["bert"]()
+    bert.save_pretrained(tmp_path / "bert")
     model: Any = zoo.create(f"hf:{tmp_path / 'bert'}")
     assert type(model).__name__ == "BertModel"
     assert not model.training

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import UsageError
-from linearize.zoo.plain import IDENTIFIER
+from linearize.zoo.plain import IDENTIFIER, is_plain
 
 # Keys of a configuration through which a file could make the library fetch or run something.
 _DROPPED = {"auto_map", "custom_code", "quantization_config", "use_kernels", "kernel_config"}
@@ -165,6 +165,14 @@ def build(recipe: dict[str, Any]) -> nn.Module:
         )
     try:
         config = config_cls.from_dict(clean(settings))
+        for key in settings.keys() - config.to_dict().keys() - _DROPPED:
+            # Settings that the constructor drops as not its own, such as use_cache of an encoder.
+            if (
+                IDENTIFIER.fullmatch(key)
+                and not hasattr(config, key)
+                and is_plain(settings[key], simple=True)
+            ):
+                setattr(config, key, settings[key])
         _set_implementations(config, wanted)
         model: nn.Module = cls(config)
         if isinstance(recipe.get("generation"), dict) and hasattr(model, "generation_config"):

@@ -1,0 +1,248 @@
+"""Saving and loading: one .safetensors file with tensors, the base model's recipe, and the changes to it.
+
+No pickle and no code: a file names library models and a short list of layers, and holds plain data. The
+format is specified in docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize import tensorfile, zoo
+from linearize.errors import CheckpointError, LinearizeError
+from linearize.gate import ChannelGate
+from linearize.manifest import Manifest, may_hold
+from linearize.record import Step, record_of, set_record
+from linearize.restore import check_fit, copy_without_weights, fill, put_rest
+from linearize.specs import replay, spec_of
+from linearize.zoo.structure import (
+    Difference,
+    Limit,
+    compare,
+    parameters_on_meta,
+    plain_tensors,
+    stored_tensors,
+)
+
+__all__ = ["load", "save"]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to one .safetensors file, from which `load` makes it again in any process.
+
+    The file holds the tensors, the recipe of the base model if it comes from timm or transformers, and the
+    steps that led from it to this model. It is written beside ``path`` and renamed when complete: a failure
+    leaves what was there before. Forward hooks and the training flag are not saved.
+
+    Args:
+        model: any model: base, with gates, or collapsed. Data-parallel and compile wrappers are left out.
+        path: the file to write; its folder must exist.
+
+    Raises:
+        CheckpointError: a tensor is NaN, infinite, empty (a shard), without memory, or of a kind that the
+        format
+            does not know; the path is a folder, or cannot be written.
+
+    Warns:
+        UserWarning: a timm or transformers model was changed so that it cannot be rebuilt from its name;
+        `load`
+            will need ``model=``.
+
+    Example:
+        >>> import tempfile
+        >>> model = zoo.create("timm:test_vit")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/small.safetensors")
+        ...     again = load(f"{folder}/small.safetensors")
+        >>> torch.equal(again.head.weight, model.head.weight)
+        True
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise CheckpointError(
+            str(path), "it is a folder", "Pass the path of a file, such as model.safetensors."
+        )
+    model = zoo.unwrap(model)
+    record = record_of(model)
+    content = Manifest(steps=_steps(model))
+    if record is not None:
+        content.sites, content.inputs = [site.to_dict() for site in record.sites], record.inputs
+    tensors = _share(model, content)
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    difference = _find_recipe(model, content)
+    for name, tensor in tensors.items():
+        # A layer that the library itself builds with no elements is no shard.
+        if tensor.numel() == 0 and content.recipe is None:
+            found = f"it has no elements, shape {tuple(tensor.shape)}, as shards have outside their process"
+            raise CheckpointError(name, found, "Gather the full model on one process, then save.")
+    content.attributes = [item for item in difference.attributes if may_hold(item[2])]
+    for path_of_module, where, tensor in difference.tensors:
+        if tensor.dtype in tensorfile.DTYPE_NAMES and _is_plain_tensor(tensor) and not tensor.is_meta:
+            key = f"extra:{path_of_module}:{'/'.join(map(str, where))}"
+            tensors[key] = tensor
+            content.extras.append((key, path_of_module, where))
+    tensorfile.write(target, tensors, content.to_texts())
+
+
+def load(
+    path: str | os.PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Make the model of a file that `save` wrote, in eval mode.
+
+    Args:
+        path: the file.
+        model: a base model as it was before `linearize.convert`, for files of models from neither timm nor
+            transformers. Its structure is copied; the model itself is left as it was.
+        device: where the tensors go. On the CPU they are mapped from the file, and read when first used.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another program or of a newer format; its plan or
+        its
+            tensors do not fit the model; or the base model must be given.
+    """
+    source = Path(path)
+    header = tensorfile.read_header(source)
+    content = Manifest.from_texts(source, header.metadata)
+    try:
+        loaded = _skeleton(source, content, model, header)
+    except CheckpointError as error:
+        if error.where == str(path):
+            raise
+        raise CheckpointError(
+            str(path), f"its plan does not fit the model ({error})", _remedy(model)
+        ) from error
+    except LinearizeError as error:
+        raise CheckpointError(
+            str(path), f"its base model cannot be built ({error})", _remedy(model)
+        ) from error
+    check_fit(str(path), loaded, content, header.shapes)
+    tensors = tensorfile.read_tensors(source, device)
+    fill(loaded, content, tensors)
+    put_rest(str(path), loaded, content, tensors)
+    if content.steps or content.sites:
+        set_record(loaded, content.record())
+    return loaded.to(device).eval()
+
+
+def _steps(model: nn.Module) -> list[Step]:
+    """All changes since the base model: those on record, then the gates."""
+    record = record_of(model)
+    gated = [
+        {"path": path, "module": spec_of(module)}
+        for path, module in model.named_modules()
+        if isinstance(module, ChannelGate)
+    ]
+    return [*(record.steps if record else []), *gated]
+
+
+def _find_recipe(model: nn.Module, content: Manifest) -> Difference:
+    """Find the recipe that, with the steps, gives this model; return what else a file must hold."""
+    problem = None
+    for candidate in zoo.candidates(model):
+        try:
+            with parameters_on_meta():
+                fresh = replay(zoo.skeleton(candidate), content.steps)
+        except LinearizeError as error:
+            problem = problem or str(error)
+            continue
+        difference = compare(fresh, model)
+        if difference.problem is None:
+            content.recipe = candidate
+            return difference
+        problem = problem or difference.problem
+    if problem is not None:
+        content.no_recipe = f"a rebuilt one differs: {problem}"
+        text = f"{type(model).__name__} cannot be rebuilt from its name ({problem}); load() will need model=."
+        warnings.warn(text, stacklevel=3)
+    modules = model.named_modules()
+    rest = [(name, where, item) for name, part in modules for where, item in plain_tensors(part).items()]
+    return Difference(tensors=rest)
+
+
+def _share(model: nn.Module, content: Manifest) -> dict[str, Tensor]:
+    """The tensors to store, each once; ``content`` learns their further names, and which are frozen."""
+    first: dict[Any, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored_tensors(model).items():
+        key: Any = id(tensor)
+        if _is_plain_tensor(tensor) and not tensor.is_meta and tensor.data_ptr():
+            key = (str(tensor.device), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key in first:
+            content.aliases[name] = first[key]
+            continue
+        first[key] = name
+        tensors[name] = tensor
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            content.frozen.append(name)
+    return tensors
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise CheckpointError(
+            name, "it is on the meta device and has no values", "Load weights before saving."
+        )
+    if hasattr(tensor, "full_tensor"):
+        raise CheckpointError(
+            name, "it is sharded over processes", "Gather the full model on one, then save."
+        )
+    if not _is_plain_tensor(tensor) or tensor.dtype not in tensorfile.DTYPE_NAMES:
+        found = f"it is a {type(tensor).__name__} of {tensor.dtype}, which the format cannot hold"
+        raise CheckpointError(name, found, "Turn it into a plain tensor (dequantize it) before saving.")
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not _is_finite(tensor):
+        remedy = "Save the model from before training went wrong, or repair this tensor."
+        raise CheckpointError(name, "it holds NaN or infinite values", remedy)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if isinstance(tensor, nn.Parameter):
+        return bool(tensor.isfinite().all())
+    # A buffer may be a mask with -inf.
+    return not bool((tensor.isnan() | tensor.isposinf()).any())
+
+
+def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: tensorfile.Header) -> nn.Module:
+    """The model of the file without its weights."""
+    if model is None:
+        # Merging makes a model smaller, but not by such factors: a recipe for more is no recipe of this file.
+        limit = Limit(1000 * header.elements + 10**8, 1000 * len(header.shapes) + 10**5)
+        base = zoo.skeleton(_known_recipe(path, content), limit)
+        with parameters_on_meta(limit):
+            return replay(base, content.steps)
+    model = zoo.unwrap(model)
+    steps = _steps(model)
+    if steps and steps != content.steps:
+        found = "the model given has been rewritten already, in another way than the file's"
+        raise CheckpointError(str(path), found, "Pass the base model, as it was before linearize.convert.")
+    try:
+        base = copy_without_weights(model)
+    except Exception as error:  # user modules may hold anything, also what cannot be copied
+        found = f"the model given cannot be copied: {error}"
+        raise CheckpointError(str(path), found, "Pass a model that copy.deepcopy can copy.") from error
+    with parameters_on_meta():
+        return base if steps else replay(base, content.steps)
+
+
+def _known_recipe(path: Path, content: Manifest) -> dict[str, Any]:
+    if content.recipe is None:
+        found = f"it does not say how to build its base model: {content.no_recipe}"
+        remedy = "Build the base model as before saving and call load(path, model=base)."
+        raise CheckpointError(str(path), found, remedy)
+    return content.recipe
+
+
+def _remedy(model: nn.Module | None) -> str:
+    if model is None:
+        return "Install the library versions that wrote it, or pass the base model: load(path, model=base)."
+    return "Pass the base model that the file was made from, as it was before linearize.convert."

@@ -1,0 +1,184 @@
+"""What a saved file says about itself besides its tensors: plain data, versioned, checked field by field."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize._version import __version__
+from linearize.errors import CheckpointError
+from linearize.record import Record, Step
+from linearize.sites import Site
+from linearize.zoo.plain import is_plain, pack, unpack
+
+FORMAT, VERSION = "linearize", 1
+"""Name of the format, and the newest version that this code reads and the one that it writes."""
+
+_TENSOR = "__tensor__"
+
+
+@dataclass
+class Manifest:
+    """The metadata of a file.
+
+    Attributes:
+        recipe: how to build the base model; None if only the user can.
+        no_recipe: why there is none, for the error of the one who loads.
+        steps: changes of the module tree from base model to saved model, gates included and last.
+        aliases: further names of tensors that the model shares: name -> name under which it is stored.
+        frozen: parameters that take no gradient.
+        extras: tensors outside the state dict: (key in the file, module path, path in the module).
+        attributes: plain attributes that differ from the rebuilt model's: (module path, name, value).
+        sites: the sites of the model's record.
+        inputs: its example inputs, with tensors on the meta device.
+    """
+
+    recipe: dict[str, Any] | None = None
+    no_recipe: str = "it comes from neither timm nor transformers"
+    steps: list[Step] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+    extras: list[tuple[str, str, tuple[Any, ...]]] = field(default_factory=list)
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    inputs: Any = None
+
+    def to_texts(self) -> dict[str, str]:
+        """The metadata as a .safetensors file holds it: texts by name, JSON where there is structure."""
+        versions = {"linearize": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        content = {
+            "recipe": self.recipe,
+            "no_recipe": self.no_recipe,
+            "steps": self.steps,
+            "aliases": self.aliases,
+            "frozen": self.frozen,
+            "extras": [[key, path, list(where)] for key, path, where in self.extras],
+            "attributes": [[path, name, pack(value)] for path, name, value in self.attributes],
+            "sites": self.sites,
+            "inputs": _inputs_to_json(self.inputs),
+            "versions": versions,
+        }
+        texts = {name: json.dumps(value, separators=(",", ":")) for name, value in content.items()}
+        return {"format": FORMAT, "version": str(VERSION), **texts}
+
+    @classmethod
+    def from_texts(cls, path: Path, texts: dict[str, str]) -> Manifest:
+        """Read the metadata of the file at ``path``.
+
+        Raises:
+            CheckpointError: it is not ours, of a newer version, or not of the form that `to_texts` writes.
+        """
+        _check_version(path, texts)
+        try:
+            data = {
+                name: json.loads(text) for name, text in texts.items() if name not in ("format", "version")
+            }
+            found = cls(
+                recipe=_of_type(data["recipe"], dict, type(None)),
+                no_recipe=_of_type(data["no_recipe"], str),
+                steps=[_of_type(step, dict) for step in _of_type(data["steps"], list)],
+                aliases=_texts(data["aliases"]),
+                frozen=[_of_type(name, str) for name in _of_type(data["frozen"], list)],
+                extras=[(*_pair(key, path), _where(where)) for key, path, where in data["extras"]],
+                attributes=[(*_pair(path, name), unpack(value)) for path, name, value in data["attributes"]],
+                sites=[Site.from_dict(site).to_dict() for site in data["sites"]],
+                inputs=_inputs_from_json(data["inputs"]),
+            )
+            if not all(may_hold(value) for _, _, value in found.attributes):
+                raise ValueError("an attribute is not plain")
+            if not all(step["path"] and step["module"]["type"] for step in found.steps):
+                raise ValueError("a step is not complete")
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+            what = f"its metadata is damaged ({type(error).__name__}: {str(error)[:80]})"
+            raise CheckpointError(str(path), what, "Copy or save the file again.") from error
+        return found
+
+    def record(self) -> Record:
+        """The record that the loaded model carries."""
+        steps = [step for step in self.steps if step["module"].get("type") != "ChannelGate"]
+        return Record(tuple(Site.from_dict(site) for site in self.sites), steps, self.inputs)
+
+
+def may_hold(value: Any) -> bool:
+    """Whether a file may set an attribute to this: plain data whose strings are simple names.
+
+    Example:
+        >>> may_hold((1, "avg")), may_hold("https://elsewhere")
+        (True, False)
+    """
+    return is_plain(value, simple=True)
+
+
+def _check_version(path: Path, texts: dict[str, str]) -> None:
+    if texts.get("format") != FORMAT:
+        found = "it is a safetensors file that linearize did not write"
+        remedy = "Load it into a model with safetensors.torch, then convert that model."
+        raise CheckpointError(str(path), found, remedy)
+    version = texts.get("version", "")
+    if not version.isdecimal() or not 1 <= len(version) <= 6 or int(version) < 1:
+        raise CheckpointError(
+            str(path), f"its format version is {version!r:.20}", "Copy or save the file again."
+        )
+    if int(version) > VERSION:
+        found = f"it has format version {int(version)}, this linearize ({__version__}) reads up to {VERSION}"
+        raise CheckpointError(str(path), found, "Upgrade: pip install --upgrade linearize.")
+
+
+def _of_type(value: Any, *kinds: type) -> Any:
+    if not isinstance(value, kinds):
+        raise TypeError(f"found {type(value).__name__}, not {kinds[0].__name__}")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {name: _of_type(text, str) for name, text in _of_type(value, dict).items()}
+
+
+def _pair(first: Any, second: Any) -> tuple[str, str]:
+    return _of_type(first, str), _of_type(second, str)
+
+
+def _where(value: Any) -> tuple[Any, ...]:
+    name, *inner = _of_type(value, list)
+    return (_of_type(name, str), *(_of_type(key, str, int) for key in inner))
+
+
+def _inputs_to_json(value: Any) -> Any:
+    """Example inputs as JSON, tensors as shape and dtype; None if something else is in them."""
+    try:
+        return pack(_without_tensors(value))
+    except TypeError:
+        return None
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {_TENSOR: [list(value.shape), str(value.dtype).removeprefix("torch.")]}
+    if type(value) in (list, tuple):
+        return type(value)(_without_tensors(item) for item in value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _without_tensors(item) for key, item in value.items()}
+    if not is_plain(value):
+        raise TypeError(type(value).__name__)
+    return value
+
+
+def _inputs_from_json(value: Any) -> Any:
+    return _with_tensors(unpack(value))
+
+
+def _with_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            shape, name = value[_TENSOR]
+            dtype = _of_type(getattr(torch, _of_type(name, str), None), torch.dtype)
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return {key: _with_tensors(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_tensors(item) for item in value)
+    return value

@@ -1,0 +1,124 @@
+"""Putting the tensors of a file into a model that has none yet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from linearize.errors import CheckpointError
+from linearize.manifest import Manifest
+from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
+
+_REMEDY = (
+    "Load it onto the base model that it was made from, with the library versions that it was made with."
+)
+
+
+def copy_without_weights(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and persistent buffers are on the meta device.
+
+    Example:
+        >>> copy_without_weights(nn.Linear(2, 3)).weight.is_meta
+        True
+    """
+    memo: dict[int, Any] = {}
+    for tensor in stored_tensors(model).values():
+        empty = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def check_fit(path: str, model: nn.Module, content: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check names and shapes of a file's tensors against the model that they are for.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape, or not shared as in the model.
+    """
+    extras = {key for key, _, _ in content.extras}
+    found = {name: shape for name, shape in shapes.items() if name not in extras}
+    for name, stored in content.aliases.items():
+        if stored not in found or name in shapes:
+            raise CheckpointError(path, f"tensor {name!r} shares {stored!r}, which is not stored", _REMEDY)
+    found.update({name: shapes[stored] for name, stored in content.aliases.items()})
+    if lost := extras - set(shapes):
+        raise CheckpointError(path, f"tensor {min(lost)!r} is missing", "Copy or save the file again.")
+    expected = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    problems = [
+        *(f"tensor {name!r} is missing" for name in expected if name not in found),
+        *(f"tensor {name!r} is not expected" for name in found if name not in expected),
+        *(
+            f"tensor {name!r} is of shape {found[name]}, the model has {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ),
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(path, f"it does not fit the model: {problems[0]}{more}", _REMEDY)
+    _check_sharing(path, model, content)
+
+
+def _check_sharing(path: str, model: nn.Module, content: Manifest) -> None:
+    """A slot that the model reaches under two names must be one tensor in the file, too."""
+    slots: dict[tuple[int, str], str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in (*module._parameters, *module._buffers):
+            full = f"{prefix}.{name}" if prefix else name
+            other = slots.setdefault((id(module), name), full)
+            if content.aliases.get(full, full) != content.aliases.get(other, other):
+                raise CheckpointError(path, f"{full!r} and {other!r} are one tensor in the model", _REMEDY)
+
+
+def fill(model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Assign, without copying, the tensors of a file to a model that `check_fit` has passed."""
+    frozen, made, replaced = set(content.frozen), dict[str, Tensor](), dict[int, Tensor]()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, old in list(module._parameters.items()):
+            if old is not None:
+                stored = content.aliases.get(dot + name, dot + name)
+                if stored not in made:
+                    made[stored] = _parameter(tensors[stored], old, stored not in frozen)
+                replaced[id(old)] = made[stored]
+                # Not by the registry: a recurrent layer keeps a second list of its weights.
+                setattr(module, name, made[stored])
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = tensors[content.aliases.get(dot + name, dot + name)]
+    for module in model.modules():
+        # Parameters that a module also holds in an attribute of its own, unregistered.
+        for where, tensor in plain_tensors(module).items():
+            if id(tensor) in replaced:
+                put_tensor(module, where, replaced[id(tensor)])
+
+
+def _parameter(tensor: Tensor, old: nn.Parameter, trainable: bool) -> nn.Parameter:
+    new = nn.Parameter(
+        tensor, requires_grad=trainable and (tensor.is_floating_point() or tensor.is_complex())
+    )
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors outside the state dict, and plain attributes; then nothing may be left without memory.
+
+    Raises:
+        CheckpointError: a tensor of the model got no value.
+    """
+    modules = dict(model.named_modules())
+    for key, name, where in content.extras:
+        if name in modules:
+            put_tensor(modules[name], where, tensors[key])
+    for name, attribute, value in content.attributes:
+        if name in modules and attribute in plain_attributes(modules[name]):
+            modules[name].__dict__[attribute] = value
+    for name, module in modules.items():
+        for where, tensor in plain_tensors(module).items():
+            if tensor.is_meta:
+                found = f"tensor {'.'.join(map(str, (name, *where)))!r} has no value in the file"
+                raise CheckpointError(path, found, _REMEDY)
