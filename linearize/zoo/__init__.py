@@ -66,9 +66,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...]
         return timm_models.example_inputs(model, batch=batch, like=like)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     found = "it is neither a timm nor a transformers model, so its inputs are not known"
-    raise CaptureError(
-        name, found, "Pass example_inputs= as a tensor, a tuple, or a dict of keyword arguments."
-    )
+    raise CaptureError(name, found, "Pass example_inputs= as a tensor, a tuple, or a dict of keyword arguments.")
 
 
 def candidates(model: nn.Module) -> list[Recipe]:
@@ -115,16 +113,18 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     Raises:
         UsageError: the recipe is not one of ours, its library cannot build it, or it goes over the limit.
     """
-    try:
-        with parameters_on_meta(limit):
-            model = _build(recipe)
-    except UsageError as error:
-        if error.__cause__ is None:
-            raise
+    # Nobody who loads or looks at a model expects the next random numbers to change.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with parameters_on_meta(limit):
+                return _build(recipe)
+        except UsageError as error:
+            if error.__cause__ is None:
+                raise
         # A constructor that computes with its own parameters: build it in full, then forget the values.
         with parameters_on_meta(limit, move=False):
             model = _build(recipe)
-        forget_parameters(model)
+    forget_parameters(model)
     return model
 
 

@@ -67,11 +67,7 @@ def _call(spec: str, module_name: str, name: str, kwargs: dict[str, Any]) -> nn.
     try:
         model = target(**kwargs)
     except Exception as error:  # the callable is the user's: anything can happen in it
-        raise UsageError(
-            spec, f"calling it failed: {type(error).__name__}: {error}", "Check the callable."
-        ) from error
+        raise UsageError(spec, f"calling it failed: {type(error).__name__}: {error}", "Check the callable.") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(
-            spec, f"it returned {type(model).__name__}", "The callable must return a torch.nn.Module."
-        )
+        raise UsageError(spec, f"it returned {type(model).__name__}", "The callable must return a torch.nn.Module.")
     return model.eval()

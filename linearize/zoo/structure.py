@@ -6,17 +6,24 @@ import math
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from linearize.errors import UsageError
 from linearize.zoo.plain import is_plain, same
+
+# In-place functions that change values only, never shape, dtype or flags.
+_FILLING = {
+    "add_", "clamp_", "copy_", "div_", "erfinv_", "exponential_", "fill_", "kaiming_uniform_", "mul_", "normal_",
+    "ones_", "sub_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zero_", "zeros_",
+}  # fmt: skip
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
@@ -25,6 +32,20 @@ TensorPath = tuple[Any, ...]
 
 # What every module carries: hooks and registries, the training flag; and what linearize attaches.
 _OWN = frozenset(nn.Module().__dict__) | {"_linearize", "_linearize_recipe"}
+
+
+class _NoFilling(TorchFunctionMode):
+    """Leaves out what only sets values of tensors that have none: a meta kernel for each adds up."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in _FILLING:
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -68,21 +89,18 @@ def parameters_on_meta(limit: Limit = NO_LIMIT, *, move: bool = True) -> Iterato
         registered[0] += parameter.numel()
         registered[1] += 1
         if registered[0] > limit.elements or registered[1] > limit.parameters:
-            raise UsageError(
-                "recipe", "it asks for far more weights than there are", "Check where it came from."
-            )
+            raise UsageError("recipe", "it asks for far more weights than there are", "Check where it came from.")
         if parameter.is_meta or not move:
             return None
         if parameter not in moved:
-            moved[parameter] = nn.Parameter(
-                parameter.detach().to("meta"), requires_grad=parameter.requires_grad
-            )
+            moved[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         found: nn.Parameter = moved[parameter]
         return found
 
     handle = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]
     try:
-        yield
+        with _NoFilling() if move else nullcontext():
+            yield
     finally:
         handle.remove()
 
@@ -250,11 +268,7 @@ def _function_problem(fresh: nn.Module, model: nn.Module) -> str | None:
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
             other = rebuilt[path].__dict__.get(name) if path in rebuilt else None
-            if (
-                isinstance(value, _FUNCTIONS)
-                and isinstance(other, _FUNCTIONS)
-                and _named(value) != _named(other)
-            ):
+            if isinstance(value, _FUNCTIONS) and isinstance(other, _FUNCTIONS) and _named(value) != _named(other):
                 return f"{path}.{name} is {_named(value)}, rebuilt {_named(other)}"
     return None
 

@@ -21,9 +21,7 @@ _NEVER = {
 
 def is_timm(model: nn.Module) -> bool:
     """Whether the model's class, or a class that it derives from, comes from timm."""
-    return "timm" in sys.modules and any(
-        cls.__module__.split(".")[0] == "timm" for cls in type(model).__mro__
-    )
+    return "timm" in sys.modules and any(cls.__module__.split(".")[0] == "timm" for cls in type(model).__mro__)
 
 
 def example_inputs(model: nn.Module, *, batch: int, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -98,13 +96,9 @@ def build(recipe: dict[str, Any]) -> nn.Module:
     """
     name, kwargs = recipe.get("name"), recipe.get("kwargs", {})
     if not isinstance(name, str) or not SIMPLE.fullmatch(name) or not isinstance(kwargs, dict):
-        raise UsageError(
-            "recipe", f"found the model name {name!r:.80}", "The recipe was not written by linearize."
-        )
+        raise UsageError("recipe", f"found the model name {name!r:.80}", "The recipe was not written by linearize.")
     if not is_plain(unpack(kwargs), simple=True):
-        raise UsageError(
-            name, "found arguments that are not plain data", "The recipe was not written by linearize."
-        )
+        raise UsageError(name, "found arguments that are not plain data", "The recipe was not written by linearize.")
     for key in kwargs:
         if key in _NEVER or not IDENTIFIER.fullmatch(key):
             raise UsageError(name, f"found the argument {key!r}", "A recipe may not set it.")

@@ -130,9 +130,7 @@ def example_inputs(model: Any, *, batch: int, like: Tensor) -> tuple[tuple[Any, 
         make: Callable[[], Any] | None = getattr(maker, name, None)
         if make is None:
             found = f"its forward requires {name!r}, which cannot be derived from the configuration"
-            raise CaptureError(
-                type(model).__name__, found, "Pass example_inputs= as a dict of keyword arguments."
-            )
+            raise CaptureError(type(model).__name__, found, "Pass example_inputs= as a dict of keyword arguments.")
         kwargs[name] = make()
     if "use_cache" in parameters:
         kwargs["use_cache"] = False

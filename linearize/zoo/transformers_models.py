@@ -28,9 +28,7 @@ def is_transformers(model: nn.Module) -> bool:
     """Whether the model's class derives from transformers' ``PreTrainedModel``."""
     if "transformers" not in sys.modules:
         return False
-    return any(
-        cls.__name__ == "PreTrainedModel" and _root(cls) == "transformers" for cls in type(model).__mro__
-    )
+    return any(cls.__name__ == "PreTrainedModel" and _root(cls) == "transformers" for cls in type(model).__mro__)
 
 
 def _root(cls: type) -> str:
@@ -70,10 +68,7 @@ def _public_name(cls: type) -> str | None:
         return None
     if getattr(transformers, cls.__name__, None) is cls:
         return str(cls.__name__)
-    if (
-        _MODELING.fullmatch(cls.__module__)
-        and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls
-    ):
+    if _MODELING.fullmatch(cls.__module__) and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls:
         return f"{cls.__module__}:{cls.__name__}"
     return None
 
@@ -126,9 +121,7 @@ def clean(value: Any, depth: int = 0) -> Any:
         UsageError: a string points at a model hub, a folder or an address for the library to open.
     """
     if depth > 20:
-        raise UsageError(
-            "recipe", "the configuration is nested too deeply", "It was not written by linearize."
-        )
+        raise UsageError("recipe", "the configuration is nested too deeply", "It was not written by linearize.")
     if isinstance(value, list):
         return [clean(item, depth + 1) for item in value]
     if isinstance(value, dict):
@@ -160,18 +153,12 @@ def build(recipe: dict[str, Any]) -> nn.Module:
     config_cls = _find(recipe.get("config_class"), "PreTrainedConfig")
     settings, wanted = recipe.get("config"), recipe.get("implementations", {})
     if not isinstance(settings, dict) or not isinstance(wanted, dict):
-        raise UsageError(
-            cls.__name__, "the recipe has no configuration", "The recipe was not written by linearize."
-        )
+        raise UsageError(cls.__name__, "the recipe has no configuration", "The recipe was not written by linearize.")
     try:
         config = config_cls.from_dict(clean(settings))
         for key in settings.keys() - config.to_dict().keys() - _DROPPED:
             # Settings that the constructor drops as not its own, such as use_cache of an encoder.
-            if (
-                IDENTIFIER.fullmatch(key)
-                and not hasattr(config, key)
-                and is_plain(settings[key], simple=True)
-            ):
+            if IDENTIFIER.fullmatch(key) and not hasattr(config, key) and is_plain(settings[key], simple=True):
                 setattr(config, key, settings[key])
         _set_implementations(config, wanted)
         model: nn.Module = cls(config)
@@ -181,9 +168,7 @@ def build(recipe: dict[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # whatever the constructor of one of hundreds of models raises
         remedy = "Use the transformers version that wrote the recipe."
-        raise UsageError(
-            cls.__name__, f"it cannot be built from its configuration: {error}", remedy
-        ) from error
+        raise UsageError(cls.__name__, f"it cannot be built from its configuration: {error}", remedy) from error
     return model
 
 
@@ -206,9 +191,7 @@ def create(name: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Mo
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UsageError(
-            f"hf:{name}", "the folder holds no config.json", "Pass the folder that save_pretrained wrote."
-        )
+        raise UsageError(f"hf:{name}", "the folder holds no config.json", "Pass the folder that save_pretrained wrote.")
     if pretrained is None:
         weights = ("*.safetensors", "*.bin", "*.safetensors.index.json")
         pretrained = not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in weights)
