@@ -162,9 +162,7 @@ def stream(
         for handle in handles:
             handle.remove()
     if not count:
-        raise DataError(
-            "batches", "found none", "Pass at least one batch (a generator is empty after its first use)."
-        )
+        raise DataError("batches", "found none", "Pass at least one batch (a generator is empty after its first use).")
     return count
 
 

@@ -22,9 +22,7 @@ __all__ = ["SCHEDULES", "Competition", "channel_costs"]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda u: u,
     "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2,  # slow, fast, slow
-    "cubic": lambda u: (
-        1 - (1 - u) ** 3
-    ),  # early, when there is most time left to recover (Zhu and Gupta, 2017)
+    "cubic": lambda u: 1 - (1 - u) ** 3,  # early, when there is most time left to recover (Zhu and Gupta, 2017)
 }
 
 
@@ -43,9 +41,7 @@ def channel_costs(gates: Sequence[ChannelGate]) -> Tensor:
         rows.append(torch.full((gate.channels,), saved, dtype=torch.float64))
     costs = torch.cat(rows)
     if not costs.sum() > 0:
-        raise UsageError(
-            "SparsityPrior", "found no channel that saves cost if collapsed", "Count channels instead."
-        )
+        raise UsageError("SparsityPrior", "found no channel that saves cost if collapsed", "Count channels instead.")
     return costs
 
 

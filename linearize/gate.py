@@ -77,9 +77,7 @@ class ChannelGate(nn.Module):
     ) -> None:
         super().__init__()
         if channels < 1:
-            raise UsageError(
-                "ChannelGate", f"found channels={channels}", "Pass the size of the channel axis."
-            )
+            raise UsageError("ChannelGate", f"found channels={channels}", "Pass the size of the channel axis.")
         if axis >= 0:
             raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
         self.activation = _out_of_place(activation)

@@ -237,9 +237,7 @@ def _ease(named: Mapping[str, ChannelGate], calibration: Calibration) -> Tensor:
     for name, gate in named.items():
         site = calibration.sites.get(name)
         if site is None or len(site.unexplained) != gate.channels:
-            found = (
-                "found no calibration of this gate" if site is None else "found another number of channels"
-            )
+            found = "found no calibration of this gate" if site is None else "found another number of channels"
             raise UsageError(name, found, "Pass what calibrate returned for this very model.")
         rows.append(1 - site.unexplained.double().cpu().clamp(0, 1))
     return torch.cat(rows)

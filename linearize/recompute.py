@@ -116,9 +116,7 @@ class Recomputed(torch.autograd.Function):
         return None, *found
 
 
-def _differentiable(
-    ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], wanted: list[Tensor]
-) -> list[Tensor | None]:
+def _differentiable(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> list[Tensor | None]:
     x, alpha = inputs[:2]
     unit: Unit = ctx.unit
     y = mix(unit._replace(line=unit.line._replace(alpha=alpha)), x)

@@ -1,0 +1,270 @@
+"""Fine-tuning of gated (or any) models: task loss, prior and distillation, with checkpoints that resume bitwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from linearize import trainstate
+from linearize.errors import DataError, TrainingError, UsageError
+from linearize.losses import evaluate_batches
+from linearize.prior import SparsityPrior, param_groups
+from linearize.progress import progress_bar
+from linearize.running import evaluating
+from linearize.training import Loss, Objective, Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["FinetuneResult", "finetune"]
+
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]] | Iterable[Any]
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What `finetune` did.
+
+    Attributes:
+        model: the model that was passed in, trained.
+        history: a record per epoch: "epoch", "loss" and its parts "task", "prior", "distill" (means over the epoch),
+            "share" (of linear channels), "lr", "seconds", and what the evaluation gave.
+        steps: optimizer steps of the whole run, those before a resumption included.
+        resumed_from: the epoch that a resumed run started from, else 0.
+    """
+
+    model: nn.Module
+    history: list[dict[str, float]]
+    steps: int
+    resumed_from: int = 0
+
+
+def finetune(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    epochs: int = 1,
+    loss: Loss | None = None,
+    prior: SparsityPrior | None = None,
+    teacher: nn.Module | None = None,
+    distill_weight: float = 0.5,
+    temperature: float = 2.0,
+    evaluate: Evaluate | None = None,
+    lr: float = 1e-3,
+    gate_lr: float = 1e-2,
+    weight_decay: float = 0.05,
+    warmup: float = 0.1,
+    clip: float | None = 1.0,
+    mixed_precision: Precision = "no",
+    steps_per_epoch: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    keep: int = 2,
+    resume: bool = False,
+    seed: int | None = None,
+    progress: bool = True,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> FinetuneResult:
+    """Train `model` in place with AdamW, warm-up and a cosine, on the device that accelerate chooses.
+
+    Args:
+        model: with gates or without. It ends on accelerate's device, in the mode (train or eval) it was in.
+        data: batches, iterated once per epoch: tensors, tuples (inputs, labels) or dicts of keyword arguments. If it
+            has `set_epoch`, that is called before each epoch.
+        epochs: passes over the data.
+        loss: a function of (the model's output, the labels or None) that gives a scalar. By default the output's own
+            `loss`, or the cross entropy of its logits.
+        prior: added to the loss; its `step` follows each optimizer step. Without one, gates are not trained.
+        teacher: the model to imitate, for instance the original; it is used in eval mode and not changed.
+        distill_weight: share in [0, 1] of the distillation in (task loss, distillation); 1 needs no labels.
+        temperature: of the distillation of logits.
+        evaluate: after each epoch: a function of the model that gives a number or a dict of numbers, or batches
+            on which `evaluate_batches` runs.
+        lr: learning rate of all but the gates, at the end of the warm-up.
+        gate_lr: learning rate of the gates' alpha.
+        weight_decay: for parameters of two and more dimensions; see `param_groups`.
+        warmup: share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
+        clip: largest norm of the gradients of all but the gates; None does not clip.
+        mixed_precision: "no", "bf16" or "fp16", by autocast; the gates' alpha stays float32.
+        steps_per_epoch: ends each epoch early; needed if the data has no length.
+        checkpoint_dir: folder that gets a checkpoint after each epoch, complete or not at all.
+        keep: how many checkpoints stay there, the latest.
+        resume: continue from the latest checkpoint in `checkpoint_dir`, if there is one. On a CPU the weights at the
+            end are bitwise those of a run that was never interrupted.
+        seed: if given, seeds every global random generator at the start.
+        progress: show a bar, if standard error is a terminal.
+        on_epoch: called with the record of each epoch.
+        accelerator: your own; by default one is made with `mixed_precision`.
+
+    Returns:
+        The model and the history of its training.
+
+    Raises:
+        UsageError: an argument is out of range, or the prior's schedule does not fit the number of steps.
+        DataError: no batches, fewer than announced, or labels missing.
+        TrainingError: the loss is no scalar, or not finite (the weights are those of the step before); a checkpoint
+            of another run.
+        CheckpointError: a checkpoint cannot be written or read.
+
+    Example:
+        >>> x = torch.randn(64, 4)
+        >>> batches = [(x, (x[:, 0] > 0).long())] * 20
+        >>> result = finetune(nn.Linear(4, 2), batches, epochs=2, lr=0.1)
+        >>> result.history[1]["loss"] < result.history[0]["loss"]
+        True
+    """
+    _check_options(epochs=epochs, distill_weight=distill_weight, warmup=warmup, keep=keep)
+    folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
+    last = _last_checkpoint(folder, resume=resume)
+    length = _length(data, steps_per_epoch)
+    options = {
+        "epochs": epochs, "steps per epoch": length, "lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay,
+        "warmup": warmup, "clip": clip, "distill_weight": distill_weight, "temperature": temperature,
+        "mixed_precision": mixed_precision,
+    }  # fmt: skip
+    _check_prior(prior, epochs * length)
+    accelerator = accelerator or _accelerator(mixed_precision)
+    if seed is not None:
+        from accelerate.utils import set_seed
+
+        set_seed(seed)
+    groups = param_groups(model, lr, gate_lr, weight_decay)
+    groups = [group for group in groups if prior is not None or group["name"] != "gates"]
+    model.to(accelerator.device)
+    run = Run(
+        model=model,
+        wrapped=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
+        optimizer=accelerator.prepare_optimizer(torch.optim.AdamW(groups)),
+        accelerator=accelerator,
+        objective=Objective(loss, teacher, distill_weight, temperature, prior),
+        total=epochs * length,
+        warmup=round(warmup * epochs * length),
+        clip=clip,
+    )
+    if last is not None:
+        state = trainstate.read_state(last)
+        _check_same(last, state["options"], options)
+        run.load_state_dict(state["run"], data)
+    done = len(run.history)
+    with _modes_kept(model, teacher), progress_bar("fine-tune", run.total, enabled=progress) as advance:
+        for _ in range(run.step):
+            advance("")
+        if teacher is not None:
+            teacher.to(accelerator.device).eval()
+        while len(run.history) < epochs:
+            record = run.epoch(data, length, advance)
+            record |= {"share": run.share} | _evaluated(run, evaluate)
+            run.history.append(record)
+            if folder is not None:
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    _write(folder, {"options": options, "run": run.state_dict(data)}, len(run.history), keep)
+            if on_epoch is not None:
+                on_epoch(record)
+    return FinetuneResult(model, run.history, run.step, done)
+
+
+def _evaluated(run: Run, evaluate: Evaluate | None) -> dict[str, float]:
+    if evaluate is None:
+        return {}
+    with run.accelerator.autocast():
+        if not callable(evaluate):
+            return evaluate_batches(run.model, evaluate)
+        with evaluating(run.model):
+            found = evaluate(run.model)
+    if isinstance(found, Mapping):
+        return {str(name): float(value) for name, value in found.items()}
+    return {"score": float(found)}
+
+
+def _check_options(*, epochs: int, distill_weight: float, warmup: float, keep: int) -> None:
+    for name, value, valid, expected in (
+        ("epochs", epochs, epochs >= 1, "at least 1"),
+        ("distill_weight", distill_weight, 0 <= distill_weight <= 1, "in [0, 1]"),
+        ("warmup", warmup, 0 <= warmup <= 1, "a share of the steps, in [0, 1]"),
+        ("keep", keep, keep >= 1, "at least 1"),
+    ):
+        if not valid:
+            raise UsageError("finetune", f"found {name}={value}", f"{name} must be {expected}.")
+
+
+def _check_prior(prior: SparsityPrior | None, total: int) -> None:
+    steps = prior.competition.steps if prior is not None and prior.competition is not None else 0
+    if prior is not None and prior.steps_taken + total < steps:
+        found = f"found a prior that reaches its target at step {steps}, but {total} steps of training"
+        raise UsageError("finetune", found, f"Make the prior with steps={total} or fewer, or train longer.")
+
+
+def _length(data: Iterable[Any], steps_per_epoch: int | None) -> int:
+    if steps_per_epoch is not None:
+        if steps_per_epoch < 1:
+            raise UsageError("finetune", f"found steps_per_epoch={steps_per_epoch}", "Pass at least 1.")
+        return steps_per_epoch
+    if not isinstance(data, Sized):
+        raise UsageError("finetune", "found data without a length", "Pass steps_per_epoch=.")
+    if not len(data):
+        raise DataError("data", "found no batches", "Pass at least one.")
+    return len(data)
+
+
+def _accelerator(mixed_precision: Precision) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise UsageError("finetune", "found no accelerate", "Run: pip install 'linearize[train]'") from error
+    if mixed_precision not in get_args(Precision):
+        expected = f"Pass one of {', '.join(get_args(Precision))}."
+        raise UsageError("finetune", f"found mixed_precision={mixed_precision!r}", expected)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        # accelerate remembers the precision of the first run in a process, and refuses any other.
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=mixed_precision)
+    except ValueError as error:  # fp16 on a CPU, for one
+        raise UsageError("finetune", f"accelerate says: {error}", "Pass another mixed_precision.") from error
+
+
+def _last_checkpoint(folder: Path | None, *, resume: bool) -> Path | None:
+    if folder is None:
+        if resume:
+            raise UsageError("finetune", "found resume=True without checkpoint_dir", "Pass the folder.")
+        return None
+    found = trainstate.checkpoints(folder)
+    if found and not resume:
+        remedy = "Pass resume=True to continue that run, or another folder."
+        raise UsageError(str(folder), f"found checkpoints of an earlier run, {found[-1].name} the last", remedy)
+    return found[-1] if found else None
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            found = f"found {name}={before.get(name)} in the checkpoint, but {value} in this call"
+            raise TrainingError(str(path), found, "Resume with the options of that run, or begin in a new folder.")
+
+
+def _write(folder: Path, state: dict[str, Any], epoch: int, keep: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    trainstate.write_state(trainstate.checkpoint_path(folder, epoch), state)
+    for old in trainstate.checkpoints(folder)[:-keep]:
+        old.unlink()
+
+
+@contextmanager
+def _modes_kept(*models: nn.Module | None) -> Iterator[None]:
+    """Afterwards every module is in the mode (train or eval) it was in."""
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

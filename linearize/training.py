@@ -1,0 +1,202 @@
+"""One training run: a step, an epoch, and the state that lets another process continue it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.batches import Batch, read_batch, to_device
+from linearize.errors import DataError, TrainingError
+from linearize.gate import gates
+from linearize.losses import distillation_loss, task_loss
+from linearize.prior import SparsityPrior
+from linearize.trainstate import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Objective", "Run"]
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: (1 - distill_weight) * task loss + distill_weight * distillation + prior."""
+
+    loss: Loss | None = None
+    teacher: nn.Module | None = None
+    distill_weight: float = 0.0
+    temperature: float = 2.0
+    prior: SparsityPrior | None = None
+
+    def __call__(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """The terms that are in use, by name, each with its weight."""
+        terms = {}
+        weight = self.distill_weight if self.teacher is not None else 0.0
+        if weight < 1:
+            loss = self.loss(output, batch.labels) if self.loss else task_loss(output, batch.labels)
+            terms["task"] = (1 - weight) * _scalar(loss)
+        if self.teacher is not None and weight > 0:
+            with torch.no_grad():
+                taught = self.teacher(*batch.args, **batch.kwargs)
+            terms["distill"] = weight * distillation_loss(output, taught, batch, self.temperature)
+        if self.prior is not None:
+            terms["prior"] = self.prior()
+        return terms
+
+
+@dataclass
+class Run:
+    """A model in training. `step` counts optimizer steps of the whole run, those before a resumption included."""
+
+    model: nn.Module
+    wrapped: nn.Module  # the model, or what spreads it over several devices
+    optimizer: Any
+    accelerator: Accelerator
+    objective: Objective
+    total: int
+    warmup: int
+    clip: float | None
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        groups = self.optimizer.param_groups
+        self._rates = [float(group["lr"]) for group in groups]
+        self._clipped = [p for group in groups if group["name"] != "gates" for p in group["params"]]
+
+    def epoch(self, data: Iterable[Any], length: int, advance: Callable[[str], None]) -> dict[str, float]:
+        """Train on `length` batches and return the means of the loss and of its terms.
+
+        Raises:
+            DataError: there are fewer batches.
+            TrainingError: see `update`.
+        """
+        number, start = len(self.history), time.perf_counter()
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(number)
+        self.model.train()
+        sums: dict[str, float] = {"loss": 0.0}
+        count = 0
+        for raw in islice(data, length):
+            terms = self.update(read_batch(self.model, to_device(raw, self.accelerator.device)))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+            advance(f"epoch {number + 1}, loss {terms['loss']:.4f}")
+        if count < length:
+            remedy = "Pass data that can be iterated once per epoch, such as a DataLoader or a list."
+            raise DataError("data", f"found {count} batches in epoch {number + 1} instead of {length}", remedy)
+        record = {"epoch": float(number + 1)} | {name: value / count for name, value in sums.items()}
+        return record | {"lr": self._rates[0] * self._pace(self.step - 1), "seconds": time.perf_counter() - start}
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step.
+
+        Raises:
+            TrainingError: the loss is not a scalar, not finite, or depends on nothing that is trained. The weights
+                are then those of the step before.
+        """
+        self.model.zero_grad()
+        with self.accelerator.autocast():
+            terms = self.objective(self.wrapped(*batch.args, **batch.kwargs), batch)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        names = ["loss", *terms]
+        values = dict(zip(names, torch.stack([loss.detach(), *map(_plain, terms.values())]).tolist(), strict=True))
+        self._check(loss, values)
+        self.accelerator.backward(loss)
+        if self.clip is not None:
+            norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
+            if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+                raise self._error("found gradients that are not finite")
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._pace(self.step)
+        self.optimizer.step()
+        if self.objective.prior is not None:
+            self.objective.prior.step()
+        self.step += 1
+        return values
+
+    def _pace(self, step: int) -> float:
+        """Factor on the learning rates: a straight rise, then half a cosine down to 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup))) / 2
+
+    def _check(self, loss: Tensor, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if name != "loss" and not math.isfinite(value)]
+        if bad:
+            raise self._error(f"found a {bad[0]} loss of {values[bad[0]]}")
+        if not loss.requires_grad:
+            raise self._error("found a loss that depends on no trainable parameter")
+
+    def _error(self, found: str) -> TrainingError:
+        remedy = "Check the data and the loss, or lower the learning rate; the weights are those before this step."
+        return TrainingError(f"finetune, step {self.step + 1}", found, remedy)
+
+    def state_dict(self, data: Any) -> dict[str, Any]:
+        """All that the next step depends on, as plain values and tensors."""
+        prior, scaler = self.objective.prior, self.accelerator.scaler
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "prior": prior.state_dict() if prior is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random_state(),
+            "generators": [generator.get_state() for generator in _generators(data)],
+            "step": self.step,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], data: Any) -> None:
+        """Continue where `state_dict` was called.
+
+        Raises:
+            TrainingError: the state is of another model, optimizer or prior.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            found = f"found a checkpoint of another model or optimizer ({str(error).splitlines()[0]})"
+            raise TrainingError("finetune", found, "Resume with the model of that run.") from error
+        if self.objective.prior is not None:
+            self.objective.prior.load_state_dict(state["prior"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for generator, saved in zip(_generators(data), state["generators"], strict=True):
+            generator.set_state(saved)
+        self.step, self.history = state["step"], state["history"]
+        set_random_state(state["random"])
+
+    @property
+    def share(self) -> float:
+        """Share of the model's channels that are linear now; 0 without gates."""
+        linear = [gate.linear for gate in gates(self.model).values()]
+        return sum(float(mask.sum()) for mask in linear) / max(1, sum(len(mask) for mask in linear))
+
+
+def _scalar(loss: Any) -> Tensor:
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise TrainingError("loss", f"found {found}", "Return a tensor without axes, for instance loss.mean().")
+
+
+def _plain(term: Tensor) -> Tensor:
+    return term.detach().float()
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    """The random generators that a DataLoader and its samplers own; the global ones are kept elsewhere."""
+    holders = [data, getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)]
+    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None}
+    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
