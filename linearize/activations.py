@@ -10,9 +10,13 @@ from linearize.capture import CONSTANT, Call, Capture, shape, users
 from linearize.channels import ACTIVATIONS, ARITHMETIC, constant, is_inplace, op_name
 
 # What may stand inside an activation module besides arithmetic: it moves no value.
-_CASTS = frozenset("to _to_copy clone contiguous alias detach type_as lift_fresh empty_like expand_as".split())
-_BENDING = ACTIVATIONS | frozenset("exp erf sqrt rsqrt pow square abs sin cos log log1p expm1 reciprocal clamp clamp_min clamp_max "
-                                   "clip sign maximum minimum where float_power tan atan asinh".split())
+_CASTS = frozenset(("to _to_copy clone contiguous alias detach type_as lift_fresh empty_like expand_as").split())
+_BENDING = ACTIVATIONS | frozenset(
+    (
+        "exp erf sqrt rsqrt pow square abs sin cos log log1p expm1 reciprocal clamp clamp_min clamp_max clip "
+        "sign maximum minimum where float_power tan atan asinh"
+    ).split()
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,12 @@ def _module_activation(model: nn.Module, captured: Capture, call: Call, ops: lis
     if any(True for _ in module.children()) and any(_below(other, call) for other in captured.ops):
         return None
     members = set(ops)
-    outside = {source for node in ops for source in node.all_input_nodes if source not in members and CONSTANT not in source.meta}
+    outside = {
+        source
+        for node in ops
+        for source in node.all_input_nodes
+        if source not in members and CONSTANT not in source.meta
+    }
     results = [node for node in ops if any(user not in members for user in users(node))]
     if len(outside) != 1 or len(results) != 1 or not (set(names) & _BENDING or _squares(ops)):
         return None
@@ -87,7 +96,7 @@ def _below(other: Call, call: Call) -> bool:
 
 
 def _squares(ops: list[fx.Node]) -> bool:
-    """x * x is nonlinear although no op in it is."""
+    """X * x is nonlinear although no op in it is."""
     return any(
         op_name(node) in ("mul", "div")
         and all(isinstance(value, fx.Node) and constant(value) is None for value in node.args[:2])

@@ -126,9 +126,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(_TensorsOnly(model), *inputs, strict=False)
-    except (
-        Exception
-    ) as error:  # whatever a model's own forward raises is a fact about the model, told as such
+    except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
         raise CaptureError(*_explain(model, inputs, error)) from error
     finally:
         for module, training in modes:

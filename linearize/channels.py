@@ -17,24 +17,37 @@ from linearize.capture import CONSTANT, shape
 
 # Elementwise and nonlinear: what a network's author would call an activation.
 ACTIVATIONS = frozenset(
-    "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish hardsigmoid hardshrink softshrink "
-    "sigmoid tanh softplus softsign log_sigmoid threshold".split()
+    (
+        "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish hardsigmoid "
+        "hardshrink softshrink sigmoid tanh softplus softsign log_sigmoid threshold"
+    ).split()
 )
 # Elementwise too, but alone they are arithmetic (norms, positions, scores); inside an activation module they count.
 ARITHMETIC = frozenset(
-    "exp erf sqrt rsqrt pow square abs sin cos log log1p expm1 reciprocal clamp clamp_min clamp_max clip sign neg "
-    "maximum minimum where add sub rsub mul div relu relu6 float_power tan atan asinh sgn gt lt ge le eq ne "
-    "scalar_tensor full_like zeros_like ones_like".split()
+    (
+        "exp erf sqrt rsqrt pow square abs sin cos log log1p expm1 reciprocal clamp clamp_min clamp_max clip "
+        "sign neg maximum minimum where add sub rsub mul div relu relu6 float_power tan atan asinh sgn gt lt "
+        "ge le eq ne scalar_tensor full_like zeros_like ones_like"
+    ).split()
 )
-_IDENTITY = frozenset("clone contiguous alias detach to _to_copy lift_fresh type_as dropout feature_dropout alpha_dropout".split())
+_IDENTITY = frozenset(
+    ("clone contiguous alias detach to _to_copy lift_fresh type_as dropout feature_dropout alpha_dropout").split()
+)
 _POOLS = frozenset(
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d "
-    "upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d".split()
+    (
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+        "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
+        "upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa "
+        "_upsample_bicubic2d_aa _upsample_nearest_exact2d"
+    ).split()
 )
-_MAX_POOLS = frozenset("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d".split())
+_MAX_POOLS = frozenset(
+    ("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d").split()
+)
 _CONVOLUTIONS = {f"{name}{n}d": n for name in ("conv", "conv_transpose") for n in (1, 2, 3)}
-_NORMS = frozenset("layer_norm group_norm instance_norm native_layer_norm native_group_norm rms_norm _fused_rms_norm".split())
+_NORMS = frozenset(
+    ("layer_norm group_norm instance_norm native_layer_norm native_group_norm rms_norm _fused_rms_norm").split()
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Motion:
 
     Attributes:
         axis: where the channels are in the result, counted from the front; None if they are lost.
-        reason: why linear channels cannot be followed through it; None if the op is linear, and the same on every channel.
+        reason: why linear channels cannot be followed through it; None if it is linear and treats all channels alike.
         steady: a value that is constant over positions stays that constant (not so with zero padding or scaling).
         factor: index of the argument that scales each channel by a constant of its own, if that is what the op does.
         norm: True if the op is a batch norm with fixed statistics, an affine map per channel.
@@ -200,7 +213,7 @@ def _slice(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], a
 
 @_rule("select")
 def _select(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    dim = _wrap(node.args[1], len(before))
+    dim = _wrap(_argument(node, 1, "dim"), len(before))
     if dim == axis:
         return Motion(None, "select takes a single channel")
     return Motion(axis - (dim < axis))
@@ -212,7 +225,11 @@ def _getitem(node: fx.Node, axis: int) -> Motion:
         return Motion(None, "a part of the output of an op that is not in the channel table")
     name, whole, part = op_name(source), shape(source.args[0]), shape(node)
     dim = _argument(source, 1 if name == "unbind" else 2, "dim", 0)
-    if whole is None or part is None or name not in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split"):
+    if (
+        whole is None
+        or part is None
+        or name not in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split")
+    ):
         return Motion(None, f"a part of the output of {name}")
     dim = _wrap(dim, len(whole))
     if name == "unbind":
@@ -249,7 +266,10 @@ def _mean(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
 def _pad(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if before[axis] != after[axis]:
         return Motion(None, "padding adds channels")
-    mode, value = _argument(node, 2, "mode", "constant"), node.args[-1] if len(node.args) > 2 else node.kwargs.get("value")
+    mode, value = (
+        _argument(node, 2, "mode", "constant"),
+        node.args[-1] if len(node.args) > 2 else node.kwargs.get("value"),
+    )
     if op_name(node) == "pad" and mode != "constant":
         return Motion(axis)
     if before == after:
@@ -259,7 +279,16 @@ def _pad(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
     return Motion(axis, steady=False)
 
 
-@_rule("roll", "flip", "index_select", "gather_positions", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "cumsum")
+@_rule(
+    "roll",
+    "flip",
+    "index_select",
+    "gather_positions",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad2d",
+    "cumsum",
+)
 def _positions(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     """Linear on every channel alike as long as they work on other axes."""
     name = op_name(node)
@@ -298,7 +327,9 @@ def _add(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 def _batch_norm(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if source is not node.args[0] or axis != 1:
         return Motion(1 if len(after) > 1 else None, "a batch norm over another axis")
-    if _argument(node, 5, "training", False) is not False or not isinstance(_argument(node, 3, "running_mean"), fx.Node):
+    if _argument(node, 5, "training", False) is not False or not isinstance(
+        _argument(node, 3, "running_mean"), fx.Node
+    ):
         return Motion(1, "a batch norm without running statistics mixes the batch")
     return Motion(1, norm=True, steady=False)
 
@@ -328,7 +359,14 @@ def _mix(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 
 def _is_constant(node: fx.Node) -> bool:
     """True for parameters and buffers, and for views and casts of one: values that do not depend on the input."""
-    while node.op == "call_function" and op_name(node) in (*_IDENTITY, "view", "reshape", "unsqueeze", "squeeze", "expand"):
+    while node.op == "call_function" and op_name(node) in (
+        *_IDENTITY,
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+    ):
         if not isinstance(node.args[0], fx.Node):
             return False
         node = node.args[0]
@@ -339,9 +377,10 @@ def constant(node: Any) -> fx.Node | None:
     """The parameter or buffer behind a constant operand."""
     if not isinstance(node, fx.Node) or not _is_constant(node):
         return None
-    while node.op == "call_function" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    held: fx.Node = node
+    while held.op == "call_function" and isinstance(held.args[0], fx.Node):
+        held = held.args[0]
+    return held
 
 
 def channel_axes(graph: fx.Graph) -> dict[fx.Node, int]:

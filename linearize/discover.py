@@ -32,7 +32,7 @@ def discover(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
     sites: dict[str, Site] = {}
     for order, activation in enumerate(activations):
         key = (activation.owner, _base(activation))
-        site = _locate(model, captured, activation, seen[key], calls[key])
+        site = _locate(model, activation, seen[key], calls[key])
         seen[key] += 1
         if site.name in sites:
             first = sites[site.name]
@@ -54,7 +54,7 @@ def shared_parameters(model: nn.Module, captured: Capture) -> dict[str, str]:
     for node, name in captured.parameters.items():
         readers = {captured.path(user) for user in users(node)}
         if len(users(node)) > 1 and name not in shared:
-            shared[name] = "another use in " + (sorted(readers)[-1] or "the model itself")
+            shared[name] = "another use in " + (max(readers) or "the model itself")
     return shared
 
 
@@ -62,9 +62,15 @@ def _base(activation: Activation) -> str:
     return activation.call.path if activation.call is not None else activation.name
 
 
-def _locate(model: nn.Module, captured: Capture, activation: Activation, index: int, calls: int) -> Site:
+def _locate(model: nn.Module, activation: Activation, index: int, calls: int) -> Site:
     """Name and place of the gate: at the activation module, or inside the forward that calls the activation."""
-    channels_axis: dict[str, Any] = {"activation": activation.name, "channels": 0, "axis": -1, "order": 0, "positions": 0}
+    channels_axis: dict[str, Any] = {
+        "activation": activation.name,
+        "channels": 0,
+        "axis": -1,
+        "order": 0,
+        "positions": 0,
+    }
     if activation.call is not None and calls == 1:
         return Site(activation.call.path, activation.call.path, **channels_axis)
     owner = activation.owner.path
@@ -72,7 +78,20 @@ def _locate(model: nn.Module, captured: Capture, activation: Activation, index: 
     taken = dict(model.get_submodule(owner).named_children())
     suffix = "" if f"{base}_{index}" not in taken else "_gate"
     name = f"{owner}.{base}_{index}{suffix}" if owner else f"{base}_{index}{suffix}"
-    return Site(name, owner, call=index, **channels_axis)
+    if activation.call is not None:
+        return Site(
+            name, owner, call=index, target=activation.call.path[len(owner) + 1 if owner else 0 :], **channels_axis
+        )
+    function, options = _function(activation.output)
+    return Site(name, owner, call=index, target=activation.name, function=function, options=options, **channels_axis)
+
+
+def _function(node: fx.Node) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """The out-of-place ATen op of an activation call, and its arguments besides the input, by name."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return op_name(node), tuple((name, value) for name, value in given.items() if name != names[0])
 
 
 def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.Node, int]) -> Site:
@@ -114,7 +133,9 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
     return replace(site, saved=_saved(walker.model, site))
 
 
-def _gated_unit(walker: Walker, activation: Activation, site: Site, axis: int, product: fx.Node, factor: fx.Node) -> Site:
+def _gated_unit(
+    walker: Walker, activation: Activation, site: Site, axis: int, product: fx.Node, factor: fx.Node
+) -> Site:
     """act(g) * u: the activation scales another tensor of the same shape."""
     if shape(factor) != shape(activation.output):
         return replace(site, ungated="it is a gate that scales another tensor, as in squeeze-and-excite")
@@ -154,7 +175,11 @@ def _check_packing(gate: Reading, up: Reading) -> None:
         if a.stop - a.start != a.total or b.stop - b.start != b.total:
             raise Dead("it uses a slice of a map that has other uses")
         return
-    if {a.start, b.start} != {0, a.stop - a.start} or a.total != 2 * (a.stop - a.start) or b.stop - b.start != a.stop - a.start:
+    if (
+        {a.start, b.start} != {0, a.stop - a.start}
+        or a.total != 2 * (a.stop - a.start)
+        or b.stop - b.start != a.stop - a.start
+    ):
         raise Dead(f"gate and factor are not the two halves of {a.module}")
     if _leaves(gate.node) != 2:
         raise Dead(f"what {a.module} puts out is also read elsewhere")
@@ -163,7 +188,9 @@ def _check_packing(gate: Reading, up: Reading) -> None:
 def _leaves(node: fx.Node) -> int:
     """How many slices of a node's value are read."""
     return sum(
-        _leaves(user) if op_name(user) in ("chunk", "split", "split_with_sizes", "view", "reshape") else len(users(user))
+        _leaves(user)
+        if op_name(user) in ("chunk", "split", "split_with_sizes", "view", "reshape")
+        else len(users(user))
         for user in users(node)
     )
 
@@ -171,7 +198,15 @@ def _leaves(node: fx.Node) -> int:
 def _product(output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The product and its other factor, if all that is done with an activation is to multiply another tensor by it."""
     node = output
-    while len(users(node)) == 1 and op_name(users(node)[0]) in ("dropout", "contiguous", "to", "expand", "view", "unsqueeze", "clone"):
+    while len(users(node)) == 1 and op_name(users(node)[0]) in (
+        "dropout",
+        "contiguous",
+        "to",
+        "expand",
+        "view",
+        "unsqueeze",
+        "clone",
+    ):
         node = users(node)[0]
     readers = users(node)
     if len(readers) != 1 or op_name(readers[0]) != "mul":
@@ -194,10 +229,24 @@ def _read_after_write(captured: Capture, activation: Activation) -> str | None:
         return None
     node: Any = activation.source
     while isinstance(node, fx.Node) and node.op == "call_function":
-        late = [u for u in users(node) if u not in activation.nodes and captured.order[u] > captured.order[activation.nodes[0]]]
+        late = [
+            u
+            for u in users(node)
+            if u not in activation.nodes and captured.order[u] > captured.order[activation.nodes[0]]
+        ]
         if late:
             return f"{op_name(late[0])} in {captured.path(late[0]) or 'the model itself'}"
-        if op_name(node) not in ("view", "reshape", "permute", "transpose", "getitem", "chunk", "split", "slice", "flatten"):
+        if op_name(node) not in (
+            "view",
+            "reshape",
+            "permute",
+            "transpose",
+            "getitem",
+            "chunk",
+            "split",
+            "slice",
+            "flatten",
+        ):
             return None
         node = node.args[0]
     return None
@@ -206,12 +255,12 @@ def _read_after_write(captured: Capture, activation: Activation) -> str | None:
 def _saved(model: nn.Module, site: Site) -> float:
     """Multiply-adds that one channel costs in its producers and consumers."""
 
-    def per_channel(port: Port, output: bool) -> float:
+    def per_channel(port: Port) -> float:
         weight = getattr(model.get_submodule(port.module), "weight", None)
         return 0.0 if weight is None else port.positions * weight.numel() / port.total
 
     producers = [port for port in (site.producer, site.up) if port is not None]
-    return sum(per_channel(p, True) for p in producers) + sum(per_channel(p, False) for p in site.consumers)
+    return sum(per_channel(port) for port in (*producers, *site.consumers))
 
 
 __all__ = ["discover", "shared_parameters"]

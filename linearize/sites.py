@@ -16,7 +16,7 @@ class Port:
     Attributes:
         module: path of the module that holds it.
         kind: "linear", "conv1d", "conv2d" or "conv3d".
-        start, stop: the features of that module which are the site's channels (all of them, except for a packed gated unit).
+        start, stop: the features of that module which are the site's channels: all, except for a packed gated unit.
         total: how many features the module has on this side.
         transposed: True if the weight is stored (inputs, outputs), as in transformers' ``Conv1D``.
         positions: where the map is evaluated, in the example inputs: tokens or pixels, times the batch.
@@ -38,7 +38,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Fold:
-    """A constant affine map per channel, `weight * (x - mean) / sqrt(var + eps) + bias`, that can be folded into a neighbour.
+    """A constant affine map per channel that can be folded away: `weight * (x - mean) / sqrt(var + eps) + bias`.
 
     Attributes:
         module: path of the module that computes it and nothing else besides what its children do.
@@ -67,12 +67,14 @@ class Site:
         order: position in the order of execution.
         positions: values per channel in the example inputs.
         call: index of the call inside `module`'s forward, if it must be rewritten for the gate; None for a module swap.
+        target: name of the function or child that is called there.
+        function, options: for a function, the ATen op and its keyword arguments.
         gated_unit: True for `act(g) * u`.
         ungated: why it gets no gate; None if it gets one.
         reason: why its linear channels cannot be collapsed; None if they can.
         producer, up, consumers: the linear maps around it; `up` is the other factor of a gated unit.
         folds, up_folds, consumer_folds: constant maps per channel between them.
-        steady: False if something between activation and consumers does not keep a constant constant (zero padding, a scale).
+        steady: False if something before the consumers does not keep a constant constant (zero padding, a scale).
         direct: True if nothing but the identity lies between producer, activation and consumers.
         saved: multiply-adds per linear channel and example batch that go if the channel vanishes without a trace.
     """
@@ -85,6 +87,9 @@ class Site:
     order: int
     positions: int
     call: int | None = None
+    target: str = ""
+    function: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
     gated_unit: bool = False
     ungated: str | None = None
     reason: str | None = None
@@ -114,6 +119,7 @@ class Site:
         fields = dict(data)
         for key in ("producer", "up"):
             fields[key] = Port(**fields[key]) if fields.get(key) else None
+        fields["options"] = tuple((name, value) for name, value in fields.get("options", ()))
         fields["consumers"] = tuple(Port(**port) for port in fields.get("consumers", ()))
         for key in ("folds", "up_folds", "consumer_folds"):
             fields[key] = tuple(Fold(**{**fold, "children": tuple(fold["children"])}) for fold in fields.get(key, ()))

@@ -12,8 +12,10 @@ from linearize.channels import Motion, constant, move, op_name
 from linearize.sites import Fold, Port
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
-_STILL = frozenset("dropout contiguous clone alias detach to getitem slice chunk split split_with_sizes".split())
-_AROUND = frozenset("view reshape flatten transpose permute _unsafe_view contiguous".split())  # inside the module of a linear map
+_STILL = frozenset(("dropout contiguous clone alias detach to getitem slice chunk split split_with_sizes").split())
+_AROUND = frozenset(
+    ("view reshape flatten transpose permute _unsafe_view contiguous").split()
+)  # inside the module of a linear map
 
 
 class Dead(Exception):
@@ -59,13 +61,14 @@ class Walker:
         """
         folds: list[Fold] = []
         rows: tuple[int, int] | None = None
-        direct = True
+        direct, start = True, node
         while True:
             if op_name(node) in _LINEAR and node.op == "call_function":
                 port, into = self.port(node, node, axis, output=True)
                 if rows is not None:
                     port = replace(port, start=rows[0], stop=rows[1])
-                self._alone(into, packed=rows is not None)
+                if into is not start:  # who reads the start is the caller's question
+                    self._alone(into, packed=rows is not None)
                 return Reading(port, node, tuple(reversed(folds)), direct)
             if node.op != "call_function":
                 raise Dead("its input is an input of the model")
@@ -73,19 +76,18 @@ class Walker:
                 node, axis = self._through_linear(node, axis)
                 continue
             source, before, motion = self._step_back(node, axis)
-            if motion.reason is not None:
-                raise Dead(f"between producer and activation, {motion.reason} ({self._where(node)})")
+            where = self._where(node)
             if motion.norm or motion.factor is not None:
                 if rows is not None:
-                    raise Dead(f"a constant map acts on a slice of the channels ({self._where(node)})")
+                    raise Dead(f"a constant map acts on a slice of the channels ({where})")
                 folds.append(self.fold(node, motion))
             elif not motion.steady:
-                raise Dead(f"between producer and activation, {op_name(node)} scales or pads ({self._where(node)})")
-            elif motion.rows is not None:
-                if not packed or rows is not None:
-                    raise Dead(f"only a part of what its producer puts out is activated ({self._where(node)})")
-                rows = motion.rows
-            direct = direct and (op_name(node) in _STILL or bool(folds))
+                raise Dead(f"between producer and activation, {op_name(node)} scales or pads ({where})")
+            elif motion.rows is not None and (not packed or rows is not None):
+                raise Dead(f"only a part of what its producer puts out is activated ({where})")
+            else:
+                rows = motion.rows or rows
+                direct = direct and op_name(node) in _STILL
             if rows is None:
                 self._alone(source, packed=False)
             node, axis = source, before
@@ -165,7 +167,11 @@ class Walker:
             raise Dead(f"the weight of {path or 'the model'} is not a plain parameter")
         if bias is not None and (bias not in self.captured.parameters or getattr(module, "bias", None) is None):
             raise Dead(f"the bias of {path or 'the model'} is not a plain parameter")
-        extra = [op_name(other) for other in self.captured.siblings(node) if other is not node and op_name(other) not in _AROUND]
+        extra = [
+            op_name(other)
+            for other in self.captured.siblings(node)
+            if other is not node and op_name(other) not in _AROUND
+        ]
         if extra or self._has_inner(path):
             what = f"also computes {extra[0]}" if extra else "holds other modules that compute"
             raise Dead(f"{path or 'the model'} {what}")
@@ -197,7 +203,11 @@ class Walker:
         else:
             values, eps = [node.args[motion.factor or 0], None, None, None], 0.0
         names = [self._parameter(value) for value in values]
-        extra = [op_name(n) for n in self.captured.siblings(node) if n is not node and op_name(n) not in (*_AROUND, "dropout", "mul", "to")]
+        extra = [
+            op_name(n)
+            for n in self.captured.siblings(node)
+            if n is not node and op_name(n) not in (*_AROUND, "dropout", "mul", "to")
+        ]
         extra += ["mul" for n in self.captured.siblings(node) if n is not node and op_name(n) == "mul"]
         if extra or not path:
             raise Dead(f"{path or 'the model itself'} computes more than one constant map per channel")
@@ -245,7 +255,11 @@ class Walker:
         return source, before
 
     def _has_inner(self, path: str) -> bool:
-        return any(call.path.startswith(f"{path}." if path else "") and call.path != path for call in self.captured.ops) if path else True
+        return (
+            any(call.path.startswith(f"{path}." if path else "") and call.path != path for call in self.captured.ops)
+            if path
+            else True
+        )
 
     def _where(self, node: fx.Node) -> str:
         return self.captured.path(node) or "the model's own forward"

@@ -1,0 +1,268 @@
+"""The forms that a site with linear channels can take: merged, factored, vanished. Pure functions on affine maps.
+
+With N the channels that stay nonlinear and L the linear ones, slopes S and intercepts t, producer `A x + a` and
+consumer `B h + c`:
+
+    y = B_N act(A_N x + a_N)  +  (B_L S A_L) x  +  (B_L (S a_L + t) + c)
+
+A form is a dict from a place in the model to the piece that goes there. Every form of a site is the same function; they
+differ in cost. All work is done on whatever device the maps live on: on meta tensors they give shapes, and so the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from linearize.algebra.affine import Affine, as_dims, border_kernel, columns, compose, obstacle, rows, scaled, stacked
+
+
+class Infeasible(Exception):
+    """This form cannot express the site; the argument says why."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What goes to one place of the model.
+
+    Attributes:
+        layer: "plain", "carry", "input_carry", "border", "ones" (maps), "all_ones" or "identity".
+        affine: the map, for the first five.
+        number: the one number that the layer takes: where the carried part starts, how many ones, and so on.
+        at: for "ones", the place of the ones.
+        border: for "border", the kernel of the constant-one channel.
+    """
+
+    layer: str
+    affine: Affine | None = None
+    number: int = 0
+    at: int = 0
+    border: Tensor | None = None
+
+
+IDENTITY = Piece("identity")
+Pieces = dict[str, Piece]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The affine maps of a site, with all constant maps per channel folded in, and what is to happen to its channels.
+
+    Attributes:
+        producer, up: maps to the channels; `up` is the other factor of a gated unit (then `producer` is the gate's).
+        consumers: maps from the channels.
+        producer_at, up_at, consumers_at: their places in the model, and the spatial dimensions that each works in.
+        slope, intercept: the surrogate of every channel (C,).
+        keep, linear, dropped: index of the channels that stay, become linear, or only leave a constant.
+        steady, direct: as of the site.
+        grouped: a map was grouped, so that its channels cannot be reordered without making it dense.
+        packed: for a gated unit whose two maps are one layer: "gate_first" or "up_first".
+        fixed_producer: the producer must stay a plain layer, because a site before it will fold into it.
+    """
+
+    producer: Affine
+    consumers: tuple[Affine, ...]
+    producer_at: tuple[str, int]
+    consumers_at: tuple[tuple[str, int], ...]
+    slope: Tensor
+    intercept: Tensor
+    keep: Tensor
+    linear: Tensor
+    dropped: Tensor
+    up: Affine | None = None
+    up_at: tuple[str, int] = ("", 0)
+    steady: bool = True
+    direct: bool = True
+    grouped: bool = False
+    packed: str | None = None
+    fixed_producer: bool = False
+
+    @property
+    def constant_bias(self) -> bool:
+        """True if a constant in the hidden channels reaches every output position of the consumers alike."""
+        return self.steady and not any(any(consumer.padding) for consumer in self.consumers)
+
+
+def linear_part(maps: Maps) -> Affine:
+    """The linear channels as a map of the site's input: `S A_L x + (S a_L + t)`; for a gated unit `t * up_L(x)`."""
+    slope, intercept = maps.slope[maps.linear], maps.intercept[maps.linear]
+    if maps.up is not None:
+        return scaled(rows(maps.up, maps.linear), intercept, torch.zeros_like(intercept))
+    return scaled(rows(maps.producer, maps.linear), slope, intercept)
+
+
+def _constants(maps: Maps) -> tuple[Affine, ...]:
+    """The consumers with the dropped channels' constants in their biases."""
+    if maps.dropped.numel() == 0 or maps.up is not None:
+        return maps.consumers
+    constant = maps.intercept[maps.dropped]
+    added = []
+    for consumer in maps.consumers:
+        weight = (
+            consumer.weight[:, maps.dropped].flatten(2).sum(2) if consumer.dims else consumer.weight[:, maps.dropped]
+        )
+        added.append(replace(consumer, bias=consumer.bias + weight @ constant))
+    return tuple(added)
+
+
+def _merge(consumer: Affine, inner: Affine, linear: Tensor) -> Affine:
+    """The merged term of one consumer, without the consumer's own bias."""
+    outer = columns(consumer, linear)
+    return compose(replace(outer, bias=torch.zeros_like(outer.bias)), inner)
+
+
+def vanished(maps: Maps) -> Pieces:
+    """No channel stays: one map from the site's input to its output, and nothing else."""
+    if maps.keep.numel():
+        raise Infeasible("some channels stay nonlinear")
+    if len(maps.consumers) != 1:
+        raise Infeasible("it has more than one consumer")
+    consumer, inner = _constants(maps)[0], linear_part(maps)
+    why = obstacle(consumer, inner)
+    if why is not None:
+        raise Infeasible(why)
+    follows = maps.direct or (consumer.pointwise and not consumer.strided and maps.steady)
+    early = follows and not (maps.producer_at[1] == 0 and not consumer.pointwise)
+    if not early and not (inner.pointwise and not inner.strided and maps.steady):
+        raise Infeasible("something between the maps does not commute with them")
+    merged = compose(columns(consumer, maps.linear), inner)
+    layer, border = "plain", None
+    if any(consumer.padding):
+        layer, border = "border", border_kernel(columns(consumer, maps.linear), inner.bias)
+        merged = replace(merged, bias=consumer.bias)
+        if not early and not maps.direct:
+            raise Infeasible("a padded map follows something that is not the identity")
+    place = _main(maps) if early else maps.consumers_at[0]
+    if maps.up is not None and (not early or maps.producer_at[1] or maps.up_at[1]):
+        raise Infeasible("the maps of the gated unit are convolutions")
+    pieces = {_main(maps)[0]: IDENTITY, maps.consumers_at[0][0]: IDENTITY}
+    pieces[place[0]] = Piece(layer, as_dims(merged, place[1]), border=border)
+    if maps.up is not None:
+        _open_gate(maps, pieces, merged.weight.shape[0])
+    return pieces
+
+
+def _main(maps: Maps) -> tuple[str, int]:
+    """The place whose map carries values: the factor of a gated unit, the producer of any other site."""
+    return maps.producer_at if maps.up is None else maps.up_at
+
+
+def _open_gate(maps: Maps, pieces: Pieces, width: int) -> None:
+    """A gated unit without nonlinear channels: its gate is the constant one."""
+    if maps.packed is None:
+        pieces[maps.producer_at[0]] = Piece("all_ones", number=width)
+    else:
+        plain = pieces[maps.up_at[0]].affine
+        pieces[maps.up_at[0]] = Piece("ones", plain, number=width, at=0 if maps.packed == "gate_first" else width)
+
+
+def merged(maps: Maps) -> Pieces:
+    """Carry the output: the producer puts out the nonlinear channels and the merged term, which passes by them."""
+    if maps.linear.numel() == 0 or maps.keep.numel() == 0:
+        raise Infeasible("there is nothing to carry past the activation")
+    inner, consumers = linear_part(maps), _constants(maps)
+    if not all(consumer.pointwise for consumer in consumers):
+        raise Infeasible("a consumer looks at more than one position")
+    if maps.producer_at[1] == 0 and inner.dims:
+        raise Infeasible("maps over different numbers of dimensions")
+    carried: Affine | None = None
+    pieces: Pieces = {}
+    start = 0
+    for consumer, (path, dims) in zip(consumers, maps.consumers_at, strict=True):
+        term = _merge(replace(as_dims(consumer, inner.dims), stride=inner_stride(inner)), inner, maps.linear)
+        term = replace(term, stride=inner.stride, padding=inner.padding, dilation=inner.dilation)
+        pieces[path] = Piece("carry", as_dims(columns(consumer, maps.keep), dims), number=start)
+        carried = term if carried is None else stacked(carried, term)
+        start += term.weight.shape[0]
+    if carried is None:
+        raise Infeasible("it has no consumer")
+    _produce(maps, pieces, carried)
+    return pieces
+
+
+def inner_stride(inner: Affine) -> tuple[int, ...]:
+    """Stride one in every dimension: the carried output keeps the resolution of the hidden tensor."""
+    return (1,) * inner.dims
+
+
+def factored(maps: Maps) -> Pieces:
+    """The linear channels stay channels, behind the others, and pass the activation; dropped ones go."""
+    if maps.grouped:
+        raise Infeasible("its channels are grouped and cannot be reordered")
+    order = torch.cat((maps.keep, maps.linear))
+    if order.numel() == 0:
+        raise Infeasible("no channel is left")
+    pieces: Pieces = {}
+    for consumer, (path, dims) in zip(_constants(maps), maps.consumers_at, strict=True):
+        pieces[path] = Piece("plain", as_dims(columns(consumer, order), dims))
+    _produce(maps, pieces, linear_part(maps))
+    return pieces
+
+
+def _produce(maps: Maps, pieces: Pieces, carried: Affine) -> None:
+    """The producers of a site whose hidden tensor holds the nonlinear channels and then `carried`."""
+    path, dims = maps.producer_at
+    kept = rows(maps.producer, maps.keep)
+    if maps.up is None:
+        pieces[path] = Piece("plain", as_dims(stacked(kept, carried) if carried.weight.shape[0] else kept, dims))
+        return
+    if dims or maps.up_at[1]:
+        raise Infeasible("the maps of the gated unit are convolutions")
+    width = carried.weight.shape[0]
+    factor = stacked(rows(maps.up, maps.keep), carried) if width else rows(maps.up, maps.keep)
+    if maps.packed is None:
+        empty = kept.weight.shape[0] == 0
+        pieces[path] = (
+            Piece("all_ones", number=width) if empty else Piece("ones", kept, number=width, at=kept.weight.shape[0])
+        )
+        pieces[maps.up_at[0]] = Piece("plain", factor)
+    elif maps.packed == "gate_first":
+        pieces[path] = Piece("ones", stacked(kept, factor), number=width, at=kept.weight.shape[0])
+    else:
+        both = stacked(factor, kept)
+        pieces[path] = Piece("ones", both, number=width, at=both.weight.shape[0])
+
+
+def merged_input(maps: Maps) -> Pieces:
+    """Carry the input: the producer puts out the nonlinear channels and its own input, and the consumers do the rest.
+
+    Right where something that is linear per channel lies between (pooling), and for 1x1 before k x k: a channel of
+    ones, padded like the others, makes the bias exact at the border.
+    """
+    if maps.up is not None or maps.fixed_producer or maps.producer_at[1] == 0:
+        raise Infeasible("its input cannot be carried")
+    if maps.linear.numel() == 0 or maps.keep.numel() == 0:
+        raise Infeasible("there is nothing to carry past the activation")
+    inner = linear_part(maps)
+    if not inner.pointwise:
+        raise Infeasible("its producer looks at more than one position")
+    inner = replace(inner, stride=inner_stride(inner))
+    ones = not maps.constant_bias
+    pieces: Pieces = {}
+    for consumer, (path, dims) in zip(_constants(maps), maps.consumers_at, strict=True):
+        outer = columns(consumer, maps.linear)
+        term = as_dims(_merge(consumer, inner, maps.linear), dims)
+        weights = [columns(consumer, maps.keep).weight, term.weight]
+        if ones:
+            weights.append(border_kernel(outer, inner.bias))
+        bias = consumer.bias if ones else consumer.bias + term.bias
+        pieces[path] = Piece("plain", replace(as_dims(consumer, dims), weight=torch.cat(weights, dim=1), bias=bias))
+    pieces[maps.producer_at[0]] = Piece("input_carry", rows(maps.producer, maps.keep), number=int(ones))
+    return pieces
+
+
+FORMS: dict[str, Callable[[Maps], Pieces]] = {
+    "vanished": vanished,
+    "merged": merged,
+    "merged (input)": merged_input,
+    "factored": factored,
+}
+
+
+def cost(pieces: Pieces, positions: dict[str, int]) -> float:
+    """Multiply-adds of the pieces, each evaluated at so many positions."""
+    maps = ((path, piece.affine) for path, piece in pieces.items() if piece.affine is not None)
+    return float(sum(positions[path] * affine.weight.numel() for path, affine in maps))

@@ -1,0 +1,222 @@
+"""Put a gate on every channel of every activation that can be reached."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize.capture import Inputs, fake_inputs, normalize_inputs
+from linearize.discover import discover
+from linearize.errors import ConvertError, UsageError
+from linearize.gate import ChannelGate, gates
+from linearize.record import Record, Step, record_of, set_record
+from linearize.rewrite import Options, concrete_arguments
+from linearize.sites import Site
+from linearize.specs import build, replace_module
+
+_log = logging.getLogger(__name__)
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Insert a `ChannelGate` at every activation. The function stays the same, bitwise, until a gate is moved.
+
+    Args:
+        model: an eager model; wrappers for data parallelism are taken off.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of its forward.
+            None asks the model's library (timm's input size, a transformers config).
+        include: glob patterns on site names (`linearize.summary` lists them): only these get a gate.
+        exclude: glob patterns of sites that get none.
+        inplace: change `model` itself instead of a copy.
+
+    Returns:
+        A model of the same class with the same state-dict names, plus those of the gates.
+
+    Raises:
+        CaptureError: the model does not run on the inputs, or its graph cannot be captured.
+        ConvertError: no activation was found, or none of them can get a gate.
+        UsageError: a pattern matches no site.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> convert(net, torch.randn(1, 4))[1]
+        ChannelGate(
+          channels=8, axis=-1
+          (activation): ReLU()
+        )
+    """
+    model = unwrapped(model)
+    if gates(model):
+        raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
+    _check_finite(model)
+    inputs = _inputs(model, example_inputs)
+    sites = discover(model, inputs)
+    if not sites:
+        remedy = "Convert a model (or the submodule) that has elementwise activations such as nn.ReLU or F.gelu."
+        raise ConvertError(type(model).__name__, "no activation was found in it", remedy)
+    sites = _selected(sites, include, exclude)
+    target = model if inplace else copy.deepcopy(model)
+    known = record_of(model) or Record()
+    sites, rewrites = _rewrite_owners(target, sites, inputs)
+    put = [site for site in sites if site.ungated is None]
+    if not put:
+        reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
+        found = f"none of its {len(sites)} activations can get a gate ({reasons})"
+        raise ConvertError(type(model).__name__, found, "Change include= or exclude=, or mend what is named.")
+    for site in put:
+        _put_gate(target, site)
+    set_record(target, Record(sites, [*known.steps, *rewrites], fake_inputs(inputs)))
+    left = len(sites) - len(put)
+    if left:
+        _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
+    return target
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel and DistributedDataParallel.
+
+    Raises:
+        ConvertError: the model is compiled or scripted, so that there is no eager code to rewrite.
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    if isinstance(model, torch.jit.ScriptModule):
+        found = "is a scripted module, which has no Python code left to rewrite"
+        raise ConvertError(type(model).__name__, found, "Pass the eager model.")
+    if hasattr(model, "_orig_mod"):
+        raise ConvertError(type(model).__name__, "is a compiled model", "Pass the eager model and compile the result.")
+    if not isinstance(model, nn.Module):
+        raise UsageError("model", f"found {type(model).__name__}", "Pass a torch.nn.Module.")
+    return model
+
+
+def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    if example_inputs is None:
+        from linearize import zoo
+
+        return zoo.example_inputs(model)
+    return normalize_inputs(example_inputs)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta" or not parameter.is_floating_point():
+            continue
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ConvertError(
+                name, "holds NaN or Inf", "Mend the weights first: nothing can be proven about such a model."
+            )
+
+
+def _selected(
+    sites: tuple[Site, ...], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> tuple[Site, ...]:
+    wanted, unwanted = _patterns(include), _patterns(exclude)
+    names = [site.name for site in sites]
+    for option, patterns in (("include", wanted), ("exclude", unwanted)):
+        for pattern in patterns or ():
+            if not fnmatch.filter(names, pattern):
+                some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                raise UsageError(f"{option}={pattern!r}", "matches no site", f"The sites are: {some}.")
+
+    def choose(site: Site) -> Site:
+        if site.ungated is not None:
+            return site
+        if wanted is not None and not _matches(site.name, wanted):
+            return replace(site, ungated="not in include=")
+        return replace(site, ungated="in exclude=") if _matches(site.name, unwanted or ()) else site
+
+    return tuple(choose(site) for site in sites)
+
+
+def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
+    return None if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[tuple[Site, ...], list[Step]]:
+    """Redirect activation calls inside forwards to children, so that they can be swapped like any module."""
+    owners: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.ungated is None and site.call is not None:
+            owners.setdefault(site.module, []).append(site)
+    if not owners:
+        return sites, []
+    calls = Counter((site.module, site.target) for site in sites if site.call is not None)
+    concrete = _observe(model, list(owners), inputs)
+    steps: list[Step] = []
+    failed: dict[str, str] = {}
+    for owner, inside in owners.items():
+        options: Options = {
+            "calls": [_call(site, calls[owner, site.target]) for site in inside],
+            "concrete": concrete.get(owner, {}),
+        }
+        step: Step = {"path": owner, "module": {"type": "Rewrite", **options}}
+        try:
+            build(step["module"], model.get_submodule(owner))
+            steps.append(step)
+        except ConvertError as error:
+            failed[owner] = f"the forward of {owner or 'the model'} cannot be rewritten: {error.found}"
+    return tuple(
+        replace(site, ungated=failed[site.module])
+        if site.call is not None and site.module in failed and site.ungated is None
+        else site
+        for site in sites
+    ), steps
+
+
+def _call(site: Site, of: int) -> Options:
+    call: Options = {"child": site.name.rsplit(".", 1)[-1], "target": site.target, "index": site.call, "of": of}
+    if site.function:
+        call |= {"function": site.function, "options": dict(site.options)}
+    return call
+
+
+def _observe(model: nn.Module, owners: list[str], inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """The arguments that each owner is called with and that are no tensors, seen in one run on the meta device."""
+    seen: dict[str, dict[str, Any]] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.setdefault(path, concrete_arguments(module, args, kwargs))
+
+        return note
+
+    hollow = copy.deepcopy(model).to("meta").eval()
+    hooks = [hollow.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in owners]
+    try:
+        with torch.no_grad():
+            args, kwargs = fake_inputs(inputs)
+            hollow(*args, **kwargs)
+    except Exception as error:  # the model's own code may not run on meta tensors
+        _log.debug("could not observe the calls on the meta device: %s", error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _put_gate(model: nn.Module, site: Site) -> None:
+    activation = model.get_submodule(site.name)
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    gate = ChannelGate(activation, site.channels, site.axis, gated_unit=site.gated_unit, site=site)
+    if like is not None:
+        gate = gate.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+    replace_module(model, site.name, gate)

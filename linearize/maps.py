@@ -1,0 +1,185 @@
+"""Read the affine maps of a site from the model, in float64, with the constant maps between them folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.algebra.affine import Affine, dense, norm_scale_shift, rows, scaled
+from linearize.algebra.forms import Infeasible, Maps, Pieces
+from linearize.errors import CollapseError
+from linearize.gate import ChannelGate
+from linearize.sites import Fold, Port, Site
+
+
+@dataclass
+class Reader:
+    """Reads maps from a model, or from the pieces that sites further down have already been given.
+
+    Attributes:
+        model: where the weights are.
+        device: where the maps go; "meta" for shapes only, None to leave them.
+        pieces: what has been decided so far, by place.
+    """
+
+    model: nn.Module
+    device: str | None = None
+    pieces: Pieces = field(default_factory=dict)
+
+    def maps(self, site: Site, gate: ChannelGate, linear: Tensor, fixed_producer: bool) -> Maps:
+        """The maps of a site whose channels in `linear` (bool, (C,)) are to become linear.
+
+        Raises:
+            Infeasible: a map has already been given another form, or a constant between the maps cannot be folded.
+            CollapseError: a weight or the surrogate is not finite.
+        """
+        if site.producer is None or not site.consumers:
+            raise Infeasible(site.reason or "no linear map before or after it")
+        producer = self._folded(self._output(site.producer), site.folds)
+        up = self._folded(self._output(site.up), site.up_folds) if site.up is not None else None
+        consumers = tuple(self._input(port, site) for port in site.consumers)
+        slope, intercept = self._surrogate(site, gate)
+        linear = linear.to(slope.device)
+        if site.gated_unit and bool((slope[linear] != 0).any()):
+            raise Infeasible("a gated unit is linear only where its gate is a constant (slope 0)")
+        steady = site.steady and not any(any(consumer.padding) for consumer in consumers)
+        drops = linear & (slope == 0) & (intercept == 0) if site.gated_unit or not steady else linear & (slope == 0)
+        index = {
+            name: self._index(mask)
+            for name, mask in (("keep", ~linear), ("linear", linear & ~drops), ("dropped", drops))
+        }
+        ports = [port for port in (site.producer, site.up, *site.consumers) if port is not None]
+        return Maps(
+            producer=producer,
+            consumers=consumers,
+            producer_at=(site.producer.module, site.producer.dims),
+            consumers_at=tuple((port.module, port.dims) for port in site.consumers),
+            slope=self._place(slope),
+            intercept=self._place(intercept),
+            up=up,
+            up_at=(site.up.module, site.up.dims) if site.up is not None else ("", 0),
+            steady=site.steady,
+            direct=site.direct,
+            grouped=any(self._groups(port) > 1 for port in ports),
+            packed=_packed(site),
+            fixed_producer=fixed_producer,
+            **index,
+        )
+
+    def _surrogate(self, site: Site, gate: ChannelGate) -> tuple[Tensor, Tensor]:
+        """Slope and intercept of the gate in float64; what they start from, if the model has no values yet."""
+        if gate.slope.device.type == "meta":
+            start = torch.zeros if site.gated_unit else torch.ones
+            return start(site.channels, dtype=torch.float64), torch.zeros(site.channels, dtype=torch.float64)
+        slope, intercept = (self._finite(site.name, t.detach()).double() for t in (gate.slope, gate.intercept))
+        return slope, intercept
+
+    def weights(self, site: Site) -> float:
+        """Multiply-adds of the site's maps as they are now, in one forward of the example inputs."""
+        ports = {port.module: port for port in (site.producer, site.up, *site.consumers) if port is not None}
+        total = 0.0
+        for path, port in ports.items():
+            piece = self.pieces.get(path)
+            if piece is None:
+                total += port.positions * self._parameter(path, "weight").numel()
+            elif piece.affine is not None:
+                total += port.positions * piece.affine.weight.numel()
+        return total
+
+    def _output(self, port: Port) -> Affine:
+        affine = self._affine(port)
+        if port.start == 0 and port.stop == port.total:
+            return affine
+        return rows(affine, self._place(torch.arange(port.start, port.stop, device=self._real(affine))))
+
+    def _real(self, affine: Affine) -> torch.device:
+        return affine.weight.device
+
+    def _affine(self, port: Port) -> Affine:
+        piece = self.pieces.get(port.module)
+        if piece is not None:
+            if piece.layer != "plain" or piece.affine is None:
+                raise Infeasible(f"{port.module} carries the merged term of another site")
+            return piece.affine
+        module: Any = self.model.get_submodule(port.module)
+        weight = self._place(self._parameter(port.module, "weight").double())
+        weight = weight.t() if port.transposed else weight
+        if getattr(module, "bias", None) is not None:
+            bias = self._place(self._parameter(port.module, "bias").double())
+        else:
+            bias = weight.new_zeros(weight.shape[0])
+        if port.dims == 0:
+            return Affine(weight, bias)
+        padding = _padding(module)
+        return Affine(dense(weight, module.groups), bias, tuple(module.stride), padding, tuple(module.dilation))
+
+    def _input(self, port: Port, site: Site) -> Affine:
+        affine = self._affine(port)
+        for fold in reversed(site.consumer_folds):
+            scale, shift = self._scale_shift(fold, affine.weight.shape[1])
+            if (shift.device.type == "meta" or bool((shift != 0).any())) and (any(affine.padding) or not site.steady):
+                raise Infeasible(f"the shift of {fold.module} does not reach every position alike")
+            scale, shift = self._place(scale), self._place(shift)
+            weight = affine.weight
+            total = weight.flatten(2).sum(2) if affine.dims else weight
+            scaled_weight = weight * scale.view(1, -1, *(1,) * affine.dims)
+            affine = replace(affine, weight=scaled_weight, bias=affine.bias + total @ shift)
+        return affine
+
+    def _folded(self, affine: Affine, folds: tuple[Fold, ...]) -> Affine:
+        for fold in folds:
+            scale, shift = self._scale_shift(fold, affine.weight.shape[0])
+            affine = scaled(affine, self._place(scale), self._place(shift))
+        return affine
+
+    def _scale_shift(self, fold: Fold, channels: int) -> tuple[Tensor, Tensor]:
+        weight, bias, mean, var = (self._tensor(name) for name in (fold.weight, fold.bias, fold.mean, fold.var))
+        return norm_scale_shift(weight, bias, mean, var, fold.eps, channels)
+
+    def _tensor(self, name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        path, _, attribute = name.rpartition(".")
+        return self._parameter(path, attribute)
+
+    def _parameter(self, path: str, name: str) -> Tensor:
+        tensor: Tensor = getattr(self.model.get_submodule(path), name)
+        return self._finite(f"{path}.{name}" if path else name, tensor.detach())
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "meta" and self.device is None and not bool(torch.isfinite(tensor).all()):
+            found = "found NaN" if bool(torch.isnan(tensor).any()) else "found Inf"
+            raise CollapseError(name, found, "Mend or exclude this layer: what is not finite cannot be folded.")
+        return tensor
+
+    def _groups(self, port: Port) -> int:
+        return 1 if port.module in self.pieces else int(getattr(self.model.get_submodule(port.module), "groups", 1))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        if self.device is not None:
+            return tensor.to(self.device)
+        return tensor
+
+    def _index(self, mask: Tensor) -> Tensor:
+        return self._place(mask.nonzero().flatten())
+
+
+def _padding(module: Any) -> tuple[int, ...]:
+    """Padding in numbers, also where the convolution says "same" or "valid"."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if any(total % 2 for total in totals):
+        raise Infeasible("its padding is not the same on both sides")
+    return tuple(total // 2 for total in totals)
+
+
+def _packed(site: Site) -> str | None:
+    if site.up is None or site.producer is None or site.up.module != site.producer.module:
+        return None
+    return "gate_first" if site.producer.start == 0 else "up_first"

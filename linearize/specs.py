@@ -1,0 +1,193 @@
+"""Modules as plain data: a small allow-list of layers, how each is described and how it is built again.
+
+A saved model holds only such descriptions; building one runs no code from the file.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from linearize import layers
+from linearize.errors import CheckpointError
+from linearize.gate import ChannelGate
+from linearize.record import Step, record_of
+from linearize.rewrite import rewrite_calls
+
+Spec = dict[str, Any]
+
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+# Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
+_PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Linear": (nn.Linear, ("in_features", "out_features")),
+    "CarryLinear": (layers.CarryLinear, ("in_features", "out_features", "start")),
+    "OnesLinear": (layers.OnesLinear, ("in_features", "out_features", "at", "ones")),
+    **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
+    **{f"BorderConv{n}d": (getattr(layers, f"BorderConv{n}d"), _CONV) for n in (1, 2, 3)},
+}
+# Set after construction: subclasses of convolutions with one number more.
+_EXTRA: dict[str, tuple[type[nn.Module], str]] = {
+    **{f"CarryConv{n}d": (getattr(layers, f"CarryConv{n}d"), "start") for n in (1, 2, 3)},
+    **{f"InputCarryConv{n}d": (getattr(layers, f"InputCarryConv{n}d"), "ones") for n in (1, 2, 3)},
+}
+
+
+def spec_of(module: nn.Module) -> Spec:
+    """The description of a module of the allow-list; `build` makes the module again, with other weights.
+
+    Raises:
+        CheckpointError: the module is of another class.
+
+    Example:
+        >>> spec_of(nn.Linear(2, 3, bias=False))
+        {'type': 'Linear', 'in_features': 2, 'out_features': 3, 'bias': False}
+    """
+    name = type(module).__name__
+    if name in _PLAIN and type(module) is _PLAIN[name][0]:
+        return {"type": name, **_numbers(module, _PLAIN[name][1]), "bias": getattr(module, "bias", None) is not None}
+    if name in _EXTRA and type(module) is _EXTRA[name][0]:
+        return {
+            "type": name,
+            **_numbers(module, (*_CONV, _EXTRA[name][1])),
+            "bias": getattr(module, "bias", None) is not None,
+        }
+    if isinstance(module, nn.Identity):
+        return {"type": "Identity"}
+    if isinstance(module, layers.Ones):
+        return {"type": "Ones", "width": module.width}
+    if isinstance(module, layers.Elementwise):
+        return {"type": "Elementwise", "function": module.function, "options": module.options}
+    if isinstance(module, layers.PartialActivation):
+        return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis}
+    if isinstance(module, layers.MaskedActivation):
+        return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
+    if isinstance(module, ChannelGate):
+        site = module.site.to_dict() if module.site is not None else None
+        return {
+            "type": "ChannelGate",
+            "channels": module.channels,
+            "axis": module.axis,
+            "gated_unit": module.gated_unit,
+            "site": site,
+        }
+    raise CheckpointError(name, "is no layer that linearize puts into a model", f"Known: {sorted(_BUILDERS)}.")
+
+
+def _numbers(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: getattr(module, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def build(spec: Spec, current: nn.Module) -> nn.Module:
+    """The module of a description; `current` is what stands in its place now, which activations wrap.
+
+    Raises:
+        CheckpointError: the description names no known layer, or lacks what that layer needs.
+    """
+    kind = spec.get("type")
+    builder = _BUILDERS.get(kind) if isinstance(kind, str) else None
+    if builder is None:
+        raise CheckpointError(str(kind), "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
+    options = {name: value for name, value in spec.items() if name != "type"}
+    try:
+        return builder(current, options)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            str(kind), f"cannot be built from {options} ({error})", "The file is damaged: save it again."
+        ) from error
+
+
+def _plain(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
+    return lambda current, options: kind(**_tuples(options))
+
+
+def _extra(kind: type[nn.Module], name: str) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
+    def make(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+        value = int(options[name])
+        module = kind(**_tuples({key: option for key, option in options.items() if key != name}))
+        setattr(module, name, value)
+        return module
+
+    return make
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _identity(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Forward code may look at `.weight` of the layer that stood here (transformers does): None says there is none."""
+    module = nn.Identity()
+    for name in ("weight", "bias"):
+        if hasattr(current, name):
+            module.register_parameter(name, None)
+    return module
+
+
+def _children(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """What remains of a module whose own map was folded into a neighbour: its children, one after the other."""
+    return nn.Sequential(OrderedDict((name, current.get_submodule(name)) for name in options["names"]))
+
+
+def _gate(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+    from linearize.sites import Site
+
+    site = Site.from_dict(options["site"]) if options.get("site") else None
+    return ChannelGate(current, options["channels"], options["axis"], gated_unit=options["gated_unit"], site=site)
+
+
+_BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
+    **{name: _plain(kind) for name, (kind, _) in _PLAIN.items()},
+    **{name: _extra(kind, extra) for name, (kind, extra) in _EXTRA.items()},
+    "Identity": _identity,
+    "Ones": lambda current, options: layers.Ones(**options),
+    "Elementwise": lambda current, options: layers.Elementwise(**options),
+    "PartialActivation": lambda current, options: layers.PartialActivation(current, **options),
+    "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
+    "Children": _children,
+    "ChannelGate": _gate,
+    "Rewrite": rewrite_calls,
+}
+
+
+def replay(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
+    """Replace modules of `model` in place, one step after the other.
+
+    Raises:
+        CheckpointError: a step names a path that the model does not have, or a layer that cannot be built.
+    """
+    for step in steps:
+        path = step.get("path")
+        if not isinstance(path, str) or not isinstance(step.get("module"), dict):
+            raise CheckpointError(
+                str(path), f"found a step of another form: {step}", "The file is damaged: save it again."
+            )
+        try:
+            current = model.get_submodule(path)
+        except AttributeError as error:
+            remedy = "Load it onto the model that it was made from."
+            raise CheckpointError(path, "the plan names a module that the model does not have", remedy) from error
+        replace_module(model, path, build(step["module"], current))
+    return model
+
+
+def all_steps(model: nn.Module) -> list[Step]:
+    """Every change of the module tree since the base model, gates included; `replay` repeats them."""
+    record = record_of(model)
+    gated = [
+        {"path": path, "module": spec_of(module)}
+        for path, module in model.named_modules()
+        if isinstance(module, ChannelGate)
+    ]
+    return [*(record.steps if record is not None else []), *gated]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`; it takes over the training mode of what stood there."""
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    module.train(holder.training)
+    setattr(holder, name, module)

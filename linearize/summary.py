@@ -1,0 +1,119 @@
+"""A row per activation site: what is there, what is linear, what it would collapse to, or why it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize.convert import convert, unwrapped
+from linearize.gate import ChannelGate, gates
+from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, make_plan, masks_of
+from linearize.record import Record, record_of
+from linearize.report.table import render
+from linearize.sites import Site
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One activation site.
+
+    Attributes:
+        name, activation: of the site.
+        channels, linear: how many it has, and how many of them are linear now.
+        gated: whether it has a gate.
+        form: what it would collapse to: as it is now, or, if no channel is linear yet, with all of them linear.
+        reason: why it has no gate, or why its linear channels cannot be collapsed; None if they can.
+    """
+
+    name: str
+    activation: str
+    channels: int
+    linear: int
+    gated: bool
+    form: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All activation sites of a model, in order of execution; prints as a table."""
+
+    sites: tuple[SiteSummary, ...]
+
+    @property
+    def channels(self) -> int:
+        """Gated channels."""
+        return sum(site.channels for site in self.sites if site.gated)
+
+    @property
+    def linear(self) -> int:
+        """Linear channels among them."""
+        return sum(site.linear for site in self.sites)
+
+    @property
+    def share(self) -> float:
+        """Share of the gated channels that are linear, 0 to 1."""
+        return self.linear / self.channels if self.channels else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        totals = {"channels": self.channels, "linear": self.linear, "share": self.share}
+        return {"sites": [asdict(site) for site in self.sites], **totals}
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                site.name,
+                site.activation,
+                str(site.channels or ""),
+                str(site.linear) if site.gated else "-",
+                _outcome(site),
+            )
+            for site in self.sites
+        ]
+        total = (f"{len(self.sites)} sites", "", str(self.channels), str(self.linear), f"{self.share:.1%} linear")
+        return render(("site", "activation", "channels", "linear", "collapses to"), [*rows, total])
+
+
+def _outcome(site: SiteSummary) -> str:
+    if not site.gated:
+        return f"no gate: {site.reason}"
+    return site.form or "" if site.reason is None else f"{site.form}: {site.reason}"
+
+
+def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
+    """Every activation of a model and what can be done with it.
+
+    Args:
+        model: converted or not. One that is not is converted on the side; nothing of it changes.
+        example_inputs: as for `linearize.convert`; needed for a model that is neither converted nor of a known library.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> summary(net, torch.randn(2, 4)).sites[0].form
+        'vanished'
+    """
+    model = unwrapped(model)
+    found = gates(model)
+    if not found:
+        model = convert(model, example_inputs)
+        found = gates(model)
+    masks = masks_of(found)
+    anything = any(bool(mask.any()) for mask in masks.values())
+    everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    plan = make_plan(model, linear=masks if anything else everything)
+    record = record_of(model) or Record(tuple(gate.site for gate in found.values() if gate.site is not None))
+    return Summary(tuple(_row(site, found.get(site.name), plan) for site in record.sites))
+
+
+def _row(site: Site, gate: ChannelGate | None, plan: Plan) -> SiteSummary:
+    if gate is None:
+        return SiteSummary(site.name, site.activation, site.channels, 0, gated=False, form=None, reason=site.ungated)
+    planned: SitePlan = plan[site.name]
+    linear = 0 if gate.alpha.device.type == "meta" else int(gate.linear.sum())
+    reason = planned.reason if planned.form == MASKED else site.reason
+    form = None if planned.form == UNCHANGED and site.reason is None else planned.form
+    return SiteSummary(site.name, site.activation, gate.channels, linear, gated=True, form=form, reason=reason)
