@@ -96,7 +96,7 @@ class Competition:
     @torch.no_grad()
     def advance(self, step: int) -> None:
         """Choose winners, lead their alphas on, hold the others below the bound; `step` starts at 1."""
-        device = self.won.device
+        device = self._follow()
         alpha = torch.cat([gate.alpha.to(device, torch.float64) for gate in self.gates])
         self.won |= self._frozen()  # the user may freeze channels at any time
         share = self.shape(min(1.0, step / (self.steps - self.ramp)))
@@ -115,6 +115,14 @@ class Competition:
         for gate, values, mask in zip(self.gates, alpha.split(sizes), done.split(sizes), strict=True):
             gate.alpha.copy_(values)
             gate.linearize_(mask | gate.frozen.to(device))
+
+    def _follow(self) -> torch.device:
+        """Go where the first gate is: the model may have been moved. (MPS has no float64: stay on the CPU.)"""
+        device = self.gates[0].alpha.device
+        device = torch.device("cpu") if device.type == "mps" else device
+        for name in ("worth", "weight", "ease", "won", "start", "origin"):
+            setattr(self, name, getattr(self, name).to(device))
+        return device
 
     def _winners(self, alpha: Tensor, need: Tensor | float) -> Tensor:
         """The free channels, best score first, until their worth and that of those who won reaches `need`.
@@ -141,6 +149,6 @@ class Competition:
         if state["won"].shape != self.won.shape:
             found = f"found the state of {len(state['won'])} channels, but the model has {len(self.won)}"
             raise TrainingError("SparsityPrior", found, "Resume with the model and the options of that run.")
-        device = self.won.device
-        self.won, self.start = state["won"].to(device).clone(), state["start"].to(device).clone()
-        self.origin, self.before = state["origin"].to(device).clone(), float(state["before"])
+        self.won, self.start = state["won"].clone(), state["start"].clone()
+        self.origin, self.before = state["origin"].clone(), float(state["before"])
+        self._follow()

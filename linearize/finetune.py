@@ -130,7 +130,7 @@ def finetune(
         "warmup": warmup, "clip": clip, "distill_weight": distill_weight, "temperature": temperature,
         "mixed_precision": mixed_precision,
     }  # fmt: skip
-    _check_prior(prior, epochs * length)
+    _check_prior(prior, model, epochs * length)
     accelerator = accelerator or _accelerator(mixed_precision)
     if seed is not None:
         from accelerate.utils import set_seed
@@ -169,6 +169,7 @@ def finetune(
                     _write(folder, {"options": options, "run": run.state_dict(data)}, len(run.history), keep)
             if on_epoch is not None:
                 on_epoch(record)
+    model.zero_grad()  # leave no gradients behind: they take as much memory as the weights
     return FinetuneResult(model, run.history, run.step, done)
 
 
@@ -196,9 +197,13 @@ def _check_options(*, epochs: int, distill_weight: float, warmup: float, keep: i
             raise UsageError("finetune", f"found {name}={value}", f"{name} must be {expected}.")
 
 
-def _check_prior(prior: SparsityPrior | None, total: int) -> None:
-    steps = prior.competition.steps if prior is not None and prior.competition is not None else 0
-    if prior is not None and prior.steps_taken + total < steps:
+def _check_prior(prior: SparsityPrior | None, model: nn.Module, total: int) -> None:
+    if prior is None:
+        return
+    if not set(prior.gates) <= set(model.modules()):
+        raise UsageError("finetune", "found a prior on gates of another model", "Make the prior for this model.")
+    steps = prior.competition.steps if prior.competition is not None else 0
+    if prior.steps_taken + total < steps:
         found = f"found a prior that reaches its target at step {steps}, but {total} steps of training"
         raise UsageError("finetune", found, f"Make the prior with steps={total} or fewer, or train longer.")
 

@@ -56,7 +56,7 @@ def task_loss(output: Any, labels: Any) -> Tensor:
     if isinstance(own, Tensor):
         return own
     if labels is None:
-        remedy = "Yield (inputs, labels) or a dict with 'labels'; or pass loss= or teacher=."
+        remedy = "Yield (inputs, labels) or a dict with 'labels'; or pass loss=, or teacher= with distill_weight=1."
         raise DataError("data", "found no labels in a batch", remedy)
     logits = main_output(output)
     if not isinstance(labels, Tensor) or not (logits.dim() > 1 and labels.shape in {logits.shape, logits.shape[:-1]}):

@@ -104,11 +104,9 @@ class SparsityPrior:
         self.kind, self.weight, self.p, self.tolerance = kind, float(weight), float(p), float(tolerance)
         self.gates = list(named.values())
         self.steps_taken = 0
-        home = self.gates[0].alpha.device
-        home = torch.device("cpu") if home.type == "mps" else home  # which has no float64
         sizes = [gate.channels for gate in self.gates]
-        ones = torch.ones(sum(sizes), dtype=torch.float64, device=home)
-        costs = channel_costs(self.gates).to(home) if cost_weighted or by == "cost" else ones
+        ones = torch.ones(sum(sizes), dtype=torch.float64)
+        costs = channel_costs(self.gates) if cost_weighted or by == "cost" else ones
         relative = costs / costs.mean() if cost_weighted else ones
         self._weights = relative.split(sizes) if cost_weighted else None
         self.competition: Competition | None = None
@@ -129,7 +127,7 @@ class SparsityPrior:
             ramp=ramp,
             worth=worth,
             weight=relative,
-            ease=_ease(named, calibration).to(home) if calibration is not None else 0 * ones,
+            ease=_ease(named, calibration) if calibration is not None else 0 * ones,
         )
 
     def __call__(self) -> Tensor:

@@ -172,7 +172,11 @@ class Run:
             self.objective.prior.load_state_dict(state["prior"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for generator, saved in zip(_generators(data), state["generators"], strict=True):
+        generators = _generators(data)
+        if len(generators) != len(state["generators"]):
+            found = f"found data with {len(generators)} random generators, not {len(state['generators'])}"
+            raise TrainingError("finetune", found, "Resume with the data of that run.")
+        for generator, saved in zip(generators, state["generators"], strict=True):
             generator.set_state(saved)
         self.step, self.history = state["step"], state["history"]
         set_random_state(state["random"])
