@@ -100,16 +100,10 @@ def benchmark(
 
 
 def _named(models: Models) -> dict[str, nn.Module]:
-    named = (
-        dict(zip(("reference", "candidate"), models, strict=False))
-        if isinstance(models, tuple)
-        else dict(models)
-    )
+    named = dict(zip(("reference", "candidate"), models, strict=False)) if isinstance(models, tuple) else dict(models)
     if not named or not all(isinstance(model, nn.Module) for model in named.values()):
         kinds = ", ".join(type(model).__name__ for model in named.values()) or "none"
-        raise UsageError(
-            "models", f"found {kinds}", "Pass a pair of modules, or a dict of names and modules."
-        )
+        raise UsageError("models", f"found {kinds}", "Pass a pair of modules, or a dict of names and modules.")
     return named
 
 
@@ -130,9 +124,7 @@ def _check(**counts: int) -> None:
 
 def _batch_size(batch: Inputs) -> int:
     """Size of the first axis of the first tensor that has one."""
-    return next(
-        (leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1
-    )
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
 def _resized(batch: Inputs, size: int) -> Inputs:
@@ -227,9 +219,7 @@ def _ratios(samples: Mapping[str, list[float]], size: int, compiled: bool) -> li
     """Every other model against the first, round by round."""
     first, *others = samples
     return [
-        Ratio.of(
-            name, first, size, compiled, [a / b for a, b in zip(samples[name], samples[first], strict=True)]
-        )
+        Ratio.of(name, first, size, compiled, [a / b for a, b in zip(samples[name], samples[first], strict=True)])
         for name in others
     ]
 

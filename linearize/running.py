@@ -26,11 +26,7 @@ def batches_of(inputs: Any) -> list[Inputs]:
         >>> len(batches_of(torch.zeros(2, 3))), len(batches_of([torch.zeros(2, 3), (torch.zeros(2, 3),)]))
         (1, 2)
     """
-    found = (
-        [normalize_inputs(batch) for batch in inputs]
-        if isinstance(inputs, list)
-        else [normalize_inputs(inputs)]
-    )
+    found = [normalize_inputs(batch) for batch in inputs] if isinstance(inputs, list) else [normalize_inputs(inputs)]
     if not found:
         raise UsageError("inputs", "found an empty list", "Pass at least one batch.")
     for position, batch in enumerate(found):

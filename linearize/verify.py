@@ -148,9 +148,7 @@ class _Sums:
         return OutputError(name, max_error, rms_error, self.tolerance, self.reason)
 
 
-def verify(
-    reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance: float | None = None
-) -> Verification:
+def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Verification:
     """Compare two models on inputs, both in eval mode, and leave both as they were.
 
     Every tensor in the outputs is compared, through tuples, dicts and dataclasses.

@@ -69,9 +69,7 @@ def test_many_models_against_the_first() -> None:
 
 def test_batch_sizes_repeat_and_cut_keyword_inputs() -> None:
     model = Sleeps(0.02)
-    result = benchmark(
-        (model, model), {"x": torch.ones(2, 3), "scale": 2.0}, rounds=1, warmup=0, batch_sizes=[1, 5]
-    )
+    result = benchmark((model, model), {"x": torch.ones(2, 3), "scale": 2.0}, rounds=1, warmup=0, batch_sizes=[1, 5])
     assert set(model.sizes) == {1, 5}
     assert [t.batch_size for t in result.timings] == [1, 1, 5, 5]
 

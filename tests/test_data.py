@@ -30,9 +30,7 @@ def mnist(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_images(
-    folder: Path, count: int, colour: tuple[int, int, int], size: tuple[int, int] = (9, 7)
-) -> None:
+def write_images(folder: Path, count: int, colour: tuple[int, int, int], size: tuple[int, int] = (9, 7)) -> None:
     image = pytest.importorskip("PIL.Image")
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -64,9 +62,7 @@ def test_size_channels_and_normalisation() -> None:
     scaled = load_data("digits", size=(16, 12), in_chans=3, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 4.0])
     a, b = next(iter(plain.test))[0], next(iter(scaled.test))[0]
     assert b.shape[1:] == (3, 16, 12)
-    restored = b * torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(
-        1, 3, 1, 1
-    )
+    restored = b * torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
     assert torch.allclose(restored[:, 0], restored[:, 2], atol=1e-6)
     assert torch.allclose(restored.mean(), a.mean(), atol=2e-2)
 

@@ -192,9 +192,7 @@ def test_keyword_inputs() -> None:
 
 def test_transformers_outputs() -> None:
     outputs = pytest.importorskip("transformers.modeling_outputs")
-    output = outputs.BaseModelOutput(
-        last_hidden_state=torch.ones(1, 2), hidden_states=(torch.ones(1), torch.ones(2))
-    )
+    output = outputs.BaseModelOutput(last_hidden_state=torch.ones(1, 2), hidden_states=(torch.ones(1), torch.ones(2)))
     assert [o.name for o in errors(output, output).outputs] == [
         "last_hidden_state",
         "hidden_states.0",

@@ -55,9 +55,9 @@ def load_data(
     """Open a data source.
 
     Args:
-        source: "digits" (1797 handwritten digits of 8 x 8 pixels from scikit-learn, no download), a folder
-            with the four idx .gz files of MNIST or Fashion-MNIST, or a folder with a subfolder of images for
-            each class; these may lie in "train" and "test" (or "val"), otherwise every fifth image is kept for
+        source: "digits" (1797 handwritten digits of 8 x 8 pixels in scikit-learn, no download), a folder
+            with the four idx .gz files of MNIST or Fashion-MNIST, or a folder with a subfolder of images per
+            class; these may lie in "train" and "test" (or "val"), otherwise every fifth image is kept for
             testing.
         size: height and width that the model takes; None keeps the source's own (224 for image files).
         in_chans: channels that the model takes; None keeps the source's own (3 for image files).

@@ -76,9 +76,7 @@ class Transform:
         if x.shape[1] != self.channels:
             x = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
         if tuple(x.shape[2:]) != self.size:
-            x = torch.nn.functional.interpolate(
-                x, self.size, mode="bilinear", antialias=True, align_corners=False
-            )
+            x = torch.nn.functional.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (x - mean) / std
 

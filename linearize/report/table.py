@@ -66,6 +66,4 @@ def _prepare(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> tuple[
 
 
 def _is_number(text: str) -> bool:
-    return set(text.lower()) <= _NUMERIC and (
-        text == "-" or any(c.isdigit() for c in text) or text in {"nan", "inf"}
-    )
+    return set(text.lower()) <= _NUMERIC and (text == "-" or any(c.isdigit() for c in text) or text in {"nan", "inf"})

@@ -63,9 +63,7 @@ class Ratio:
     q3: float
 
     @classmethod
-    def of(
-        cls, model: str, reference: str, batch_size: int, compiled: bool, values: Sequence[float]
-    ) -> Ratio:
+    def of(cls, model: str, reference: str, batch_size: int, compiled: bool, values: Sequence[float]) -> Ratio:
         """From the ratio of every round."""
         q1, median, q3 = quartiles(values)
         return cls(model, reference, batch_size, compiled, median, q1, q3)
@@ -111,9 +109,7 @@ class BenchmarkResult:
         for t in self.timings:
             ratio = by_key.get((t.model, t.batch_size, t.compiled))
             spread = f"[{t.q1:.3g}, {t.q3:.3g}]"
-            rows.append(
-                [t.model, t.batch_size, "yes" if t.compiled else "no", f"{t.median:.3g}", spread, ratio]
-            )
+            rows.append([t.model, t.batch_size, "yes" if t.compiled else "no", f"{t.median:.3g}", spread, ratio])
         facts = self.environment
         title = f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}, torch {facts['torch']}"
         headers = ["model", "batch", "compiled", "median s", "quartiles s", "ratio [quartiles]"]

@@ -1,0 +1,97 @@
+"""The command line: `linearize inspect | compress | verify | bench`.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 the two models of
+`verify` differ, 2 bad usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from linearize._version import __version__
+from linearize.cli.bench import bench
+from linearize.cli.compress import compress
+from linearize.cli.inspect import inspect
+from linearize.cli.verify import verify
+from linearize.errors import LinearizeError
+
+__all__ = ["app", "main", "run"]
+
+app = typer.Typer(
+    name="linearize",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"linearize {__version__}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=False)
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find the channels whose nonlinearity a trained network no longer needs, and remove them exactly.
+
+    MODEL is timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a .safetensors file of linearize.
+    """
+
+
+app.command()(inspect)
+app.command()(compress)
+app.command()(verify)
+app.command()(bench)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; never raises for what a user can do wrong.
+
+    Args:
+        arguments: as in `sys.argv[1:]`; none at all shows the help.
+
+    Example:
+        >>> run(["--version"])
+        linearize ...
+        0
+    """
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(arguments) or ["--help"], prog_name="linearize", standalone_mode=False)
+    except LinearizeError as error:
+        return _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - stands in until the exit
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # bad options, as the parser found them
+            return _fail(f"{error.format_message()} See linearize --help.", 2)
+        if os.environ.get("LINEARIZE_DEBUG"):
+            raise
+        found = f"unexpected {type(error).__name__}: {error} (LINEARIZE_DEBUG=1 shows where)"
+        return _fail(found, 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: Any, code: int) -> int:
+    """One line on standard error, whatever the message holds."""
+    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+    return code
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""`linearize bench A B`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.bench import benchmark
+from linearize.cli import common
+from linearize.errors import UsageError
+
+__all__ = ["bench"]
+
+_COMPILE = {"no": [False], "yes": [True], "both": [False, True]}
+
+
+def bench(
+    reference: Annotated[str, typer.Argument(metavar="A", help="The model to compare with.")],
+    candidate: Annotated[str, typer.Argument(metavar="B", help="The model that should be faster.")],
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes.")] = "1,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each model, in turns.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls before the first measurement.")] = 3,
+    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    compile_: Annotated[str, typer.Option("--compile", help="Under torch.compile: no, yes or both.")] = "no",
+    device: Annotated[str | None, typer.Option(help="For example cpu, or cuda:0.")] = None,
+    shape: common.Shape = None,
+    model_arg: common.ModelArgument = None,
+    pretrained: common.Pretrained = None,
+    seed: common.Seed = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
+    json: common.Json = False,
+) -> None:
+    """Measure the latency of two models side by side.
+
+    Example: [bold]linearize bench original.safetensors small.safetensors --batch-sizes 1,32[/bold]
+    """
+    if compile_ not in _COMPILE:
+        raise UsageError("--compile", f"found {compile_!r}", f"Known are {', '.join(_COMPILE)}.")
+    sizes = _numbers(batch_sizes)
+    a, b = common.open_pair(reference, candidate, model_arg, pretrained=pretrained, seed=seed)
+    result = benchmark(
+        {"A": a, "B": b},
+        common.inputs_for(a, batch=max(sizes), shape=shape, seed=seed),
+        rounds=rounds,
+        warmup=warmup,
+        batch_sizes=sizes,
+        dtype=common.parse_dtype(dtype),
+        threads=threads,
+        compile=_COMPILE[compile_],
+        device=_device(device),
+        progress=common.say,
+    )
+    if out is not None:
+        result.save(out)
+    if json:
+        common.print_json(result.to_dict())
+    else:
+        typer.echo(str(result))
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise UsageError("--batch-sizes", f"found {text!r}", "Write whole numbers from 1 on, for example 1,32.")
+    return [int(part) for part in parts]
+
+
+def _device(name: str | None) -> str | None:
+    """The device's name, checked by making the smallest tensor on it."""
+    import torch
+
+    if name is not None:
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            line = str(error).partition("\n")[0]
+            raise UsageError("--device", f"cannot use {name!r} ({line})", "Leave it out to stay on the CPU.") from error
+    return name

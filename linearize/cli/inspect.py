@@ -1,0 +1,36 @@
+"""`linearize inspect MODEL`."""
+
+from __future__ import annotations
+
+import torch
+import typer
+
+from linearize.cli import common
+from linearize.cost import cost
+from linearize.summary import summary
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    model: common.Model,
+    model_arg: common.ModelArgument = None,
+    pretrained: common.Pretrained = None,
+    shape: common.Shape = None,
+    batch: common.Batch = 1,
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """List the activations of a model, what their linear channels would collapse to, or why they cannot.
+
+    Example: [bold]linearize inspect timm:vit_tiny_patch16_224[/bold]
+    """
+    network = common.open_model(model, model_arg, pretrained=pretrained, seed=seed)
+    inputs = common.inputs_for(network, batch=batch, shape=shape, seed=seed)
+    found, price = summary(network, inputs), cost(network, inputs)
+    if json:
+        common.print_json({"model": model, **found.to_dict(), "cost": price.to_dict()})
+        return
+    typer.echo(str(found))
+    size = sum(p.numel() * torch.empty((), dtype=p.dtype).element_size() for p in network.parameters())
+    typer.echo(f"{price.parameters:,} parameters ({size / 1e6:.1f} MB), {price.flops:,} FLOPs at batch size {batch}")

@@ -1,0 +1,48 @@
+"""`linearize verify A B`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from linearize.cli import common
+from linearize.verify import verify as verify_models
+
+__all__ = ["verify"]
+
+
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="A", help="The model that is right by definition.")],
+    candidate: Annotated[str, typer.Argument(metavar="B", help="The model in question.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Compare on real images: digits, or a folder.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of random inputs to compare on.")] = 4,
+    batch: common.Batch = 8,
+    shape: common.Shape = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error; without: by the dtype, 1e-5 for float32.")
+    ] = None,
+    model_arg: common.ModelArgument = None,
+    pretrained: common.Pretrained = None,
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """Are two models the same function? Ends with exit code 0 if so, 1 if not.
+
+    Example: [bold]linearize verify original.safetensors small.safetensors[/bold]
+    """
+    a, b = common.open_pair(reference, candidate, model_arg, pretrained=pretrained, seed=seed)
+    inputs: list[Any]
+    if data is not None:
+        inputs = common.test_inputs(common.data_for(a, data, batch=batch, seed=seed, limit=batch * batches))
+    else:
+        inputs = [common.inputs_for(a, batch=batch, shape=shape, seed=seed + i) for i in range(batches)]
+    found = verify_models(a, b, inputs, tolerance=tolerance)
+    if json:
+        common.print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
+    if not found:
+        raise typer.Exit(1)

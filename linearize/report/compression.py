@@ -1,0 +1,113 @@
+"""What `compress` did to a model, in numbers: quality, cost, latency, and the proof that collapsing changed nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from linearize.cost import Cost
+from linearize.report.table import render
+from linearize.report.timing import BenchmarkResult, write_json
+from linearize.summary import Summary
+from linearize.verify import Verification
+
+__all__ = ["Report", "outcome_table"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model. Prints as a table.
+
+    Attributes:
+        quality: for each metric the values "before", "gated" and "collapsed"; empty if nothing was evaluated.
+        summary: the sites of the gated model after fine-tuning, with their linear channels.
+        before, after: parameters and FLOPs of the original and the collapsed model, for one batch of the data.
+        verification: collapsed against gated model.
+        timing: latency of the original and the collapsed model.
+        history: a record per epoch of fine-tuning.
+        seconds: how long each step took.
+    """
+
+    quality: Mapping[str, Mapping[str, float]]
+    summary: Summary
+    before: Cost
+    after: Cost
+    verification: Verification
+    timing: BenchmarkResult | None
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str | None:
+        """The metric to show: accuracy if there is one, else the first."""
+        return "accuracy" if "accuracy" in self.quality else next(iter(self.quality), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "quality": {name: dict(values) for name, values in self.quality.items()},
+            "metric": self.metric,
+            **self.summary.to_dict(),
+            "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
+            "verification": self.verification.to_dict(),
+            "timing": None if self.timing is None else self.timing.to_dict(),
+            "history": self.history,
+            "seconds": dict(self.seconds),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        write_json(path, self.to_dict())
+
+    def __str__(self) -> str:
+        return outcome_table({"": self})
+
+
+def outcome_table(reports: Mapping[str, Report]) -> str:
+    """One column per model, one row per figure.
+
+    Args:
+        reports: titles and reports.
+    """
+    columns = [_figures(report) for report in reports.values()]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return render(["", *reports], [[name, *(column.get(name) for column in columns)] for name in names])
+
+
+def _figures(report: Report) -> dict[str, str]:
+    """Name and value of every figure."""
+    found: dict[str, str] = {}
+    if report.metric is not None:
+        for stage, value in report.quality[report.metric].items():
+            found[f"{report.metric} {stage}"] = f"{value:.4f}"
+    found["linear channels"] = f"{report.summary.linear} of {report.summary.channels} ({report.summary.share:.1%})"
+    found["parameters"] = _change(report.before.parameters, report.after.parameters)
+    found["FLOPs per batch"] = _change(report.before.flops, report.after.flops)
+    for ratio in report.timing.ratios if report.timing is not None else ():
+        found[f"latency ratio, batch {ratio.batch_size} [quartiles]"] = str(ratio)
+    check = report.verification
+    found["collapsed against gated, max relative error"] = f"{check.max_error:.1e} ({'ok' if check else 'TOO FAR'})"
+    return found
+
+
+def _change(before: int, after: int) -> str:
+    return f"{_short(before)} -> {_short(after)} ({after / max(before, 1):.2f})"
+
+
+def _short(number: float) -> str:
+    """A number with three digits and a unit.
+
+    Example:
+        >>> _short(598954), _short(1.31e9), _short(12)
+        ('599 k', '1.31 G', '12')
+    """
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
