@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from linearize import tensorfile, zoo
 from linearize.errors import CheckpointError, LinearizeError
-from linearize.gate import ChannelGate
 from linearize.manifest import Manifest, may_hold
-from linearize.record import Step, record_of, set_record
+from linearize.record import record_of, set_record
 from linearize.restore import check_fit, copy_without_weights, fill, put_rest
-from linearize.specs import replay, spec_of
+from linearize.specs import all_steps, replay
 from linearize.zoo.structure import (
     Difference,
     Limit,
@@ -65,12 +64,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     if target.is_dir():
-        raise CheckpointError(
-            str(path), "it is a folder", "Pass the path of a file, such as model.safetensors."
-        )
+        raise CheckpointError(str(path), "it is a folder", "Pass the path of a file, such as model.safetensors.")
     model = zoo.unwrap(model)
     record = record_of(model)
-    content = Manifest(steps=_steps(model))
+    content = Manifest(steps=all_steps(model))
     if record is not None:
         content.sites, content.inputs = [site.to_dict() for site in record.sites], record.inputs
     tensors = _share(model, content)
@@ -115,13 +112,9 @@ def load(
     except CheckpointError as error:
         if error.where == str(path):
             raise
-        raise CheckpointError(
-            str(path), f"its plan does not fit the model ({error})", _remedy(model)
-        ) from error
+        raise CheckpointError(str(path), f"its plan does not fit the model ({error})", _remedy(model)) from error
     except LinearizeError as error:
-        raise CheckpointError(
-            str(path), f"its base model cannot be built ({error})", _remedy(model)
-        ) from error
+        raise CheckpointError(str(path), f"its base model cannot be built ({error})", _remedy(model)) from error
     check_fit(str(path), loaded, content, header.shapes)
     tensors = tensorfile.read_tensors(source, device)
     fill(loaded, content, tensors)
@@ -129,17 +122,6 @@ def load(
     if content.steps or content.sites:
         set_record(loaded, content.record())
     return loaded.to(device).eval()
-
-
-def _steps(model: nn.Module) -> list[Step]:
-    """All changes since the base model: those on record, then the gates."""
-    record = record_of(model)
-    gated = [
-        {"path": path, "module": spec_of(module)}
-        for path, module in model.named_modules()
-        if isinstance(module, ChannelGate)
-    ]
-    return [*(record.steps if record else []), *gated]
 
 
 def _find_recipe(model: nn.Module, content: Manifest) -> Difference:
@@ -190,13 +172,9 @@ def _is_plain_tensor(tensor: Tensor) -> bool:
 
 def _check(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
-        raise CheckpointError(
-            name, "it is on the meta device and has no values", "Load weights before saving."
-        )
+        raise CheckpointError(name, "it is on the meta device and has no values", "Load weights before saving.")
     if hasattr(tensor, "full_tensor"):
-        raise CheckpointError(
-            name, "it is sharded over processes", "Gather the full model on one, then save."
-        )
+        raise CheckpointError(name, "it is sharded over processes", "Gather the full model on one, then save.")
     if not _is_plain_tensor(tensor) or tensor.dtype not in tensorfile.DTYPE_NAMES:
         found = f"it is a {type(tensor).__name__} of {tensor.dtype}, which the format cannot hold"
         raise CheckpointError(name, found, "Turn it into a plain tensor (dequantize it) before saving.")
@@ -221,7 +199,7 @@ def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: te
         with parameters_on_meta(limit):
             return replay(base, content.steps)
     model = zoo.unwrap(model)
-    steps = _steps(model)
+    steps = all_steps(model)
     if steps and steps != content.steps:
         found = "the model given has been rewritten already, in another way than the file's"
         raise CheckpointError(str(path), found, "Pass the base model, as it was before linearize.convert.")

@@ -75,9 +75,7 @@ class Manifest:
         """
         _check_version(path, texts)
         try:
-            data = {
-                name: json.loads(text) for name, text in texts.items() if name not in ("format", "version")
-            }
+            data = {name: json.loads(text) for name, text in texts.items() if name not in ("format", "version")}
             found = cls(
                 recipe=_of_type(data["recipe"], dict, type(None)),
                 no_recipe=_of_type(data["no_recipe"], str),
@@ -121,9 +119,7 @@ def _check_version(path: Path, texts: dict[str, str]) -> None:
         raise CheckpointError(str(path), found, remedy)
     version = texts.get("version", "")
     if not version.isdecimal() or not 1 <= len(version) <= 6 or int(version) < 1:
-        raise CheckpointError(
-            str(path), f"its format version is {version!r:.20}", "Copy or save the file again."
-        )
+        raise CheckpointError(str(path), f"its format version is {version!r:.20}", "Copy or save the file again.")
     if int(version) > VERSION:
         found = f"it has format version {int(version)}, this linearize ({__version__}) reads up to {VERSION}"
         raise CheckpointError(str(path), found, "Upgrade: pip install --upgrade linearize.")

@@ -12,9 +12,7 @@ from linearize.errors import CheckpointError
 from linearize.manifest import Manifest
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
 
-_REMEDY = (
-    "Load it onto the base model that it was made from, with the library versions that it was made with."
-)
+_REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
 
 
 def copy_without_weights(model: nn.Module) -> nn.Module:
@@ -97,9 +95,7 @@ def fill(model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> 
 
 
 def _parameter(tensor: Tensor, old: nn.Parameter, trainable: bool) -> nn.Parameter:
-    new = nn.Parameter(
-        tensor, requires_grad=trainable and (tensor.is_floating_point() or tensor.is_complex())
-    )
+    new = nn.Parameter(tensor, requires_grad=trainable and (tensor.is_floating_point() or tensor.is_complex()))
     new.__dict__.update(old.__dict__)
     return new
 

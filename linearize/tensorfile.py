@@ -105,9 +105,7 @@ def _stream(file: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER:
-        raise CheckpointError(
-            str(file.name), "the description of the model is too long", "Report this model."
-        )
+        raise CheckpointError(str(file.name), "the description of the model is too long", "Report this model.")
     file.write(len(header).to_bytes(8, "little"))
     file.write(header)
     for name in names:
@@ -147,9 +145,7 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError as error:
         raise CheckpointError(str(path), "there is no such file", "Check the path.") from error
     except OSError as error:
-        raise CheckpointError(
-            str(path), f"it cannot be read: {error.strerror or error}", "Check the file."
-        ) from error
+        raise CheckpointError(str(path), f"it cannot be read: {error.strerror or error}", "Check the file.") from error
     if size < 8:
         raise _truncated(path, f"it ends after {size} bytes")
     if raw[:1] != b"{" or length > MAX_HEADER:

@@ -380,9 +380,7 @@ def test_versions(good: Path, tmp_path: Path) -> None:
     refuses(change(good, tmp_path / "m", "version", "9" * 5000), "version is")
 
 
-@pytest.mark.parametrize(
-    "name", ["recipe", "steps", "aliases", "frozen", "extras", "attributes", "sites", "inputs"]
-)
+@pytest.mark.parametrize("name", ["recipe", "steps", "aliases", "frozen", "extras", "attributes", "sites", "inputs"])
 @pytest.mark.parametrize("value", ["{", "[" * 100_000, '"text"', "[1]", '{"a": 1}', "12"])
 def test_damaged_metadata(good: Path, tmp_path: Path, name: str, value: str) -> None:
     path = change(good, tmp_path / "m", name, value)
@@ -433,9 +431,7 @@ def test_tensors_that_do_not_fit(good: Path, tmp_path: Path) -> None:
     header, data = split(good)
     entry = header.pop("head.bias")
     refuses(join(tmp_path / "m", header, data), "'head.bias' is missing")
-    refuses(
-        join(tmp_path / "m", header | {"more": entry, "head.bias": entry}, data), "'more' is not expected"
-    )
+    refuses(join(tmp_path / "m", header | {"more": entry, "head.bias": entry}, data), "'more' is not expected")
     wrong = entry | {"shape": [1, 5]}
     refuses(join(tmp_path / "m", header | {"head.bias": wrong}, data), r"'head.bias' is of shape \(1, 5\)")
 
@@ -462,8 +458,6 @@ def test_attributes_from_hostile_files(good: Path, tmp_path: Path) -> None:
 def test_nothing_is_imported_or_warned_without_need() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        code = (
-            "import sys, linearize.checkpoint; print(sorted({'timm', 'transformers'} & sys.modules.keys()))"
-        )
+        code = "import sys, linearize.checkpoint; print(sorted({'timm', 'transformers'} & sys.modules.keys()))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

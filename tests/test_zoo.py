@@ -51,9 +51,7 @@ TRANSFORMERS = tiny_transformers()
 def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """All tensors that a model returns."""
     with torch.no_grad():
-        return [
-            x for x in torch.utils._pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, torch.Tensor)
-        ]
+        return [x for x in torch.utils._pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, torch.Tensor)]
 
 
 def assert_same_function(model: nn.Module, other: nn.Module) -> None:
