@@ -110,16 +110,16 @@ class Competition:
         bound = max(0.0, 1 - step / self.steps)
         driven = self.origin + (1 - self.origin) * gone
         alpha = torch.where(self.won, torch.maximum(alpha, driven), alpha.clamp(max=bound)).clamp(0, 1)
-        done = self.won & (gone >= 1)
+        done = self.won & (alpha >= 1)  # of itself, before it was led there, or because its time was over
         sizes = [gate.channels for gate in self.gates]
         for gate, values, mask in zip(self.gates, alpha.split(sizes), done.split(sizes), strict=True):
             gate.alpha.copy_(values)
             gate.linearize_(mask | gate.frozen.to(device))
 
     def _follow(self) -> torch.device:
-        """Go where the first gate is: the model may have been moved. (MPS has no float64: stay on the CPU.)"""
+        """Go where the first gate is: the model may have been moved."""
         device = self.gates[0].alpha.device
-        device = torch.device("cpu") if device.type == "mps" else device
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         for name in ("worth", "weight", "ease", "won", "start", "origin"):
             setattr(self, name, getattr(self, name).to(device))
         return device

@@ -74,8 +74,8 @@ def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
 def recomputable(activation: nn.Module, x: Tensor) -> bool:
     """Whether `activation(x)` may be run again, and outside the autograd graph, unnoticed.
 
-    Not so for subclasses of Tensor, on the meta device, under torch.func, forward-mode differentiation and tracing (each has
-    rules of its own), for activations that draw random numbers, and where hooks watch the activation.
+    Not so for subclasses of Tensor, on the meta device, under torch.func, forward-mode differentiation and tracing
+    (each has rules of its own), for activations that draw random numbers, and where hooks watch the activation.
     """
     return (
         type(x) in {Tensor, nn.Parameter}
