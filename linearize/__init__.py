@@ -3,8 +3,53 @@
 from __future__ import annotations
 
 from linearize._version import __version__ as __version__
-from linearize.errors import LinearizeError
+from linearize.bench import BenchmarkResult, benchmark
+from linearize.calibrate import Calibration, calibrate
+from linearize.checkpoint import load, save
+from linearize.collapse import collapse
+from linearize.convert import convert
+from linearize.errors import (
+    CaptureError,
+    CheckpointError,
+    CollapseError,
+    ConvertError,
+    DataError,
+    LinearizeError,
+    TrainingError,
+    UsageError,
+)
+from linearize.finetune import finetune
+from linearize.gate import ChannelGate, gates
+from linearize.plan import Plan
+from linearize.prior import SparsityPrior, param_groups
+from linearize.summary import Summary, summary
+from linearize.verify import Verification, verify
 
 __all__ = [
+    "BenchmarkResult",
+    "Calibration",
+    "CaptureError",
+    "ChannelGate",
+    "CheckpointError",
+    "CollapseError",
+    "ConvertError",
+    "DataError",
     "LinearizeError",
+    "Plan",
+    "SparsityPrior",
+    "Summary",
+    "TrainingError",
+    "UsageError",
+    "Verification",
+    "benchmark",
+    "calibrate",
+    "collapse",
+    "convert",
+    "finetune",
+    "gates",
+    "load",
+    "param_groups",
+    "save",
+    "summary",
+    "verify",
 ]
