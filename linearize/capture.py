@@ -169,6 +169,12 @@ def _index(program: torch.export.ExportedProgram) -> Capture:
             captured.parameters[node] = names[node.name].removeprefix(f"{_WRAPPED}.")
         if node.name in names or node.name in signature.inputs_to_lifted_tensor_constants:
             node.meta[CONSTANT] = True
+        if (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(CONSTANT in n.meta for n in node.all_input_nodes)
+        ):
+            node.meta[CONSTANT] = True
         stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
         for key, (path, _) in stack.items():
             called.setdefault(_strip(path), set()).add(key)

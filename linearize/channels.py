@@ -33,6 +33,7 @@ ARITHMETIC = frozenset(
 _IDENTITY = frozenset(
     ("clone contiguous alias detach to _to_copy lift_fresh type_as dropout feature_dropout alpha_dropout").split()
 )
+_RESHAPES = _IDENTITY | frozenset("view reshape flatten unsqueeze squeeze expand".split())
 _POOLS = frozenset(
     (
         "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
@@ -358,27 +359,18 @@ def _mix(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """True for parameters and buffers, and for views and casts of one: values that do not depend on the input."""
-    while node.op == "call_function" and op_name(node) in (
-        *_IDENTITY,
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-    ):
-        if not isinstance(node.args[0], fx.Node):
-            return False
-        node = node.args[0]
+    """True for parameters and buffers, and for what is computed from them alone."""
     return node.op == "get_attr" or CONSTANT in node.meta
 
 
 def constant(node: Any) -> fx.Node | None:
-    """The parameter or buffer behind a constant operand."""
+    """The parameter or buffer behind a constant operand, through views and casts; None if it is computed, or varies."""
     if not isinstance(node, fx.Node) or not _is_constant(node):
         return None
     held: fx.Node = node
-    while held.op == "call_function" and isinstance(held.args[0], fx.Node):
+    while held.op == "call_function":
+        if op_name(held) not in _RESHAPES or not isinstance(held.args[0], fx.Node):
+            return None
         held = held.args[0]
     return held
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from linearize.algebra.forms import FORMS, Piece, Pieces
+from linearize.algebra.affine import Affine
+from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
 from linearize.errors import CollapseError
+from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
 from linearize.layers import MaskedActivation
 from linearize.maps import Reader
@@ -62,18 +64,26 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
     if {site.site for site in chosen.sites} != set(found):
         odd = sorted({site.site for site in chosen.sites} ^ set(found))
         raise CollapseError(odd[0], "is in the plan or in the model, but not in both", "Make the plan from this model.")
-    result = _carry_out(model, chosen)
-    failure = _dry_run(result)
+    result, failure = _try(model, chosen)
     if failure is not None and plan is None:
         barred = _troublemakers(model, chosen)
         _log.warning("%d sites keep a partial activation: the code around them does not run otherwise.", len(barred))
-        result = _carry_out(model, make_plan(model, when=when, barred=barred))
-        failure = _dry_run(result)
-    if failure is not None:
+        result, failure = _try(model, make_plan(model, when=when, barred=barred))
+    if result is None:
         raise CollapseError(
             type(model).__name__, f"does not run after collapsing ({failure})", "Please report this model."
         )
     return result
+
+
+def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
+    """The collapsed model, or why there is none."""
+    try:
+        result = _carry_out(model, plan)
+    except Infeasible as why:  # the weights showed what the shapes did not
+        return None, str(why)
+    failure = _dry_run(result)
+    return (result, None) if failure is None else (None, failure)
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -175,43 +185,46 @@ def make_layer(path: str, piece: Piece, dims: int, old: nn.Module) -> nn.Module:
     if piece.affine is None:
         raise CollapseError(path, f"a piece of kind {piece.layer} without a map", "Please report this model.")
     weight: Any = old.weight
-    affine = piece.affine
-    bias = bool((affine.bias != 0).any()) or (getattr(old, "bias", None) is not None and piece.layer != "carry")
-    outputs, inputs = affine.weight.shape[:2]
-    if dims == 0:
-        spec: Spec = {"type": {"plain": "Linear", "carry": "CarryLinear", "ones": "OnesLinear"}[piece.layer]}
-        spec |= {"in_features": inputs, "out_features": outputs, "bias": bias}
-        spec |= {"carry": {"start": piece.number}, "ones": {"at": piece.at, "ones": piece.number}}.get(piece.layer, {})
-    else:
-        kind = {"plain": "Conv", "carry": "CarryConv", "input_carry": "InputCarryConv", "border": "BorderConv"}[
-            piece.layer
-        ]
-        spec = {
-            "type": f"{kind}{dims}d",
-            "in_channels": inputs,
-            "out_channels": outputs,
-            "kernel_size": list(affine.kernel),
-        }
-        spec |= {
-            "stride": list(affine.stride),
-            "padding": list(affine.padding),
-            "dilation": list(affine.dilation),
-            "bias": bias,
-        }
-        spec |= {"carry": {"start": piece.number}, "input_carry": {"ones": piece.number}}.get(piece.layer, {})
+    kept = getattr(old, "bias", None) is not None and piece.layer != "carry"
+    spec = _layer_spec(piece, piece.affine, dims, bias=kept or bool((piece.affine.bias != 0).any()))
     with torch.device("meta"):
         layer = build(spec, old)
-    values = {"weight": affine.weight, "bias": affine.bias, "border": piece.border}
+    values = {"weight": piece.affine.weight, "bias": piece.affine.bias, "border": piece.border}
     for name, _ in list(layer.named_parameters(recurse=False)):
         setattr(layer, name, _cast(f"{path}.{name}", values[name], weight))
     return layer
+
+
+_MATRIX = {"plain": "Linear", "carry": "CarryLinear", "ones": "OnesLinear"}
+_CONVOLUTION = {"plain": "Conv", "carry": "CarryConv", "input_carry": "InputCarryConv", "border": "BorderConv"}
+
+
+def _layer_spec(piece: Piece, affine: Affine, dims: int, *, bias: bool) -> Spec:
+    """The description of the layer that computes a piece."""
+    outputs, inputs = affine.weight.shape[:2]
+    extra = {
+        "carry": {"start": piece.number},
+        "ones": {"at": piece.at, "ones": piece.number},
+        "input_carry": {"ones": piece.number},
+    }.get(piece.layer, {})
+    if dims == 0:
+        return {"type": _MATRIX[piece.layer], "in_features": inputs, "out_features": outputs, "bias": bias, **extra}
+    kind = _CONVOLUTION[piece.layer].replace("Conv", "SameConv" if affine.same else "Conv")
+    geometry = {
+        "kernel_size": list(affine.kernel),
+        "stride": list(affine.stride),
+        "padding": list(affine.padding),
+        "dilation": list(affine.dilation),
+    }
+    sizes = {"in_channels": inputs, "out_channels": outputs}
+    return {"type": f"{kind}{dims}d", **sizes, **geometry, "bias": bias, **extra}
 
 
 def _cast(name: str, value: Tensor | None, like: Tensor) -> nn.Parameter:
     if value is None:
         raise CollapseError(name, "was not computed", "Please report this model.")
     cast = value.to(like.device, like.dtype).contiguous()
-    if not bool(torch.isfinite(cast).all()):
+    if not all_finite(cast):
         raise CollapseError(name, f"does not fit {like.dtype} after folding", "Collapse in float32 and cast then.")
     return nn.Parameter(cast, requires_grad=like.requires_grad)
 
@@ -245,7 +258,7 @@ def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
             continue
         others = {other.site: "" for other in plan.sites if other.site != planned.site}
         alone = make_plan(model, when="always", barred=others)
-        failure = _dry_run(_carry_out(model, alone))
+        _, failure = _try(model, alone)
         if failure is not None:
             barred[planned.site] = f"the code around it does not take another width ({failure})"
     return barred

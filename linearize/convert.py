@@ -16,6 +16,7 @@ from torch import nn
 from linearize.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.discover import discover
 from linearize.errors import ConvertError, UsageError
+from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
 from linearize.record import Record, Step, record_of, set_record
 from linearize.rewrite import Options, concrete_arguments
@@ -116,7 +117,7 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        if not all_finite(parameter):
             raise ConvertError(
                 name, "holds NaN or Inf", "Mend the weights first: nothing can be proven about such a model."
             )

@@ -52,9 +52,10 @@ def shared_parameters(model: nn.Module, captured: Capture) -> dict[str, str]:
         holders.setdefault(storage or id(tensor), []).append(name)
     shared = {name: names[names[0] == name] for names in holders.values() if len(names) > 1 for name in names}
     for node, name in captured.parameters.items():
-        readers = {captured.path(user) for user in users(node)}
-        if len(users(node)) > 1 and name not in shared:
-            shared[name] = "another use in " + (max(readers) or "the model itself")
+        readers = {captured.calls.get(user) for user in users(node)}
+        if len(readers) > 1 and name not in shared:
+            places = {call.path for call in readers if call is not None}
+            shared[name] = "another use in " + (max(places, default="") or "the model itself")
     return shared
 
 

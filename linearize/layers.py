@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from linearize.algebra.affine import same_padding
 from linearize.channels import ACTIVATIONS
 from linearize.errors import CheckpointError
 
@@ -192,6 +193,35 @@ class InputCarryConv3d(_InputCarryConv, nn.Conv3d):
         return self._carry(self, input)
 
 
+class SameConv1d(nn.Conv1d):
+    """A convolution that pads by the "SAME" rule: as many outputs as inputs, divided by the stride and rounded up."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = super()._conv_forward(_same(self, input), weight, bias)
+        return out
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution that pads by the "SAME" rule: as many outputs as inputs, divided by the stride and rounded up."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = super()._conv_forward(_same(self, input), weight, bias)
+        return out
+
+
+class SameConv3d(nn.Conv3d):
+    """A convolution that pads by the "SAME" rule: as many outputs as inputs, divided by the stride and rounded up."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = super()._conv_forward(_same(self, input), weight, bias)
+        return out
+
+
+def _same(conv: Any, input: Tensor) -> Tensor:
+    sizes = tuple(input.shape[-len(conv.kernel_size) :])
+    return functional.pad(input, same_padding(sizes, conv.kernel_size, conv.stride, conv.dilation))
+
+
 class _BorderConv:
     """A convolution whose bias came through zero padding: near the border only a part of it holds.
 
@@ -203,13 +233,21 @@ class _BorderConv:
     def _bordered(self, conv: Any, input: Tensor) -> Tensor:
         dims = len(conv.kernel_size)
         ones = input.new_ones(1, 1, *input.shape[-dims:])
-        function = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
-        bias = function(ones, self.border, conv.bias, conv.stride, conv.padding, conv.dilation)
+        bias = conv._conv_forward(ones, self.border, conv.bias)
         out: Tensor = conv._conv_forward(input, conv.weight, None)
-        return out + (bias if input.dim() == dims + 2 else bias[0])
+        return out.add(bias if input.dim() == dims + 2 else bias[0])
 
 
 class BorderConv1d(_BorderConv, nn.Conv1d):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.border = nn.Parameter(torch.zeros(self.out_channels, 1, *self.kernel_size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._bordered(self, input)
+
+
+class BorderSameConv1d(_BorderConv, SameConv1d):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.border = nn.Parameter(torch.zeros(self.out_channels, 1, *self.kernel_size))
@@ -227,7 +265,25 @@ class BorderConv2d(_BorderConv, nn.Conv2d):
         return self._bordered(self, input)
 
 
+class BorderSameConv2d(_BorderConv, SameConv2d):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.border = nn.Parameter(torch.zeros(self.out_channels, 1, *self.kernel_size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._bordered(self, input)
+
+
 class BorderConv3d(_BorderConv, nn.Conv3d):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.border = nn.Parameter(torch.zeros(self.out_channels, 1, *self.kernel_size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._bordered(self, input)
+
+
+class BorderSameConv3d(_BorderConv, SameConv3d):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.border = nn.Parameter(torch.zeros(self.out_channels, 1, *self.kernel_size))

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from linearize.algebra.affine import Affine, dense, norm_scale_shift, rows, scaled
 from linearize.algebra.forms import Infeasible, Maps, Pieces
 from linearize.errors import CollapseError
+from linearize.finite import all_finite
 from linearize.gate import ChannelGate
+from linearize.probe import has_own_forward, probed
 from linearize.sites import Fold, Port, Site
 
 
@@ -45,7 +47,7 @@ class Reader:
         linear = linear.to(slope.device)
         if site.gated_unit and bool((slope[linear] != 0).any()):
             raise Infeasible("a gated unit is linear only where its gate is a constant (slope 0)")
-        steady = site.steady and not any(any(consumer.padding) for consumer in consumers)
+        steady = site.steady and not any(consumer.padded for consumer in consumers)
         drops = linear & (slope == 0) & (intercept == 0) if site.gated_unit or not steady else linear & (slope == 0)
         index = {
             name: self._index(mask)
@@ -80,14 +82,14 @@ class Reader:
     def weights(self, site: Site) -> float:
         """Multiply-adds of the site's maps as they are now, in one forward of the example inputs."""
         ports = {port.module: port for port in (site.producer, site.up, *site.consumers) if port is not None}
-        total = 0.0
-        for path, port in ports.items():
-            piece = self.pieces.get(path)
-            if piece is None:
-                total += port.positions * self._parameter(path, "weight").numel()
-            elif piece.affine is not None:
-                total += port.positions * piece.affine.weight.numel()
-        return total
+        return float(sum(port.positions * self.numel(path) for path, port in ports.items()))
+
+    def numel(self, path: str) -> int:
+        """Weights of the map at a place, as things stand."""
+        piece = self.pieces.get(path)
+        if piece is None:
+            return self._parameter(path, "weight").numel()
+        return piece.affine.weight.numel() if piece.affine is not None else 0
 
     def _output(self, port: Port) -> Affine:
         affine = self._affine(port)
@@ -105,10 +107,12 @@ class Reader:
                 raise Infeasible(f"{port.module} carries the merged term of another site")
             return piece.affine
         module: Any = self.model.get_submodule(port.module)
-        weight = self._place(self._parameter(port.module, "weight").double())
+        if not has_own_forward(module) and self._parameter(port.module, "weight").device.type != "meta":
+            return self._moved(probed(port, module))
+        weight = self._place(self._parameter(port.module, "weight")).double()
         weight = weight.t() if port.transposed else weight
         if getattr(module, "bias", None) is not None:
-            bias = self._place(self._parameter(port.module, "bias").double())
+            bias = self._place(self._parameter(port.module, "bias")).double()
         else:
             bias = weight.new_zeros(weight.shape[0])
         if port.dims == 0:
@@ -116,11 +120,14 @@ class Reader:
         padding = _padding(module)
         return Affine(dense(weight, module.groups), bias, tuple(module.stride), padding, tuple(module.dilation))
 
+    def _moved(self, affine: Affine) -> Affine:
+        return replace(affine, weight=self._place(affine.weight), bias=self._place(affine.bias))
+
     def _input(self, port: Port, site: Site) -> Affine:
         affine = self._affine(port)
         for fold in reversed(site.consumer_folds):
             scale, shift = self._scale_shift(fold, affine.weight.shape[1])
-            if (shift.device.type == "meta" or bool((shift != 0).any())) and (any(affine.padding) or not site.steady):
+            if (shift.device.type == "meta" or bool((shift != 0).any())) and (affine.padded or not site.steady):
                 raise Infeasible(f"the shift of {fold.module} does not reach every position alike")
             scale, shift = self._place(scale), self._place(shift)
             weight = affine.weight
@@ -150,7 +157,7 @@ class Reader:
         return self._finite(f"{path}.{name}" if path else name, tensor.detach())
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.device.type != "meta" and self.device is None and not bool(torch.isfinite(tensor).all()):
+        if tensor.device.type != "meta" and self.device is None and not all_finite(tensor):
             found = "found NaN" if bool(torch.isnan(tensor).any()) else "found Inf"
             raise CollapseError(name, found, "Mend or exclude this layer: what is not finite cannot be folded.")
         return tensor

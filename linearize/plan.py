@@ -90,6 +90,7 @@ def make_plan(
         raise UsageError("when", f"found {when!r}", 'Pass "cheaper" or "always".')
     reader = Reader(model, "meta")
     found = gates(model)
+    barred = barred or {}
     masks = masks_of(found) if linear is None else {**masks_of(found), **linear}
     plans: dict[str, SitePlan] = {}
     for name in reversed(found):
@@ -97,11 +98,12 @@ def make_plan(
         chosen = tuple(int(i) for i in masks[name].nonzero().flatten())
         if not chosen:
             plans[name] = SitePlan(name, UNCHANGED, ())
-        elif site is None or site.reason is not None or (barred and name in barred):
-            reason = "it was put in by hand" if site is None else (site.reason or (barred or {})[name])
+        elif site is None or site.reason is not None or name in barred:
+            reason = "it was put in by hand" if site is None else (site.reason or barred[name])
             plans[name] = SitePlan(name, MASKED, chosen, reason=reason)
         else:
-            plans[name] = _choose(reader, site, found[name], masks, when, fixed_producer(found, site, masks))
+            choice = _Choice(reader, found, masks)
+            plans[name] = choice.always(site) if when == "always" else choice.cheaper(site, barred)
     return Plan(tuple(plans[name] for name in found))
 
 
@@ -113,29 +115,80 @@ def masks_of(found: Mapping[str, ChannelGate]) -> dict[str, Tensor]:
     }
 
 
-def _choose(
-    reader: Reader, site: Site, gate: ChannelGate, masks: Mapping[str, Tensor], when: When, fixed: bool
-) -> SitePlan:
-    chosen = tuple(int(i) for i in masks[site.name].nonzero().flatten())
-    before = reader.weights(site)
-    try:
-        maps = reader.maps(site, gate, masks[site.name], fixed)
-    except Infeasible as why:
-        return SitePlan(site.name, MASKED, chosen, before, before, str(why))
-    options, reasons = options_of(maps)
-    prices = {form: price(form, pieces, site) for form, pieces in options.items()}
-    if when == "always":
+@dataclass(frozen=True)
+class _Choice:
+    """Chooses the form of one site after the other, and notes the pieces that it decides on."""
+
+    reader: Reader
+    found: Mapping[str, ChannelGate]
+    masks: Mapping[str, Tensor]
+
+    def always(self, site: Site) -> SitePlan:
+        """Merge if that is possible at all; else whatever form can express the site."""
+        before = self.reader.weights(site)
+        options, why = self._options(site)
         allowed = [form for form in options if form in _MERGED] or list(options)
-    else:
-        allowed = [form for form in options if prices[form] <= before]
-    if not allowed:
-        dear = (
-            "collapsing it would cost more" if options else "; ".join(f"{form}: {why}" for form, why in reasons.items())
-        )
-        return SitePlan(site.name, MASKED, chosen, before, before, dear)
-    form = min(allowed, key=lambda name: prices[name])
-    reader.pieces.update(options[form])
-    return SitePlan(site.name, form, chosen, before, prices[form])
+        return self._settle(site, options, allowed, before, why)
+
+    def cheaper(self, site: Site, barred: Mapping[str, str]) -> SitePlan:
+        """The cheapest form that costs no more than leaving the site as it is."""
+        before = self.reader.weights(site)
+        options, why = self._options(site)
+        allowed = [form for form, pieces in options.items() if price(form, pieces, site) <= before]
+        if (
+            "vanished" in options
+            and "vanished" not in allowed
+            and self._pays_upstream(site, options["vanished"], barred)
+        ):
+            allowed = ["vanished"]
+        return self._settle(site, options, allowed, before, "collapsing it would cost more" if options else why)
+
+    def _pays_upstream(self, site: Site, pieces: Pieces, barred: Mapping[str, str]) -> bool:
+        """Does it pay if the site before vanishes too? Expand, depthwise, project is one convolution in the end."""
+        above = self._upstream(site)
+        if above is None or above.name in barred or not bool(self.masks[above.name].all()):
+            return False
+        apart = self.reader.weights(site) + self.reader.weights(above) - self._shared(site)
+        held = dict(self.reader.pieces)
+        self.reader.pieces.update(pieces)
+        together = self._options(above)[0].get("vanished")
+        worth = together is not None and price("vanished", together, above) <= apart
+        self.reader.pieces.clear()
+        self.reader.pieces.update(held)
+        return worth
+
+    def _upstream(self, site: Site) -> Site | None:
+        """The site whose only consumer is this site's producer."""
+        for gate in self.found.values():
+            other = gate.site
+            if other is None or other.reason is not None or site.producer is None:
+                continue
+            if [port.module for port in other.consumers] == [site.producer.module]:
+                return other
+        return None
+
+    def _shared(self, site: Site) -> float:
+        """Cost of the map between a site and the one before it: both count it."""
+        port = site.producer
+        return 0.0 if port is None else float(port.positions * self.reader.numel(port.module))
+
+    def _options(self, site: Site) -> tuple[dict[str, Pieces], str]:
+        fixed = fixed_producer(self.found, site, self.masks)
+        try:
+            maps = self.reader.maps(site, self.found[site.name], self.masks[site.name], fixed)
+        except Infeasible as why:
+            return {}, str(why)
+        options, reasons = options_of(maps)
+        return options, "; ".join(f"{form}: {why}" for form, why in reasons.items())
+
+    def _settle(self, site: Site, options: dict[str, Pieces], allowed: list[str], before: float, why: str) -> SitePlan:
+        chosen = tuple(int(i) for i in self.masks[site.name].nonzero().flatten())
+        if not allowed:
+            return SitePlan(site.name, MASKED, chosen, before, before, why)
+        prices = {form: price(form, options[form], site) for form in allowed}
+        form = min(allowed, key=lambda name: prices[name])
+        self.reader.pieces.update(options[form])
+        return SitePlan(site.name, form, chosen, before, prices[form])
 
 
 def options_of(maps: Maps) -> tuple[dict[str, Pieces], dict[str, str]]:

@@ -26,7 +26,11 @@ _PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "CarryLinear": (layers.CarryLinear, ("in_features", "out_features", "start")),
     "OnesLinear": (layers.OnesLinear, ("in_features", "out_features", "at", "ones")),
     **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
-    **{f"BorderConv{n}d": (getattr(layers, f"BorderConv{n}d"), _CONV) for n in (1, 2, 3)},
+    **{
+        f"{kind}{n}d": (getattr(layers, f"{kind}{n}d"), _CONV)
+        for kind in ("SameConv", "BorderConv", "BorderSameConv")
+        for n in (1, 2, 3)
+    },
 }
 # Set after construction: subclasses of convolutions with one number more.
 _EXTRA: dict[str, tuple[type[nn.Module], str]] = {

@@ -163,15 +163,11 @@ class Walker:
         weight = node.args[2 if name == "addmm" else 1] if len(node.args) > 1 else None
         bias = node.args[0] if name == "addmm" else (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"))
         held = getattr(module, "weight", None)
-        if not isinstance(weight, fx.Node) or weight not in self.captured.parameters or not isinstance(held, Tensor):
-            raise Dead(f"the weight of {path or 'the model'} is not a plain parameter")
-        if bias is not None and (bias not in self.captured.parameters or getattr(module, "bias", None) is None):
-            raise Dead(f"the bias of {path or 'the model'} is not a plain parameter")
-        extra = [
-            op_name(other)
-            for other in self.captured.siblings(node)
-            if other is not node and op_name(other) not in _AROUND
-        ]
+        if not isinstance(weight, fx.Node) or CONSTANT not in weight.meta or shape(weight) != shape_of(held):
+            raise Dead(f"the weight of {path or 'the model'} depends on the input, or belongs to another module")
+        if bias is not None and (not isinstance(bias, fx.Node) or CONSTANT not in bias.meta):
+            raise Dead(f"the bias of {path or 'the model'} depends on the input")
+        extra = [op_name(other) for other in self._own(node) if op_name(other) not in (*_AROUND, "pad")]
         if extra or self._has_inner(path):
             what = f"also computes {extra[0]}" if extra else "holds other modules that compute"
             raise Dead(f"{path or 'the model'} {what}")
@@ -182,7 +178,7 @@ class Walker:
         if self.captured.times.get(path, 1) > 1:
             raise Dead(f"{path} is called {self.captured.times[path]} times")
         transposed = name == "addmm"
-        outputs, inputs = (held.shape[1], held.shape[0]) if transposed else (held.shape[0], held.shape[1])
+        outputs, inputs = (shape(weight) or (1, 1))[:2][:: -1 if transposed else 1]
         if dims and not output:
             inputs *= _groups(node)
         total = int(outputs if output else inputs)
@@ -246,23 +242,31 @@ class Walker:
         return list(grouped.items())
 
     def _inside_linear(self, node: fx.Node) -> bool:
-        """True for the reshapes that a linear module wraps around its product."""
-        return op_name(node) in _AROUND and any(op_name(other) in _LINEAR for other in self.captured.siblings(node))
+        """True for the reshapes and the padding that a linear module wraps around its product."""
+        return op_name(node) in (*_AROUND, "pad") and any(
+            op_name(other) in _LINEAR for other in self.captured.siblings(node)
+        )
 
     def _through_linear(self, node: fx.Node, axis: int) -> tuple[fx.Node, int]:
         source, before, _ = self._step_back(node, axis)
         self._alone(source, packed=False)
         return source, before
 
+    def _own(self, node: fx.Node) -> list[fx.Node]:
+        """The other ops of the same module call that work on the input, not on parameters alone."""
+        return [n for n in self.captured.siblings(node) if n is not node and CONSTANT not in n.meta]
+
     def _has_inner(self, path: str) -> bool:
-        return (
-            any(call.path.startswith(f"{path}." if path else "") and call.path != path for call in self.captured.ops)
-            if path
-            else True
-        )
+        inside = (ops for call, ops in self.captured.ops.items() if call.path.startswith(f"{path}."))
+        return not path or any(CONSTANT not in node.meta for ops in inside for node in ops)
 
     def _where(self, node: fx.Node) -> str:
         return self.captured.path(node) or "the model's own forward"
+
+
+def shape_of(value: object) -> tuple[int, ...] | None:
+    """Shape of a tensor that a module holds."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def shape_of_list(node: fx.Node) -> tuple[int, ...] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Toy:
-    """A network, inputs for it, and the forms that its sites must take under `when="always"` with half the channels linear."""
+    """A network, its inputs, and the forms of its sites under `when="always"`: half of the channels linear, and all."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], Any]
@@ -411,6 +411,47 @@ class _PreActivation(nn.Module):
 @toy(image(), half=MASKED, full=MASKED)
 def pre_activation() -> nn.Module:
     return _PreActivation()
+
+
+class SamePadded(nn.Conv2d):
+    """Padding that depends on the size of the input, as in networks that come from TensorFlow."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        high, wide = (
+            max((-(-n // s) - 1) * s + k - n, 0)
+            for n, s, k in zip(input.shape[-2:], self.stride, self.kernel_size, strict=True)
+        )
+        if high > 0 or wide > 0:
+            input = F.pad(input, [wide // 2, wide - wide // 2, high // 2, high - high // 2])
+        return F.conv2d(input, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+@toy(image(size=10), half=("merged (input)", "merged"), full=("vanished", "vanished"))
+def same_padding() -> nn.Module:
+    """At this size the second convolution needs padding on one side only."""
+    return nn.Sequential(
+        nn.Conv2d(4, 12, 1), nn.ReLU(), SamePadded(12, 12, 3, stride=2, groups=12), nn.ReLU(), nn.Conv2d(12, 5, 1)
+    )
+
+
+class StandardizedConv(nn.Conv2d):
+    """A convolution that standardises its weight, as in networks without norms."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean = self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        std = self.weight.std(dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(input, (self.weight - mean) / std, self.bias, self.stride, self.padding, self.dilation)
+
+
+@toy(image(), half="merged", full="vanished")
+def standardized_weights() -> nn.Module:
+    return nn.Sequential(StandardizedConv(4, 12, 3, padding=1), nn.SiLU(), StandardizedConv(12, 5, 1))
+
+
+@toy(vector(), half="merged", full="vanished")
+def weight_norm() -> nn.Module:
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(6, 12))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(12, 5))
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:

@@ -23,6 +23,7 @@ class Affine:
         weight: (O, I, *k).
         bias: (O,).
         stride, padding, dilation: one number per spatial dimension; empty for a matrix.
+        same: pad besides, by TensorFlow's "SAME" rule, so that the output has ceil(size / stride) positions.
     """
 
     weight: Tensor
@@ -30,6 +31,7 @@ class Affine:
     stride: Sizes = ()
     padding: Sizes = ()
     dilation: Sizes = ()
+    same: bool = False
 
     @property
     def dims(self) -> int:
@@ -44,7 +46,12 @@ class Affine:
     @property
     def pointwise(self) -> bool:
         """True if it looks at one position at a time and does not pad: a matrix, or a 1x1 convolution."""
-        return math.prod(self.kernel) == 1 and not any(self.padding)
+        return math.prod(self.kernel) == 1 and not self.padded
+
+    @property
+    def padded(self) -> bool:
+        """True if it looks at zeros beyond the border."""
+        return self.same or any(self.padding)
 
     @property
     def strided(self) -> bool:
@@ -105,8 +112,10 @@ def obstacle(outer: Affine, inner: Affine) -> str | None:
     A k x k map after a k' x k' one is exact only without padding in between. Behind a pointwise map padding is
     harmless, if the bias is treated right (see `border_kernel`).
     """
-    if any(outer.padding) and not inner.pointwise:
+    if outer.padded and not inner.pointwise:
         return "zero padding between two spatial convolutions"
+    if (outer.same and inner.strided) or (inner.same and outer.strided):
+        return "padding that depends on the size, and a stride"
     if (
         outer.dims != inner.dims
         and not (outer.pointwise and not outer.strided)
@@ -129,7 +138,7 @@ def compose(outer: Affine, inner: Affine) -> Affine:
     weight, dilation = _convolved(outer, inner)
     stride = tuple(a * b for a, b in zip(outer.stride, inner.stride, strict=True))
     padding = tuple(p + s * q for p, s, q in zip(inner.padding, inner.stride, outer.padding, strict=True))
-    return Affine(weight, bias, stride, padding, dilation)
+    return Affine(weight, bias, stride, padding, dilation, outer.same or inner.same)
 
 
 def _convolved(outer: Affine, inner: Affine) -> tuple[Tensor, Sizes]:
@@ -171,6 +180,31 @@ def border_kernel(outer: Affine, inner_bias: Tensor) -> Tensor:
     Padded with zeros like every other channel, it makes the bias exact at the border.
     """
     return torch.einsum("oc...,c->o...", outer.weight, inner_bias).unsqueeze(1)
+
+
+def same_padding(sizes: Sizes, kernel: Sizes, stride: Sizes, dilation: Sizes) -> list[int]:
+    """Padding for `functional.pad` by the "SAME" rule: what is odd goes to the end. Last dimension first.
+
+    Example:
+        >>> same_padding((5, 4), (3, 3), (1, 2), (1, 1))
+        [0, 1, 1, 1]
+    """
+    padding: list[int] = []
+    for size, k, s, d in zip(reversed(sizes), reversed(kernel), reversed(stride), reversed(dilation), strict=True):
+        total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        padding += [total // 2, total - total // 2]
+    return padding
+
+
+def apply(affine: Affine, x: Tensor) -> Tensor:
+    """The value of the map: of a matrix on the last axis, of a convolution on (batch, I, *sizes)."""
+    if affine.dims == 0:
+        return functional.linear(x, affine.weight, affine.bias)
+    if affine.same:
+        sizes = tuple(x.shape[2:])
+        x = functional.pad(x, same_padding(sizes, affine.kernel, affine.stride, affine.dilation))
+    function = (functional.conv1d, functional.conv2d, functional.conv3d)[affine.dims - 1]
+    return function(x, affine.weight, affine.bias, affine.stride, affine.padding, affine.dilation)
 
 
 def norm_scale_shift(

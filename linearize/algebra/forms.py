@@ -83,7 +83,7 @@ class Maps:
     @property
     def constant_bias(self) -> bool:
         """True if a constant in the hidden channels reaches every output position of the consumers alike."""
-        return self.steady and not any(any(consumer.padding) for consumer in self.consumers)
+        return self.steady and not any(consumer.padded for consumer in self.consumers)
 
 
 def linear_part(maps: Maps) -> Affine:
@@ -130,7 +130,7 @@ def vanished(maps: Maps) -> Pieces:
         raise Infeasible("something between the maps does not commute with them")
     merged = compose(columns(consumer, maps.linear), inner)
     layer, border = "plain", None
-    if any(consumer.padding):
+    if consumer.padded:
         layer, border = "border", border_kernel(columns(consumer, maps.linear), inner.bias)
         merged = replace(merged, bias=consumer.bias)
         if not early and not maps.direct:
@@ -173,7 +173,7 @@ def merged(maps: Maps) -> Pieces:
     start = 0
     for consumer, (path, dims) in zip(consumers, maps.consumers_at, strict=True):
         term = _merge(replace(as_dims(consumer, inner.dims), stride=inner_stride(inner)), inner, maps.linear)
-        term = replace(term, stride=inner.stride, padding=inner.padding, dilation=inner.dilation)
+        term = replace(inner, weight=term.weight, bias=term.bias)
         pieces[path] = Piece("carry", as_dims(columns(consumer, maps.keep), dims), number=start)
         carried = term if carried is None else stacked(carried, term)
         start += term.weight.shape[0]
