@@ -1,0 +1,208 @@
+"""Everything that the sweep asks of one model: captured, gated, collapsed, saved, loaded, and the same function throughout."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import linearize
+from linearize.capture import Inputs, tensors_of
+from linearize.cost import cost
+from linearize.record import record_of
+
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+# Gates of attention, squeeze-and-excite and routers are no channel activations: they are counted apart.
+_ASIDE = "it is a gate that scales another tensor"
+
+
+@dataclass
+class Row:
+    """The outcome for one model; one line of the CSV.
+
+    Attributes:
+        name, family: of the model.
+        result: "equal", "nothing to gate", or the reason why neither.
+        note: what was different: a reduced size, float32 inside.
+        activations, gates_aside: channel activations found, and gates of other tensors, which are not counted.
+        gated, collapsible: of the activations, how many got a gate; of those, how many collapse exactly.
+        control: how far the linear channels moved the output (relative): the negative control.
+        error: largest relative difference between gated and collapsed.
+        reload: the same between collapsed and loaded.
+    """
+
+    name: str
+    family: str
+    result: str = "not run"
+    note: str = ""
+    size: str = ""
+    dtype: str = ""
+    activations: int = 0
+    gates_aside: int = 0
+    gated: int = 0
+    collapsible: int = 0
+    control: float = float("nan")
+    error: float = float("nan")
+    reload: float = float("nan")
+    parameters: int = 0
+    parameters_after: int = 0
+    flops: int = 0
+    flops_after: int = 0
+    seconds_forward: float = 0.0
+    seconds_export: float = 0.0
+    seconds_convert: float = 0.0
+    seconds_collapse: float = 0.0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Columns of the CSV."""
+        return [f.name for f in fields(cls)]
+
+
+def stir(model: nn.Module) -> nn.Module:
+    """Random values where an initialisation hides a layer: layer scales near zero, norms that are the identity."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() <= 1 and parameter.is_floating_point():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        for module in model.modules():
+            variance = getattr(module, "running_var", None)
+            if isinstance(variance, Tensor):
+                variance.uniform_(0.5, 2.0, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def half_linear(model: nn.Module) -> None:
+    """A random half of every site's channels linear, with random surrogates (constants in gated units)."""
+    generator = torch.Generator().manual_seed(1)
+    for gate in linearize.gates(model).values():
+        half = torch.randperm(gate.channels, generator=generator) < (gate.channels + 1) // 2
+        slope = 2 * torch.rand(gate.channels, generator=generator) - 1
+        intercept = torch.rand(gate.channels, generator=generator) - 0.5
+        gate.slope.copy_(torch.zeros_like(gate.slope) if gate.gated_unit else slope.to(gate.slope))
+        gate.intercept.copy_(intercept.to(gate.intercept))
+        gate.linearize_(half)
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The tensors that a model puts out; the same random numbers each time, for models that draw some."""
+    torch.manual_seed(0)
+    return [t.clone() for t in tensors_of(model(*inputs[0], **inputs[1]))]
+
+
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest relative difference over all outputs; infinite where shapes or integers differ."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if not x.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
+        elif not torch.equal(x, y):
+            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the seconds that it took."""
+    start = time.perf_counter()
+    value = action()
+    return value, time.perf_counter() - start
+
+
+def check(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+    """Fill in a row. The model is in eval mode, its inputs are of its dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    row.dtype = str(dtype).removeprefix("torch.")
+    original, row.seconds_forward = timed(lambda: run(model, inputs))
+    if not all(bool(torch.isfinite(t).all()) for t in original if t.is_floating_point()):
+        row.result = "the original model itself puts out NaN or Inf"
+        return row
+    if difference(original, run(model, inputs)) > 0:
+        row.result = "the original model gives another output each time"
+        return row
+    before = cost(model, _example(inputs))
+    row.parameters, row.flops = before.parameters, before.flops
+    try:
+        gated, row.seconds_convert = timed(lambda: linearize.convert(model, _example(inputs)))
+    except linearize.ConvertError as error:
+        nothing = "no activation was found" in error.found or "none of its" in error.found
+        row.result = "nothing to gate" if nothing else f"{type(error).__name__}: {error.found}"
+        return row
+    except linearize.LinearizeError as error:
+        row.result = f"{type(error).__name__}: {error.found}"
+        return row
+    _count(row, gated)
+    if not all(torch.equal(a, b) for a, b in zip(original, run(gated, inputs), strict=True)):
+        row.result = "gated differs from the original"
+        return row
+    half_linear(gated)
+    moved = run(gated, inputs)
+    row.control = difference(original, moved)
+    collapsed, row.seconds_collapse = timed(lambda: linearize.collapse(gated, when="always"))
+    row.error = difference(moved, run(collapsed, inputs))
+    after = cost(collapsed, _example(inputs))
+    row.parameters_after, row.flops_after = after.parameters, after.flops
+    row.reload = _reloaded(row, model, collapsed, inputs)
+    row.result = _verdict(row, dtype)
+    return row
+
+
+def _example(inputs: Inputs) -> Any:
+    return inputs[0] if not inputs[1] else inputs[1]
+
+
+def _count(row: Row, gated: nn.Module) -> None:
+    record = record_of(gated)
+    sites = record.sites if record is not None else ()
+    counted = [site for site in sites if not (site.ungated or "").startswith(_ASIDE)]
+    row.gates_aside = len(sites) - len(counted)
+    row.activations = len(counted)
+    row.gated = sum(site.ungated is None for site in counted)
+    row.collapsible = sum(site.ungated is None and site.reason is None for site in counted)
+    reasons = Counter(_general(site.ungated or site.reason or "") for site in counted)
+    reasons.pop("", None)
+    row.reasons = dict(reasons)
+
+
+def _general(reason: str) -> str:
+    """A reason without the module path that it names, so that reasons can be counted."""
+    head, _, place = reason.rpartition(" (")
+    words = (head if place.endswith(")") else reason).split()
+    return " ".join(word for word in words if "." not in word.strip(".,:")) or reason
+
+
+def _reloaded(row: Row, base: nn.Module, collapsed: nn.Module, inputs: Inputs) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        linearize.save(collapsed, path)
+        try:
+            loaded = linearize.load(path)
+        except linearize.CheckpointError as error:
+            row.note += f" load needs the base model ({error.found[:60]});"
+            loaded = linearize.load(path, model=copy.deepcopy(base))
+        return difference(run(collapsed.eval(), inputs), run(loaded.eval(), inputs))
+
+
+def _verdict(row: Row, dtype: torch.dtype) -> str:
+    if not row.error <= 1e-5:
+        return f"collapsed differs from gated by {row.error:.1e}"
+    if row.error > EXACT[dtype]:
+        row.note += " single precision inside;"
+    if row.reload != 0.0:
+        return f"loaded differs from collapsed by {row.reload:.1e}"
+    if not row.control > 10 * row.error:
+        return f"no negative control: linear channels moved the output by {row.control:.1e} only"
+    return "equal"
