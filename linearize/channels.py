@@ -45,6 +45,13 @@ _POOLS = frozenset(
 _MAX_POOLS = frozenset(
     ("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d").split()
 )
+# These read any of their operands as values; every other op reads one tensor, and from others at most the shape or type.
+_ANY_OPERAND = frozenset(
+    (
+        "mul div add sub rsub cat concat stack linear addmm mm matmul bmm baddbmm maximum minimum where masked_fill "
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+    ).split()
+)
 _CONVOLUTIONS = {f"{name}{n}d": n for name in ("conv", "conv_transpose") for n in (1, 2, 3)}
 _NORMS = frozenset(
     ("layer_norm group_norm instance_norm native_layer_norm native_group_norm rms_norm _fused_rms_norm").split()
@@ -117,6 +124,8 @@ def move(node: fx.Node, source: fx.Node, axis: int) -> Motion:
     if after is None:
         return Motion(None, f"{name} gives no single tensor of fixed shape")
     rule = _RULES.get(name)
+    if rule is not None and name not in _ANY_OPERAND and node.args[0] is not source:
+        return Motion(None, f"{name} reads it as something else than its input")
     if rule is not None:
         return rule(node, source, axis, before, after)
     if name in ACTIVATIONS or name in ARITHMETIC:
@@ -160,6 +169,8 @@ def _broadcast_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) 
 def _identity(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if op_name(node).endswith("dropout") and _argument(node, 2, "train", False) is True:
         return Motion(axis, "dropout is active even in eval mode")
+    if not node.meta["val"].is_floating_point():
+        return Motion(axis, f"it is cast to {node.meta['val'].dtype}")
     return Motion(axis)
 
 
@@ -171,6 +182,8 @@ def _permute(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...],
 @_rule("transpose", "swapaxes", "swapdims", "t")
 def _transpose(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     rank = len(before)
+    if rank < 2:
+        return Motion(axis)
     a, b = (_wrap(_argument(node, i, f"dim{i - 1}", i - 1), rank) for i in (1, 2))
     return Motion({a: b, b: a}.get(axis, axis))
 
@@ -188,9 +201,13 @@ def _movedim(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...],
 def _reshape(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     """The channels stay one axis if an axis of the same size has as many values in front of it and behind it."""
     front, size = math.prod(before[:axis]), before[axis]
-    fits = [a for a, n in enumerate(after) if n == size and math.prod(after[:a]) == front]
-    if size == 1 and op_name(node) in ("squeeze", "unsqueeze"):
+    if node.meta["val"].dtype != source.meta["val"].dtype:
+        return Motion(None, f"{op_name(node)} reads the bits as another type")
+    if size == 1:  # the sizes cannot tell one axis of size 1 from another
+        if after[: axis + 1] == before[: axis + 1]:
+            return Motion(axis)
         return Motion(None, f"{op_name(node)} on a single channel")
+    fits = [a for a, n in enumerate(after) if n == size and math.prod(after[:a]) == front]
     if fits:
         return Motion(fits[0])
     return Motion(None, f"{op_name(node)} from {list(before)} to {list(after)} mixes channels with positions")
@@ -208,7 +225,7 @@ def _slice(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], a
         return Motion(axis)
     if _argument(node, 4, "step", 1) != 1:
         return Motion(axis, f"{op_name(node)} takes every other channel")
-    start = _wrap(_argument(node, 2, "start", 0) or 0, before[axis])
+    start = max(0, _wrap(_argument(node, 2, "start", 0) or 0, before[axis]))
     return Motion(axis, rows=(start, start + after[axis]))
 
 
@@ -248,6 +265,7 @@ def _pool(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
     spatial = int(name.replace("_aa", "")[-2])
     padding = _argument(node, 3, "padding", 0) if name.startswith("avg_pool") else 0
     padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    padded = padded or (name.startswith("avg_pool") and _argument(node, 6, "divisor_override") is not None)
     if axis >= len(before) - spatial:
         return Motion(None, f"{name} runs over the channels")
     return Motion(axis, steady=not padded)
@@ -265,15 +283,15 @@ def _mean(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
 
 @_rule("constant_pad_nd", "pad")
 def _pad(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    if before[axis] != after[axis]:
+    amounts: Any = _argument(node, 1, "pad")
+    behind = 2 * (len(before) - 1 - axis)  # amounts are listed from the last axis to the first, two for each
+    if any(amounts[behind : behind + 2]):
         return Motion(None, "padding adds channels")
     mode, value = (
         _argument(node, 2, "mode", "constant"),
         node.args[-1] if len(node.args) > 2 else node.kwargs.get("value"),
     )
-    if op_name(node) == "pad" and mode != "constant":
-        return Motion(axis)
-    if before == after:
+    if not any(amounts) or (op_name(node) == "pad" and mode != "constant"):
         return Motion(axis)
     if isinstance(value, (int, float)) and value != 0:
         return Motion(axis, f"it is padded with {value}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from linearize import tensorfile, zoo
 from linearize.errors import CheckpointError, LinearizeError
+from linearize.finite import all_finite
 from linearize.manifest import Manifest, may_hold
 from linearize.record import record_of, set_record
 from linearize.restore import check_fit, copy_without_weights, fill, put_rest
@@ -185,7 +186,7 @@ def _check(name: str, tensor: Tensor) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     if isinstance(tensor, nn.Parameter):
-        return bool(tensor.isfinite().all())
+        return all_finite(tensor)
     # A buffer may be a mask with -inf.
     return not bool((tensor.isnan() | tensor.isposinf()).any())
 
