@@ -104,6 +104,8 @@ def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.
     for size in sizes:
         total *= size
     site = replace(site, channels=sizes[axis], axis=axis - len(sizes), positions=total // max(1, sizes[axis]))
+    if activation.call is not None and _per_channel(walker.model.get_submodule(activation.call.path)):
+        site = replace(site, reason="the activation has parameters of its own for each channel")
     overwritten = _read_after_write(walker.captured, activation)
     if overwritten is not None:
         return replace(site, ungated=f"it works in place, and what it overwrites is read again by {overwritten}")
@@ -113,7 +115,13 @@ def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.
     return _gated_unit(walker, activation, site, axis, *product)
 
 
+def _per_channel(module: nn.Module) -> bool:
+    return any(tensor.numel() > 1 for tensor in (*module.parameters(), *module.buffers()))
+
+
 def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Site:
+    if site.reason is not None:
+        return site
     try:
         _only_reader(activation)
         before = walker.back(activation.source, axis)

@@ -108,7 +108,8 @@ class Walker:
                 if motion.reason is None:
                     return source, candidate, motion
                 last = motion
-        reason = last.reason if last and last.reason else f"{op_name(node)} is not in the channel table"
+        reason = last.reason if last is not None else move(node, source, 0).reason
+        reason = reason or f"{op_name(node)} does not keep the channels on one axis"
         raise Dead(f"between producer and activation, {reason} ({self._where(node)})")
 
     def _alone(self, node: fx.Node, packed: bool) -> None:

@@ -454,6 +454,16 @@ def weight_norm() -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), nn.Linear(12, 5))
 
 
+@toy(vector(), half=MASKED, full=MASKED)
+def parametric_per_channel() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.PReLU(12), nn.Linear(12, 5))
+
+
+@toy(vector(), half="merged", full="vanished")
+def parametric_shared() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.PReLU(), nn.Linear(12, 5))
+
+
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """A toy in eval mode and inputs for it."""
     torch.manual_seed(len(name))
