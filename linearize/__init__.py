@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from linearize._version import __version__ as __version__
-from linearize.bench import BenchmarkResult, benchmark
+from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
 from linearize.collapse import collapse
+from linearize.compress import Result, compress
 from linearize.convert import convert
 from linearize.errors import (
     CaptureError,
@@ -18,10 +19,11 @@ from linearize.errors import (
     TrainingError,
     UsageError,
 )
-from linearize.finetune import finetune
+from linearize.finetune import FinetuneResult, finetune
 from linearize.gate import ChannelGate, gates
 from linearize.plan import Plan
 from linearize.prior import SparsityPrior, param_groups
+from linearize.report.timing import BenchmarkResult
 from linearize.summary import Summary, summary
 from linearize.verify import Verification, verify
 
@@ -34,8 +36,10 @@ __all__ = [
     "CollapseError",
     "ConvertError",
     "DataError",
+    "FinetuneResult",
     "LinearizeError",
     "Plan",
+    "Result",
     "SparsityPrior",
     "Summary",
     "TrainingError",
@@ -44,6 +48,7 @@ __all__ = [
     "benchmark",
     "calibrate",
     "collapse",
+    "compress",
     "convert",
     "finetune",
     "gates",

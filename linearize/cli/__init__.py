@@ -6,9 +6,12 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +24,8 @@ from linearize.cli.verify import verify
 from linearize.errors import LinearizeError
 
 __all__ = ["app", "main", "run"]
+
+_INTERRUPTED = 130  # what shells expect: 128 and the number of the signal
 
 app = typer.Typer(
     name="linearize",
@@ -68,11 +73,12 @@ def run(arguments: Sequence[str]) -> int:
     """
     command = typer.main.get_command(app)
     try:
-        code = command.main(list(arguments) or ["--help"], prog_name="linearize", standalone_mode=False)
+        with _quiet_libraries():
+            code = command.main(list(arguments) or ["--help"], prog_name="linearize", standalone_mode=False)
     except LinearizeError as error:
-        return _fail(str(error), 2)
+        return _fail(_told_for_a_shell(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        code = _INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - stands in until the exit
         return 0
@@ -83,7 +89,38 @@ def run(arguments: Sequence[str]) -> int:
             raise
         found = f"unexpected {type(error).__name__}: {error} (LINEARIZE_DEBUG=1 shows where)"
         return _fail(found, 1)
+    if code == _INTERRUPTED:
+        return _fail("interrupted", _INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Inside, libraries keep their warnings and logs of failures to themselves: we tell in one line what matters."""
+    if os.environ.get("LINEARIZE_DEBUG"):
+        yield
+        return
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module="linearize")
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
+def _told_for_a_shell(error: LinearizeError) -> str:
+    """The error's text, with a remedy that can be typed."""
+    if "example_inputs=" in error.remedy:
+        return f"{error.where}: {error.found}. Pass the shape of one sample, for example --shape 3x224x224."
+    return str(error)
 
 
 def _fail(message: Any, code: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from typing import Annotated, Any
 
 import torch
@@ -89,9 +88,7 @@ def open_model(
     if spec.endswith(".safetensors") and kwargs:
         raise UsageError("--model-arg", "found with a file, which fixes its model", "Leave it out.")
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries warn of their own future; the user asked about a model
-        return zoo.create(spec, **({} if pretrained is None else {"pretrained": pretrained}), **kwargs)
+    return zoo.create(spec, **({} if pretrained is None else {"pretrained": pretrained}), **kwargs)
 
 
 def _argument(text: str) -> tuple[str, Any]:

@@ -39,7 +39,7 @@ def draw(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str])
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(reports), 2, squeeze=False, width_ratios=[1.6, 1])
     for row, (title, report) in zip(grid, reports.items(), strict=True):
-        _draw_sites(row[0], title, report["sites"])
+        _draw_sites(row[0], title, [site for site in report["sites"] if site["gated"]])
         _draw_gains(row[1], report)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8, frameon=False)
@@ -88,13 +88,12 @@ def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
 def _draw_gains(axes: Any, report: Mapping[str, Any]) -> None:
     """What remains of each cost, as bars against the original."""
     before, after = report["cost"]["before"], report["cost"]["after"]
-    ratio = next((r for r in report["timing"]["ratios"]), None)
+    ratios = report["timing"]["ratios"] if report.get("timing") else []
     bars: list[tuple[str, float, tuple[float, float] | None]] = [
         ("parameters", after["parameters"] / before["parameters"], None),
         ("FLOPs", after["flops"] / before["flops"], None),
     ]
-    if ratio is not None:
-        bars.append((f"latency, batch {ratio['batch_size']}", ratio["median"], (ratio["q1"], ratio["q3"])))
+    bars += [(f"latency, batch {r['batch_size']}", r["median"], (r["q1"], r["q3"])) for r in ratios]
     for place, (_, value, spread) in enumerate(reversed(bars)):
         axes.barh(place, value, color=_LINEAR, height=0.6)
         if spread is not None:
@@ -106,7 +105,8 @@ def _draw_gains(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(bars)), [name for name, _, _ in reversed(bars)], fontsize=9)
     axes.set_xlim(0, 1.15)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "original"], fontsize=8)
-    quality = report.get("quality") or {}
+    metric = report.get("metric")
+    quality = (report.get("quality") or {}).get(metric, {})
     steps = [f"{quality[name]:.3f} {name}" for name in ("before", "gated", "collapsed") if name in quality]
-    axes.set_title("accuracy " + ", ".join(steps) if steps else "", loc="right", fontsize=9)
+    axes.set_title(f"{metric} " + ", ".join(steps) if steps else "", loc="right", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
