@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from linearize.capture import CONSTANT, Call, Capture, shape, users
-from linearize.channels import ACTIVATIONS, ARITHMETIC, constant, is_inplace, op_name
+from linearize.channels import ACTIVATIONS, ARITHMETIC, constant, op_name
 
 # What may stand inside an activation module besides arithmetic: it moves no value.
 _CASTS = frozenset(("to _to_copy clone contiguous alias detach type_as lift_fresh empty_like expand_as").split())
@@ -37,11 +37,6 @@ class Activation:
     nodes: tuple[fx.Node, ...]
     call: Call | None
     owner: Call
-
-    @property
-    def inplace(self) -> bool:
-        """True if it overwrites what it reads."""
-        return any(is_inplace(node) and node.args[0] is self.source for node in self.nodes)
 
 
 def find_activations(model: nn.Module, captured: Capture) -> list[Activation]:

@@ -182,6 +182,11 @@ def _index(program: torch.export.ExportedProgram) -> Capture:
             captured.stacks[node] = tuple(_call(key, path) for key, (path, _) in stack.items())
             captured.calls[node] = captured.stacks[node][-1]
             captured.ops.setdefault(captured.calls[node], []).append(node)
+    for inner in program.graph_module.modules():  # regions under autocast or another grad mode are graphs of their own
+        if isinstance(inner, fx.GraphModule) and inner is not program.graph_module:
+            for node in inner.graph.nodes:
+                for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+                    called.setdefault(_strip(path), set()).add(key)
     captured.times = {path: len(keys) for path, keys in called.items()}
     return captured
 

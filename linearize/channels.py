@@ -45,7 +45,7 @@ _POOLS = frozenset(
 _MAX_POOLS = frozenset(
     ("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d").split()
 )
-# These read any of their operands as values; every other op reads one tensor, and from others at most the shape or type.
+# These read any operand's values; every other op reads the first one's, and from others at most shape or type.
 _ANY_OPERAND = frozenset(
     (
         "mul div add sub rsub cat concat stack linear addmm mm matmul bmm baddbmm maximum minimum where masked_fill "

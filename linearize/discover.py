@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from linearize.activations import Activation, find_activations
-from linearize.capture import Capture, Inputs, capture, shape, users
+from linearize.capture import CONSTANT, Capture, Inputs, capture, shape, users
 from linearize.channels import channel_axes, constant, op_name
+from linearize.memory import overwritten, stale_reader
 from linearize.sites import Port, Site
 from linearize.walk import Dead, Reading, Walker
 
@@ -28,35 +30,60 @@ def discover(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
     walker = Walker(model, captured, shared_parameters(model, captured))
     activations = find_activations(model, captured)
     calls = Counter((a.owner, _base(a)) for a in activations)
+    known = Counter(a.call.path for a in activations if a.call is not None)
     seen: Counter[tuple[Any, str]] = Counter()
     sites: dict[str, Site] = {}
     for order, activation in enumerate(activations):
         key = (activation.owner, _base(activation))
         site = _locate(model, activation, seen[key], calls[key])
         seen[key] += 1
-        if site.name in sites:
-            first = sites[site.name]
-            if first.reason is None or not first.reason.startswith("it runs"):
-                sites[site.name] = replace(first, reason="it runs more than once with the same weights")
-            continue
-        site = replace(site, order=order)
-        sites[site.name] = _describe(walker, activation, site, axes)
+        site = _describe(walker, activation, replace(site, order=order), axes)
+        if activation.call is not None and captured.times.get(activation.call.path, 1) > known[activation.call.path]:
+            site = replace(site, ungated="it is also called on a constant, or where the capture cannot look")
+        sites[site.name] = _again(sites[site.name], site) if site.name in sites else site
     return tuple(sites.values())
+
+
+def _again(first: Site, second: Site) -> Site:
+    """One place in the model that runs twice: it can have one gate, if both runs have the same channels."""
+    if (first.channels, first.axis) != (second.channels, second.axis):
+        found = f"{first.channels} channels on axis {first.axis}, {second.channels} on axis {second.axis}"
+        return replace(first, ungated=first.ungated or second.ungated or f"it is called on different inputs: {found}")
+    why = "it runs more than once with the same weights"
+    return replace(first, ungated=first.ungated or second.ungated, reason=why)
 
 
 def shared_parameters(model: nn.Module, captured: Capture) -> dict[str, str]:
     """Name of each parameter or buffer that something else uses too, with the name of the other use."""
-    holders: dict[int, list[str]] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        storage = tensor.data_ptr() if tensor.device.type != "meta" and tensor.numel() else 0
-        holders.setdefault(storage or id(tensor), []).append(name)
-    shared = {name: names[names[0] == name] for names in holders.values() if len(names) > 1 for name in names}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shared = {name: names[names[0] == name] for names in _overlapping(tensors) if len(names) > 1 for name in names}
     for node, name in captured.parameters.items():
         readers = {captured.calls.get(user) for user in users(node)}
         if len(readers) > 1 and name not in shared:
             places = {call.path for call in readers if call is not None}
             shared[name] = "another use in " + (max(places, default="") or "the model itself")
     return shared
+
+
+def _overlapping(tensors: list[tuple[str, Tensor]]) -> list[list[str]]:
+    """Names of tensors grouped by common memory, where only a part is common, too."""
+    spans: list[tuple[str, int, int, str]] = []
+    for name, tensor in tensors:
+        if tensor.device.type == "meta" or not tensor.numel():
+            spans.append(("object", id(tensor), id(tensor) + 1, name))
+            continue
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        start = tensor.data_ptr()
+        spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), name))
+    groups: list[list[str]] = []
+    where, end = "", 0
+    for device, start, stop, name in sorted(spans, key=lambda span: span[:2]):
+        if device != where or start >= end:
+            groups.append([])
+            where, end = device, stop
+        groups[-1].append(name)
+        end = max(end, stop)
+    return groups
 
 
 def _base(activation: Activation) -> str:
@@ -106,9 +133,15 @@ def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.
     site = replace(site, channels=sizes[axis], axis=axis - len(sizes), positions=total // max(1, sizes[axis]))
     if activation.call is not None and _per_channel(walker.model.get_submodule(activation.call.path)):
         site = replace(site, reason="the activation has parameters of its own for each channel")
-    overwritten = _read_after_write(walker.captured, activation)
-    if overwritten is not None:
-        return replace(site, ungated=f"it works in place, and what it overwrites is read again by {overwritten}")
+    stale = stale_reader(walker.captured, activation)
+    if stale is not None:
+        where = walker.captured.path(stale) or "the model itself"
+        found = f"it works in place, and what it overwrites is read again by {op_name(stale)} in {where}"
+        return replace(site, ungated=found)
+    if any(isinstance(value, fx.Node) for _, value in site.options):
+        return replace(site, options=(), ungated="it is a function of other tensors besides its input")
+    if _differs_by_channel(activation, axis):
+        site = replace(site, reason="the activation has parameters of its own per channel")
     product = _product(activation.output)
     if product is None:
         return _plain(walker, activation, site, axis)
@@ -128,6 +161,9 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         uses = walker.forward(activation.output, axis)
         if uses.folds and len(uses.ports) > 1:
             raise Dead("a constant map per channel lies before one of several consumers")
+        written = overwritten(walker.captured, before.node, uses.nodes)
+        if written is not None:
+            raise Dead(f"the input of its producer is overwritten by {op_name(written)}")
     except Dead as dead:
         return replace(site, reason=site.reason or str(dead))
     site = replace(
@@ -155,7 +191,7 @@ def _gated_unit(
             raise Dead("the other factor of its product is read elsewhere")
         gate = walker.back(activation.source, axis, packed=True)
         up = walker.back(factor, axis, packed=True)
-        _check_packing(gate, up)
+        _check_packing(gate, up, (activation.source, factor))
         uses = walker.forward(product, axis)
         if uses.folds and len(uses.ports) > 1:
             raise Dead("a constant map per channel lies before one of several consumers")
@@ -177,7 +213,7 @@ def _gated_unit(
     return replace(site, saved=_saved(walker.model, site))
 
 
-def _check_packing(gate: Reading, up: Reading) -> None:
+def _check_packing(gate: Reading, up: Reading, ends: tuple[fx.Node, fx.Node]) -> None:
     """Two halves of one map must be the whole of it; two maps must be read whole."""
     a, b = gate.port, up.port
     if a.module != b.module:
@@ -190,18 +226,9 @@ def _check_packing(gate: Reading, up: Reading) -> None:
         or b.stop - b.start != a.stop - a.start
     ):
         raise Dead(f"gate and factor are not the two halves of {a.module}")
-    if _leaves(gate.node) != 2:
+    visited = {*gate.visited, *up.visited}
+    if any(user not in visited for node in visited if node not in ends for user in users(node)):
         raise Dead(f"what {a.module} puts out is also read elsewhere")
-
-
-def _leaves(node: fx.Node) -> int:
-    """How many slices of a node's value are read."""
-    return sum(
-        _leaves(user)
-        if op_name(user) in ("chunk", "split", "split_with_sizes", "view", "reshape")
-        else len(users(user))
-        for user in users(node)
-    )
 
 
 def _product(output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -232,33 +259,17 @@ def _only_reader(activation: Activation) -> None:
         raise Dead(f"what it reads is also read by {op_name(others[0])}")
 
 
-def _read_after_write(captured: Capture, activation: Activation) -> str | None:
-    """The op that reads an in-place activation's input after it was overwritten, through views too."""
-    if not activation.inplace:
-        return None
-    node: Any = activation.source
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        late = [
-            u
-            for u in users(node)
-            if u not in activation.nodes and captured.order[u] > captured.order[activation.nodes[0]]
-        ]
-        if late:
-            return f"{op_name(late[0])} in {captured.path(late[0]) or 'the model itself'}"
-        if op_name(node) not in (
-            "view",
-            "reshape",
-            "permute",
-            "transpose",
-            "getitem",
-            "chunk",
-            "split",
-            "slice",
-            "flatten",
-        ):
-            return None
-        node = node.args[0]
-    return None
+def _differs_by_channel(activation: Activation, axis: int) -> bool:
+    """True if a constant inside the activation is not the same for all channels."""
+    for node in activation.nodes:
+        for source in node.all_input_nodes:
+            sizes, rank = shape(source), len(shape(node) or ())
+            if CONSTANT in node.meta or CONSTANT not in source.meta or sizes is None:
+                continue
+            aligned = axis - (rank - len(sizes))
+            if math.prod(sizes) > 1 and (op_name(node) == "prelu" or (aligned >= 0 and sizes[aligned] > 1)):
+                return True
+    return False
 
 
 def _saved(model: nn.Module, site: Site) -> float:

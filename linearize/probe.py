@@ -28,7 +28,8 @@ _TOLERANCE = 1e-10
 def has_own_forward(module: nn.Module) -> bool:
     """True if torch's own forward runs on the module's weight, and no hook comes in between."""
     hooked = module._forward_pre_hooks or module._forward_hooks
-    return type(module).forward in _FORWARDS and not hooked
+    padded_otherwise = getattr(module, "padding_mode", "zeros") != "zeros"
+    return type(module).forward in _FORWARDS and not hooked and not padded_otherwise
 
 
 class _Catch(TorchFunctionMode):
@@ -53,13 +54,21 @@ def probed(port: Port, module: nn.Module) -> Affine:
     Raises:
         Infeasible: it computes something else.
     """
-    twin = copy.deepcopy(module).double().eval()
+    try:
+        return _probed(port, copy.deepcopy(module).double().eval())
+    except Infeasible:
+        raise
+    except Exception as error:  # the module's own code, on inputs that it may not take
+        raise Infeasible(f"{port.module} does not run by itself ({type(error).__name__}: {error})") from error
+
+
+def _probed(port: Port, twin: nn.Module) -> Affine:
     weight: Any = twin.weight
-    inputs = weight.shape[0] if port.transposed else weight.shape[1] * int(getattr(module, "groups", 1))
+    inputs = weight.shape[0] if port.transposed else weight.shape[1] * int(getattr(twin, "groups", 1))
     generator = torch.Generator().manual_seed(0)
 
     def sample(size: int) -> Tensor:
-        sizes = (2, inputs, *(size,) * port.dims) if port.dims else (2, size, inputs)
+        sizes = (2, inputs, *(size,) * port.dims) if port.dims else (size, inputs)
         return torch.randn(sizes, generator=generator, dtype=torch.float64).to(weight.device)
 
     span = max((k - 1) * d for k, d in _extent(twin)) if port.dims else 0
@@ -72,7 +81,8 @@ def probed(port: Port, module: nn.Module) -> Affine:
 
 
 def _extent(module: Any) -> list[tuple[int, int]]:
-    return list(zip(module.weight.shape[2:], module.dilation, strict=True))
+    kernel = module.weight.shape[2:]
+    return list(zip(kernel, getattr(module, "dilation", (1,) * len(kernel)), strict=True))
 
 
 def _caught(port: Port, module: Callable[[Tensor], Any], x: Tensor) -> Affine:

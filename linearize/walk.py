@@ -12,7 +12,8 @@ from linearize.channels import Motion, constant, move, op_name
 from linearize.sites import Fold, Port
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
-_STILL = frozenset(("dropout contiguous clone alias detach to getitem slice chunk split split_with_sizes").split())
+_STILL = frozenset(("dropout contiguous clone alias detach to").split())
+_PARTS = frozenset(("chunk split split_with_sizes tensor_split unsafe_split").split())  # getitem says which part
 _AROUND = frozenset(
     ("view reshape flatten transpose permute _unsafe_view contiguous").split()
 )  # inside the module of a linear map
@@ -24,12 +25,13 @@ class Dead(Exception):
 
 @dataclass
 class Reading:
-    """Where a walk from an activation back to its producer ended."""
+    """Where a walk from an activation back to its producer ended, and the nodes that it came through."""
 
     port: Port
     node: fx.Node
     folds: tuple[Fold, ...]
     direct: bool
+    visited: tuple[fx.Node, ...]
 
 
 @dataclass
@@ -62,14 +64,16 @@ class Walker:
         folds: list[Fold] = []
         rows: tuple[int, int] | None = None
         direct, start = True, node
+        visited: list[fx.Node] = []
         while True:
+            visited.append(node)
             if op_name(node) in _LINEAR and node.op == "call_function":
                 port, into = self.port(node, node, axis, output=True)
                 if rows is not None:
                     port = replace(port, start=rows[0], stop=rows[1])
                 if into is not start:  # who reads the start is the caller's question
                     self._alone(into, packed=rows is not None)
-                return Reading(port, node, tuple(reversed(folds)), direct)
+                return Reading(port, node, tuple(reversed(folds)), direct, tuple(visited))
             if node.op != "call_function":
                 raise Dead("its input is an input of the model")
             if node in self.captured.calls and self._inside_linear(node):
@@ -87,7 +91,7 @@ class Walker:
                 raise Dead(f"only a part of what its producer puts out is activated ({where})")
             else:
                 rows = motion.rows or rows
-                direct = direct and op_name(node) in _STILL
+                direct = direct and _stays(node, motion)
             if rows is None:
                 self._alone(source, packed=False)
             node, axis = source, before
@@ -142,7 +146,7 @@ class Walker:
                 raise Dead(f"after the activation, a slice of the channels is taken ({self._where(reader)})")
             if motion.norm or motion.factor is not None:
                 uses.folds.append(self.fold(reader, motion))
-            elif op_name(reader) not in _STILL and not self._inside_linear(reader):
+            elif not _stays(reader, motion) and not self._inside_linear(reader):
                 uses.direct = False
                 uses.steady = uses.steady and motion.steady
             self.forward(reader, motion.axis, uses)
@@ -172,10 +176,9 @@ class Walker:
         if extra or self._has_inner(path):
             what = f"also computes {extra[0]}" if extra else "holds other modules that compute"
             raise Dead(f"{path or 'the model'} {what}")
-        for parameter in ("weight", "bias"):
-            other = self.shared.get(f"{path}.{parameter}" if path else parameter)
-            if other is not None:
-                raise Dead(f"{path}.{parameter} is shared with {other}")
+        for parameter in (*self._behind(weight), *self._behind(bias)):
+            if parameter in self.shared:
+                raise Dead(f"{parameter} is shared with {self.shared[parameter]}")
         if self.captured.times.get(path, 1) > 1:
             raise Dead(f"{path} is called {self.captured.times[path]} times")
         transposed = name == "addmm"
@@ -215,6 +218,14 @@ class Walker:
                 raise Dead(f"{name} is shared with {self.shared[name]}")
         return Fold(path, self._children(path, node), names[0], names[1], names[2], names[3], eps)
 
+    def _behind(self, value: Any) -> list[str]:
+        """The parameters and buffers that a constant is made of."""
+        if not isinstance(value, fx.Node):
+            return []
+        if value in self.captured.parameters:
+            return [self.captured.parameters[value]]
+        return [name for source in value.all_input_nodes for name in self._behind(source)]
+
     def _parameter(self, value: Any) -> str | None:
         if value is None:
             return None
@@ -244,9 +255,11 @@ class Walker:
 
     def _inside_linear(self, node: fx.Node) -> bool:
         """True for the reshapes and the padding that a linear module wraps around its product."""
-        return op_name(node) in (*_AROUND, "pad") and any(
-            op_name(other) in _LINEAR for other in self.captured.siblings(node)
-        )
+        if op_name(node) not in (*_AROUND, "pad") or self._has_inner(self.captured.path(node)):
+            return False
+        names = [op_name(other) for other in self.captured.siblings(node) if CONSTANT not in other.meta]
+        linear = [name for name in names if name in _LINEAR]
+        return len(linear) == 1 and all(name in _AROUND or name == "pad" or name in _LINEAR for name in names)
 
     def _through_linear(self, node: fx.Node, axis: int) -> tuple[fx.Node, int]:
         source, before, _ = self._step_back(node, axis)
@@ -263,6 +276,11 @@ class Walker:
 
     def _where(self, node: fx.Node) -> str:
         return self.captured.path(node) or "the model's own forward"
+
+
+def _stays(node: fx.Node, motion: Motion) -> bool:
+    """True for the identity, and for a slice of the channels that leaves every position where it is."""
+    return op_name(node) in _STILL or op_name(node) in _PARTS or motion.rows is not None
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:

@@ -1,0 +1,53 @@
+"""Which values of a captured graph share memory, and who reads or writes it after whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, fx
+
+from linearize.activations import Activation
+from linearize.capture import Capture, is_check
+from linearize.channels import is_inplace
+
+
+def memory(node: fx.Node) -> int | None:
+    """What tells the memory of a node's value from others: views of one tensor have the same."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
+    """The first op that finds in memory what an activation that works in place has left there, under an older name.
+
+    Such an op would see another value if the activation did not work in place.
+    """
+    mine = memory(activation.source)
+    written = [node for node in activation.nodes if is_inplace(node) and memory(node) == mine]
+    if not written:
+        return None
+    start = captured.order[written[0]]
+    fresh = set(activation.nodes)
+    nodes: list[fx.Node] = list(captured.graph.nodes)
+    for node in nodes:
+        if captured.order[node] <= start or node in fresh or is_check(node):
+            continue
+        read = [source for source in node.all_input_nodes if memory(source) == mine]
+        if any(source not in fresh for source in read):
+            return node
+        if read:
+            fresh.add(node)  # a view of the result, or computed from it: read under its new name
+    return None
+
+
+def overwritten(captured: Capture, reader: fx.Node, until: Iterable[fx.Node]) -> fx.Node | None:
+    """The first op that writes into what `reader` has read, before the last op of `until` runs."""
+    held = {memory(source) for source in reader.all_input_nodes} - {None}
+    end = max((captured.order[node] for node in until), default=0)
+    nodes: list[fx.Node] = list(captured.graph.nodes)
+    for node in nodes:
+        if captured.order[reader] < captured.order[node] < end and is_inplace(node):
+            target = node.args[0]
+            if isinstance(target, fx.Node) and memory(target) in held:
+                return node
+    return None
