@@ -3,7 +3,8 @@
     python benchmarks/training_step.py [--model vit_small_patch16_224] [--batch 8] [--rounds 15] [--dtype float32]
 
 Both models take turns in one process, each round gives one ratio, and the table shows the median ratio with its
-quartiles: absolute times on a shared machine mean little. Peak memory comes from the allocator: PyTorch's own on
+quartiles: absolute times on a shared machine mean little. The ratio of processor time, less disturbed by other
+programs, stands beside it (on a CPU, best with --threads 1). Peak memory comes from the allocator: PyTorch's own on
 CUDA, the profiler's record of every allocation on a CPU.
 """
 
@@ -37,15 +38,15 @@ def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, amp: t
     return step
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Wall time of one step, all queued work done."""
+def seconds(step: Callable[[], None], device: str) -> tuple[float, float]:
+    """Wall time and processor time of one step, all queued work done."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
@@ -87,13 +88,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps = [stepper(model, images, labels, amp) for model in (plain, gated)]
     for step in steps * 2:
         step()
-    ratios, times = [], []
+    ratios, busy, times = [], [], []
     for turn in range(options.rounds):
         first, second = (0, 1) if turn % 2 == 0 else (1, 0)
         took = {first: seconds(steps[first], device), second: seconds(steps[second], device)}
-        ratios.append(took[1] / took[0])
-        times.append(took[0])
+        ratios.append(took[1][0] / took[0][0])
+        busy.append(took[1][1] / took[0][1])
+        times.append(took[0][0])
     low, middle, high = quantiles(ratios, n=4)
+    busy_low, busy_middle, busy_high = quantiles(busy, n=4)
     growth = [peak_bytes(step, device) for step in steps]
     totals = [state_bytes(model) + grown for model, grown in zip((plain, gated), growth, strict=True)]
     return {
@@ -104,6 +107,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "time_ratio": middle,
         "time_ratio_quartiles": [low, high],
+        "processor_time_ratio": busy_middle,
+        "processor_time_ratio_quartiles": [busy_low, busy_high],
         "ungated_step_seconds": sorted(times)[len(times) // 2],
         "memory_ratio": totals[1] / totals[0],
         "memory_ratio_without_weights": growth[1] / growth[0],
