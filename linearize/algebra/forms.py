@@ -174,7 +174,11 @@ def merged(maps: Maps) -> Pieces:
     for consumer, (path, dims) in zip(consumers, maps.consumers_at, strict=True):
         term = _merge(replace(as_dims(consumer, inner.dims), stride=inner_stride(inner)), inner, maps.linear)
         term = replace(inner, weight=term.weight, bias=term.bias)
-        pieces[path] = Piece("carry", as_dims(columns(consumer, maps.keep), dims), number=start)
+        rest = columns(consumer, maps.keep)
+        if maps.steady:  # the bias travels along: the consumer then adds the carried part and nothing else
+            term = replace(term, bias=term.bias + consumer.bias)
+            rest = replace(rest, bias=torch.zeros_like(rest.bias))
+        pieces[path] = Piece("carry", as_dims(rest, dims), number=start)
         carried = term if carried is None else stacked(carried, term)
         start += term.weight.shape[0]
     if carried is None:
