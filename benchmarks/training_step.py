@@ -32,7 +32,7 @@ def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, amp: t
         optimizer.zero_grad()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=amp == torch.bfloat16):
             loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
     return step
