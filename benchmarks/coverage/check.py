@@ -1,4 +1,4 @@
-"""Everything that the sweep asks of one model: captured, gated, collapsed, saved, loaded, and the same function throughout."""
+"""What the sweep asks of one model: captured, gated, collapsed, saved, loaded, the same function throughout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from linearize.cost import cost
 from linearize.record import record_of
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+ALWAYS_BELOW = 12_000_000
 # Gates of attention, squeeze-and-excite and routers are no channel activations: they are counted apart.
 _ASIDE = "it is a gate that scales another tensor"
 
@@ -44,6 +45,7 @@ class Row:
     result: str = "not run"
     note: str = ""
     size: str = ""
+    when: Literal["always", "cheaper", ""] = ""
     dtype: str = ""
     activations: int = 0
     gates_aside: int = 0
@@ -151,12 +153,27 @@ def check(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     half_linear(gated)
     moved = run(gated, inputs)
     row.control = difference(original, moved)
-    collapsed, row.seconds_collapse = timed(lambda: linearize.collapse(gated, when="always"))
+    # Merging everything makes dense kernels of inverted residuals: the strictest test, for models that stay in memory.
+    row.when = "always" if row.parameters < ALWAYS_BELOW else "cheaper"
+    collapsed, row.seconds_collapse = timed(lambda: linearize.collapse(gated, when=row.when or "cheaper"))
     row.error = difference(moved, run(collapsed, inputs))
     after = cost(collapsed, _example(inputs))
     row.parameters_after, row.flops_after = after.parameters, after.flops
     row.reload = _reloaded(row, model, collapsed, inputs)
     row.result = _verdict(row, dtype)
+    return row
+
+
+def inspect_only(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+    """What can be said of a model on the meta device: it is captured, and its sites are found."""
+    row.parameters = sum(p.numel() for p in model.parameters())
+    try:
+        gated, row.seconds_convert = timed(lambda: linearize.convert(model, _example(inputs)))
+    except linearize.LinearizeError as error:
+        row.result = f"{type(error).__name__}: {error.found}"
+        return row
+    _count(row, gated)
+    row.result = "inspected on the meta device"
     return row
 
 
