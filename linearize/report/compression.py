@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from linearize.cost import Cost
-from linearize.report.table import render
+from linearize.report.table import render, render_markdown
 from linearize.report.timing import BenchmarkResult, write_json
 from linearize.summary import Summary
 from linearize.verify import Verification
@@ -69,15 +69,17 @@ class Report:
         return outcome_table({"": self})
 
 
-def outcome_table(reports: Mapping[str, Report]) -> str:
+def outcome_table(reports: Mapping[str, Report], *, markdown: bool = False) -> str:
     """One column per model, one row per figure.
 
     Args:
         reports: titles and reports.
+        markdown: for a document instead of a terminal.
     """
     columns = [_figures(report) for report in reports.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    return render(["", *reports], [[name, *(column.get(name) for column in columns)] for name in names])
+    rows = [[name, *(column.get(name) for column in columns)] for name in names]
+    return (render_markdown if markdown else render)(["", *reports], rows)
 
 
 def _figures(report: Report) -> dict[str, str]:
