@@ -81,7 +81,7 @@ def compress(
         batch_sizes: for the latencies; None takes that of the data.
         rounds: measurements of each latency; 0 measures none.
         seed: of dropout and whatever else is random; the global random state is put back afterwards.
-        progress: False is silent, True shows bars on a terminal; a function gets a line of text for each step.
+        progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
 
     Returns:
         A `Result`: `.model`, `.plan`, `.report`.
@@ -140,7 +140,7 @@ class _Steps:
     """Times the steps and tells about them."""
 
     def __init__(self, progress: bool | Callable[[str], None]) -> None:
-        self.bars = progress is True
+        self.bars = progress is not False
         self.say: Callable[[str], None] = progress if callable(progress) else lambda _: None
         self.seconds: dict[str, float] = {}
 
