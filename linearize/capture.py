@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,18 +121,43 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
     Raises:
         CaptureError: the model does not run on these inputs, or its control flow depends on the data.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with untouched(model), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(_TensorsOnly(model), *inputs, strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
         raise CaptureError(*_explain(model, inputs, error)) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     return _index(program)
+
+
+@contextmanager
+def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """A model in eval mode (or in training mode); afterwards its modules have the modes and attributes they had.
+
+    Whatever a forward leaves on its module (a feature map, a cache, a buffer put anew) would be a fake tensor here.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with untouched(layer):
+        ...     layer.seen = layer.training
+        >>> layer.training, hasattr(layer, "seen")
+        (True, False)
+    """
+    registries = ("_parameters", "_buffers", "_modules")
+    held = [
+        (module, dict(vars(module)), [dict(vars(module)[name]) for name in registries]) for module in model.modules()
+    ]
+    try:
+        for module, _, _ in held:
+            module.training = training
+        yield
+    finally:
+        for module, attributes, contents in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in zip(registries, contents, strict=True):
+                vars(module)[name].clear()
+                vars(module)[name].update(content)
 
 
 def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, str, str]:
@@ -141,7 +167,7 @@ def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, s
     if isinstance(model, torch.jit.ScriptModule):
         return name, "found a scripted module, which has no Python left to rewrite", "Pass the eager model."
     try:
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
             model(*inputs[0], **inputs[1])
     except Exception as failure:  # same reason as above
         line = next((text for text in str(failure).strip().splitlines() if text.strip()), "")

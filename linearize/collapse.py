@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from linearize.algebra.affine import Affine
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
+from linearize.dryrun import dry_run, first_line
 from linearize.errors import CollapseError
 from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
@@ -82,7 +81,7 @@ def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
         result = _carry_out(model, plan)
     except Infeasible as why:  # the weights showed what the shapes did not
         return None, str(why)
-    failure = _dry_run(result)
+    failure = _difference(model, result)
     return (result, None) if failure is None else (None, failure)
 
 
@@ -229,25 +228,29 @@ def _cast(name: str, value: Tensor | None, like: Tensor) -> nn.Parameter:
     return nn.Parameter(cast, requires_grad=like.requires_grad)
 
 
-def _dry_run(model: nn.Module) -> str | None:
-    """Run the forward on fake tensors; the error if the code around a site does not take the new widths."""
-    record = record_of(model)
-    if record is None or record.inputs is None:
+def _difference(model: nn.Module, result: nn.Module) -> str | None:
+    """What shows, without computing anything, that the collapsed model is not the same function; None if nothing does.
+
+    The code around a site may name the width of its tensors, or compute with it.
+    """
+    record, after = record_of(model), record_of(result)
+    if record is None or record.inputs is None or after is None:
         return None
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    changed = {step["path"] for step in after.steps[len(record.steps) :]}
+    skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
     try:
-        with mode, torch.no_grad():
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), record.inputs)
-            model(*args, **kwargs)
+        expected = dry_run(model, record.inputs, skip=skip)
+    except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
+        _log.debug("no dry run: %s", error)
+        return None
+    try:
+        found = dry_run(result, record.inputs, skip=skip)
     except Exception as error:  # whatever the model's own code raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    finally:
-        for module, mode_ in training:
-            module.training = mode_
-    return None
+        return first_line(error)
+    if found.outputs != expected.outputs:
+        return "an output has another shape"
+    odd = found.numbers - expected.numbers
+    return f"it computes with the number {next(iter(odd))[1]} then" if odd else None
 
 
 def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:

@@ -7,7 +7,7 @@ import fnmatch
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import nn
 
 from linearize.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.discover import discover
-from linearize.errors import ConvertError, UsageError
+from linearize.dryrun import Op, dry_run
+from linearize.errors import ConvertError, LinearizeError, UsageError
 from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
 from linearize.record import Record, Step, record_of, set_record
@@ -161,26 +162,66 @@ def _rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -
     if not owners:
         return sites, []
     calls = Counter((site.module, site.target) for site in sites if site.call is not None)
-    concrete = _observe(model, list(owners), inputs)
-    steps: list[Step] = []
-    failed: dict[str, str] = {}
+    concrete, expected = _observe(model, list(owners), inputs)
+    rewriting = _Rewriting(model, inputs, expected)
     for owner, inside in owners.items():
         options: Options = {
             "calls": [_call(site, calls[owner, site.target]) for site in inside],
             "concrete": concrete.get(owner, {}),
         }
-        step: Step = {"path": owner, "module": {"type": "Rewrite", **options}}
-        try:
-            build(step["module"], model.get_submodule(owner))
-            steps.append(step)
-        except ConvertError as error:
-            failed[owner] = f"the forward of {owner or 'the model'} cannot be rewritten: {error.found}"
+        rewriting.rewrite({"path": owner, "module": {"type": "Rewrite", **options}})
+    rewriting.check()
     return tuple(
-        replace(site, ungated=failed[site.module])
-        if site.call is not None and site.module in failed and site.ungated is None
+        replace(site, ungated=rewriting.failed[site.module])
+        if site.call is not None and site.module in rewriting.failed and site.ungated is None
         else site
         for site in sites
-    ), steps
+    ), rewriting.steps
+
+
+@dataclass
+class _Rewriting:
+    """Rewrites forwards one by one, and takes back those after which the model does other things than before."""
+
+    model: nn.Module
+    inputs: Inputs
+    expected: list[list[Op]] | None
+    steps: list[Step] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    originals: dict[str, tuple[type[nn.Module], set[str]]] = field(default_factory=dict)
+
+    def rewrite(self, step: Step) -> None:
+        path = step["path"]
+        module = self.model.get_submodule(path)
+        self.originals[path] = (type(module), set(dict(module.named_children())))
+        try:
+            build(step["module"], module)
+            self.steps.append(step)
+        except LinearizeError as error:
+            self._fail(path, error.found)
+
+    def check(self) -> None:
+        """Compare what the model does, op by op, with what it did; look for the culprits if that differs."""
+        if not self.steps or operations(self.model, self.inputs) == self.expected:
+            return
+        tried, self.steps = self.steps, []
+        for step in tried:
+            self._undo(step["path"])
+        for step in tried:
+            self.rewrite(step)
+            if operations(self.model, self.inputs) != self.expected:
+                self.steps.pop()
+                self._undo(step["path"])
+                self._fail(step["path"], "symbolic tracing does not see all that it does")
+
+    def _undo(self, path: str) -> None:
+        module = self.model.get_submodule(path)
+        module.__class__, children = self.originals[path]
+        for name in set(dict(module.named_children())) - children:
+            delattr(module, name)
+
+    def _fail(self, path: str, why: str) -> None:
+        self.failed[path] = f"the forward of {path or 'the model'} cannot be rewritten: {why}"
 
 
 def _call(site: Site, of: int) -> Options:
@@ -190,8 +231,10 @@ def _call(site: Site, of: int) -> Options:
     return call
 
 
-def _observe(model: nn.Module, owners: list[str], inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """The arguments that each owner is called with and that are no tensors, seen in one run on the meta device."""
+def _observe(
+    model: nn.Module, owners: list[str], inputs: Inputs
+) -> tuple[dict[str, dict[str, Any]], list[list[Op]] | None]:
+    """The arguments that each owner is called with and that are no tensors; and the operations of the model."""
     seen: dict[str, dict[str, Any]] = {}
 
     def watch(path: str) -> Callable[..., None]:
@@ -200,18 +243,27 @@ def _observe(model: nn.Module, owners: list[str], inputs: Inputs) -> dict[str, d
 
         return note
 
-    hollow = copy.deepcopy(model).to("meta").eval()
-    hooks = [hollow.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in owners]
+    hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in owners]
     try:
-        with torch.no_grad():
-            args, kwargs = fake_inputs(inputs)
-            hollow(*args, **kwargs)
-    except Exception as error:  # the model's own code may not run on meta tensors
-        _log.debug("could not observe the calls on the meta device: %s", error)
+        return seen, operations(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+
+
+def operations(model: nn.Module, inputs: Inputs) -> list[list[Op]] | None:
+    """The ops of a model in eval mode and in training mode; None if it does not run, in training mode an empty list."""
+    try:
+        found = [dry_run(model, inputs).ops]
+    except Exception as error:  # the model's own code may not run on fake tensors
+        _log.debug("no dry run: %s", error)
+        return None
+    try:
+        found.append(dry_run(model, inputs, training=True).ops)
+    except Exception as error:  # a batch of one in training mode, for example
+        _log.debug("no dry run in training mode: %s", error)
+        found.append([])
+    return found
 
 
 def _put_gate(model: nn.Module, site: Site) -> None:

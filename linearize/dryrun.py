@@ -1,0 +1,146 @@
+"""Run a model on fake tensors and note what it does: a check that computes nothing and changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as _module
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linearize.capture import Inputs, tensors_of, untouched
+
+Op = tuple[Any, ...]
+
+
+@dataclass
+class Trace:
+    """What a model did in one run.
+
+    Attributes:
+        ops: name of every ATen op with the numbers among its operands, in order.
+        outputs: shape and dtype of every tensor that came out.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> Counter[Op]:
+        """The ops that compute with a number, and how often."""
+        return Counter(op for op in self.ops if len(op) > 1)
+
+
+class _Noter(TorchDispatchMode):
+    """Notes ops as long as `silent` is empty."""
+
+    def __init__(self, trace: Trace, silent: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = trace
+        self.silent = silent
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not self.silent:
+            name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
+            self.trace.ops.append((name, *_numbers(func, args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[complex | str]:
+    """Numbers that an op computes with, given as a tensor, scalar or float; an int is a size, an axis or a position."""
+    given = [*zip(func._schema.arguments, args, strict=False)]
+    given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+    for argument, value in given:
+        if isinstance(value, (int, float, complex)) and not any(word in str(argument.type) for word in ("int", "bool")):
+            yield value
+        elif isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and str(func) == "aten.lift_fresh":
+            yield value.item()
+
+
+def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: frozenset[str] = frozenset()) -> Trace:
+    """Run `model` on inputs whose values do not matter, and return what it did. The model stays as it is.
+
+    Args:
+        model: any model; no memory is taken for it.
+        inputs: arguments of its forward, on any device: they are moved to the model's.
+        training: run in training mode instead of eval mode.
+        skip: paths of modules; what these and their children do is not noted.
+
+    Raises:
+        Exception: whatever the model's own code raises.
+
+    Example:
+        >>> trace = dry_run(nn.Sequential(nn.Linear(2, 3), nn.Hardtanh(-2, 2)), ((torch.ones(1, 2),), {}))
+        >>> trace.ops[-1], trace.outputs
+        (('hardtanh', -2, 2), [((1, 3), torch.float32)])
+    """
+    trace, silent = Trace(), list[str]()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    skipped = {id(module): path for path, module in model.named_modules() if path in skip}
+    with (
+        untouched(model, training=training),
+        _quiet(),
+        _watched(skipped, silent),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), inputs)
+        with _Noter(trace, silent):
+            out = model(*args, **kwargs)
+    trace.outputs = [(tuple(t.shape), t.dtype) for t in tensors_of(out)]
+    return trace
+
+
+@contextmanager
+def _watched(skipped: dict[int, str], silent: list[str]) -> Iterator[None]:
+    """Keep in `silent` the path of the skipped module that runs."""
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in skipped:
+            silent.append(skipped[id(module)])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if id(module) in skipped and silent:
+            silent.pop()
+
+    hooks = [
+        _module.register_module_forward_pre_hook(enter),
+        _module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A fake run that fails is an answer here, and nothing to log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, for a message of our own."""
+    line = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+__all__ = ["Trace", "dry_run", "first_line"]
