@@ -24,8 +24,9 @@ from linearize.gate import ChannelGate, gates
 from linearize.plan import Plan
 from linearize.prior import SparsityPrior, param_groups
 from linearize.report.timing import BenchmarkResult
+from linearize.report.verification import Verification
 from linearize.summary import Summary, summary
-from linearize.verify import Verification, verify
+from linearize.verify import verify
 
 __all__ = [
     "BenchmarkResult",

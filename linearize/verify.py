@@ -3,100 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
-from linearize.report.table import render
+from linearize.report.verification import OutputError, Verification, worst
 from linearize.running import batches_of, call, evaluating
 
-__all__ = ["OutputError", "Verification", "verify"]
+__all__ = ["verify"]
 
 # float32 and float64: the error budget of a network whose sums are taken in another order. The 16-bit types:
 # each weight is rounded once more when layers merge, so four steps of the type, the best such a model can do.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output of the candidate is from the reference's.
-
-    Attributes:
-        name: path of the output, for example "logits" or "hidden_states.3"; "output" if there is only one.
-        max_error: max |a - b| / max |a| over all batches; a is the reference's output.
-        rms_error: ||a - b|| / ||a|| over all batches.
-        tolerance: what both errors may be; 0 for integers, which must be equal.
-        reason: why it failed for another reason than the size of the errors; None otherwise.
-    """
-
-    name: str
-    max_error: float
-    rms_error: float
-    tolerance: float
-    reason: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Within tolerance. NaN never passes."""
-        return self.reason is None and self.max_error <= self.tolerance and self.rms_error <= self.tolerance
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The outcome of `verify`: true if every output passed. Prints as a table.
-
-    Attributes:
-        outputs: one entry per output.
-        ignored: outputs that hold no numbers and were not compared, for example caches.
-    """
-
-    outputs: tuple[OutputError, ...]
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """True if there was something to compare and all of it passed."""
-        return bool(self.outputs) and all(output.passed for output in self.outputs)
-
-    @property
-    def max_error(self) -> float:
-        """The largest `max_error` of all outputs; NaN if any is NaN."""
-        return _worst(output.max_error for output in self.outputs)
-
-    @property
-    def rms_error(self) -> float:
-        """The largest `rms_error` of all outputs; NaN if any is NaN."""
-        return _worst(output.rms_error for output in self.outputs)
-
-    def __bool__(self) -> bool:
-        return self.passed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; errors that are no numbers for JSON are the texts "inf" and "nan"."""
-        outputs = [{**asdict(output), "passed": output.passed} for output in self.outputs]
-        found = {
-            "passed": self.passed,
-            "max_error": self.max_error,
-            "rms_error": self.rms_error,
-            "outputs": [{key: _plain(value) for key, value in output.items()} for output in outputs],
-            "ignored": list(self.ignored),
-        }
-        return {key: _plain(value) for key, value in found.items()}
-
-    def __str__(self) -> str:
-        rows = [
-            [o.name, f"{o.max_error:.2e}", f"{o.rms_error:.2e}", f"{o.tolerance:.0e}", _verdict(o)]
-            for o in self.outputs
-        ]
-        lines = [render(["output", "max error", "rms error", "tolerance", "result"], rows)]
-        if self.ignored:
-            lines.append(f"not compared: {', '.join(self.ignored)}")
-        lines.append("the same function" if self.passed else "NOT the same function")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -132,8 +54,8 @@ class _Sums:
         if torch.isnan(a).any() or torch.isnan(b).any():
             self.fail("NaN in the reference" if torch.isnan(a).any() else "NaN in the candidate")
         difference = (a - b).abs()
-        self.max_difference = _worst([self.max_difference, float(difference.max())])
-        self.max_reference = _worst([self.max_reference, float(a.abs().max())])
+        self.max_difference = worst([self.max_difference, float(difference.max())])
+        self.max_reference = worst([self.max_reference, float(a.abs().max())])
         self.square_difference += float(difference.square().sum())
         self.square_reference += float(a.abs().square().sum())
 
@@ -255,16 +177,3 @@ def _ratio(difference: float, reference: float) -> float:
     if reference == 0:
         return 0.0 if difference == 0 else (math.nan if math.isnan(difference) else math.inf)
     return difference / reference
-
-
-def _worst(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _verdict(output: OutputError) -> str:
-    return "ok" if output.passed else (output.reason or "too far")

@@ -10,8 +10,8 @@ from typing import Any
 from linearize.cost import Cost
 from linearize.report.table import render, render_markdown
 from linearize.report.timing import BenchmarkResult, write_json
+from linearize.report.verification import Verification
 from linearize.summary import Summary
-from linearize.verify import Verification
 
 __all__ = ["Report", "outcome_table"]
 
