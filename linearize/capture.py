@@ -5,6 +5,7 @@ The graph is for analysis only; what the user gets back is always the eager modu
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -143,10 +144,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         >>> layer.training, hasattr(layer, "seen")
         (True, False)
     """
-    registries = ("_parameters", "_buffers", "_modules")
-    held = [
-        (module, dict(vars(module)), [dict(vars(module)[name]) for name in registries]) for module in model.modules()
-    ]
+    held = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
         for module, _, _ in held:
             module.training = training
@@ -155,9 +153,14 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         for module, attributes, contents in held:
             vars(module).clear()
             vars(module).update(attributes)
-            for name, content in zip(registries, contents, strict=True):
-                vars(module)[name].clear()
-                vars(module)[name].update(content)
+            for container, content in contents:
+                container.clear()
+                container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dicts, lists and sets that a module holds (its parameters, its caches), each with a copy of what is in it."""
+    return [(value, copy.copy(value)) for value in vars(module).values() if isinstance(value, (dict, list, set))]
 
 
 def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, str, str]:

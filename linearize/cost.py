@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.capture import Inputs
+from linearize.capture import Inputs, untouched
 from linearize.errors import UsageError
 from linearize.running import batches_of, call, evaluating
 
@@ -60,7 +60,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 def _flops(model: nn.Module, batch: Inputs) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model):
+    with evaluating(model), untouched(model):
         try:
             with FlopCounterMode(display=False) as counter:
                 _run_on_meta(model, batch)

@@ -37,17 +37,20 @@ def test_nothing_is_computed_and_nothing_changes() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(2, 2)
-            self.devices: list[str] = []
+            self.cache: dict[str, Tensor] = {}
 
         def forward(self, x: Tensor) -> Tensor:
-            self.devices.append(x.device.type)
+            devices.append(x.device.type)
+            self.cache["last"] = x
             out: Tensor = self.linear(x)
             return out
 
+    devices: list[str] = []
     model = Looks()
     before = model.linear.weight
     assert cost(model, torch.zeros(1, 2)).flops == 8
-    assert model.devices == ["meta"]
+    assert devices == ["meta"]
+    assert model.cache == {}
     assert model.linear.weight is before
     assert model.training
 
