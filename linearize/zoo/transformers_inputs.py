@@ -1,164 +1,209 @@
 """Small example inputs for transformers models, derived from the forward's signature and the configuration.
 
-Shape letters: B batch, T tokens, F audio frames.
+Where more than one set of arguments may be meant, the first that the model runs with is taken.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import CaptureError
+from linearize.zoo.transformers_arguments import TOKENS, Arguments
 
-TOKENS = 8
-"""T, the length of example sequences."""
+Kwargs = dict[str, Any]
 
-
-class _Maker:
-    """Makes one argument at a time; methods are named after the argument that they make."""
-
-    def __init__(self, model: Any, batch: int, like: Tensor) -> None:
-        self.model, self.config, self.batch = model, model.config, batch
-        self.device, self.dtype = like.device, like.dtype
-
-    # -- what the configuration says
-
-    def setting(self, *names: str, parts: tuple[str, ...] = (), default: Any = None) -> Any:
-        """The first of ``names`` that is set; configurations with one of ``parts`` in their key go first."""
-        configs = [self.config]
-        for key in getattr(self.config, "sub_configs", {}):
-            part = getattr(self.config, key, None)
-            if part is not None and hasattr(part, "to_dict"):
-                preferred = any(word in key for word in parts)
-                configs.insert(0, part) if preferred else configs.append(part)
-        for config in configs:
-            for name in names:
-                value = getattr(config, name, None)
-                if value is not None:
-                    return value
-        return default
-
-    def floats(self, *shape: int) -> Tensor:
-        """Normal random values in the model's dtype."""
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def ids(self, high: int, *shape: int) -> Tensor:
-        """Random indices, off the lowest ones where special tokens tend to be."""
-        low = min(4, max(high - 1, 0))
-        return torch.randint(low, max(high, low + 1), shape, device=self.device)
-
-    # -- arguments
-
-    def input_ids(self) -> Tensor:
-        """Token ids (B, T)."""
-        vocabulary = self.setting("vocab_size", "src_vocab_size", parts=("text", "encoder"), default=64)
-        return self.ids(int(vocabulary), self.batch, TOKENS)
-
-    def decoder_input_ids(self) -> Tensor:
-        """Token ids (B, T) for the decoder."""
-        names = ("decoder_vocab_size", "tgt_vocab_size", "vocab_size")
-        return self.ids(int(self.setting(*names, parts=("decoder",), default=64)), self.batch, TOKENS)
-
-    def attention_mask(self) -> Tensor:
-        """Ones (B, T)."""
-        return torch.ones(self.batch, TOKENS, dtype=torch.long, device=self.device)
-
-    decoder_attention_mask = attention_mask
-
-    def inputs_embeds(self) -> Tensor:
-        """Embeddings (B, T, hidden)."""
-        return self.floats(self.batch, TOKENS, int(self.setting("hidden_size", "d_model", default=64)))
-
-    def pixel_values(self) -> Tensor:
-        """Images (B, channels, height, width)."""
-        return self.floats(self.batch, *self.image())
-
-    def image(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
-        parts = ("vision", "image", "backbone", "encoder")
-        size = self.setting("image_size", "img_size", "input_size", parts=parts)
-        if size is None:
-            size = 64
-        if isinstance(size, dict):
-            size = (size.get("height", 64), size.get("width", 64))
-        height, width = size[-2:] if isinstance(size, (tuple, list)) else (size, size)
-        channels = self.setting("num_channels", "in_channels", "in_chans", parts=parts, default=3)
-        channels = channels[0] if isinstance(channels, (tuple, list)) else channels
-        return int(channels), int(height), int(width)
-
-    def pixel_values_videos(self) -> Tensor:
-        """Videos (B, frames, channels, height, width)."""
-        return self.floats(self.batch, int(self.setting("num_frames", default=2)), *self.image())
-
-    def input_features(self) -> Tensor:
-        """Spectrograms: (B, bins, F) where the model fixes F (Whisper's way), else (B, F, bins)."""
-        parts = ("audio", "speech", "encoder")
-        names = ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_channels", "input_dim")
-        bins = int(self.setting(*names, parts=parts, default=80))
-        positions = self.setting("max_source_positions", parts=parts)
-        if positions is not None and self.setting("num_mel_bins", parts=parts) is not None:
-            return self.floats(self.batch, bins, 2 * int(positions))
-        return self.floats(self.batch, 64, bins)
-
-    def input_values(self) -> Tensor:
-        """A waveform (B, samples), or a spectrogram (B, F, bins) where the configuration has bins."""
-        bins, frames = self.setting("num_mel_bins"), self.setting("max_length")
-        if bins is not None and frames is not None:
-            return self.floats(self.batch, int(frames), int(bins))
-        return self.floats(self.batch, 2000)
-
-    def bbox(self) -> Tensor:
-        """Boxes (B, T, 4)."""
-        box = torch.tensor([10, 10, 20, 20], device=self.device)
-        return box.expand(self.batch, TOKENS, 4).contiguous()
+# What a composed model takes besides text: the argument, what turns it into embeddings, and their token's names.
+_MODALITIES = {
+    "pixel_values": ("get_image_features", ("image_token_id", "image_token_index")),
+    "input_features": ("get_audio_features", ("audio_token_id", "audio_token_index")),
+    "input_values": ("get_audio_features", ("audio_token_id", "audio_token_index")),
+}
 
 
-def example_inputs(model: Any, *, batch: int, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(model: Any, *, batch: int, like: Tensor) -> tuple[tuple[Any, ...], Kwargs]:
     """Keyword arguments for ``model.forward``: its main input, what it requires, and what a decoder needs.
+
+    A model that reads images or sound among its text gets both, if that runs; else text alone.
 
     Raises:
         CaptureError: the forward requires an argument that no rule here can make.
     """
     parameters = inspect.signature(model.forward).parameters
-    maker = _Maker(model, batch, like)
-    kwargs: dict[str, Any] = {}
-    for name in _wanted(model, parameters):
-        make: Callable[[], Any] | None = getattr(maker, name, None)
-        if make is None:
-            found = f"its forward requires {name!r}, which cannot be derived from the configuration"
-            raise CaptureError(type(model).__name__, found, "Pass example_inputs= as a dict of keyword arguments.")
-        kwargs[name] = make()
-    if "use_cache" in parameters:
-        kwargs["use_cache"] = False
-    return (), kwargs
+    make = Arguments(model, batch, like)
+    tries = _tries(model, make, parameters)
+    first: Kwargs | None = None
+    reason = ""
+    # Looking for inputs leaves no trace: neither in the random numbers nor in running statistics.
+    with torch.random.fork_rng(devices=[]), _at_rest(model), torch.no_grad():
+        for kwargs, last in _with_last(tries):
+            if "use_cache" in parameters:
+                kwargs["use_cache"] = False
+            if first is None and last:
+                return (), kwargs
+            first = first if first is not None else kwargs
+            try:
+                model(**kwargs)
+            except Exception as error:  # the next try may be right; the last word is the first one's
+                reason = reason or f"{type(error).__name__}: {error}"
+                continue
+            return (), kwargs
+    if first is None:
+        missing = ", ".join(repr(name) for name in _required(parameters) if not _known(make, name))
+        found = f"its forward requires {missing}, which cannot be derived from the configuration"
+        raise CaptureError(type(model).__name__, found, "Pass example_inputs= as a dict of keyword arguments.")
+    # None runs, or there is nothing to run with (the meta device): whoever uses them will say what is wrong.
+    return (), first
 
 
-def _wanted(model: nn.Module, parameters: Any) -> list[str]:
-    config: Any = model.config
+def _with_last(items: Iterator[Kwargs]) -> Iterator[tuple[Kwargs, bool]]:
+    """Each item, and whether it is the last one."""
+    before = next(items, None)
+    while before is not None:
+        item = next(items, None)
+        yield before, item is None
+        before = item
+
+
+class _at_rest:  # noqa: N801 -- reads as a statement
+    """The model in eval mode for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
+
+    def __enter__(self) -> None:
+        for module, _ in self.modes:
+            module.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.modes:
+            module.training = training
+
+
+def _tries(model: Any, make: Arguments, parameters: Mapping[str, Any]) -> Iterator[Kwargs]:
+    names = _wanted(model, parameters)
+    for argument, (encode, tokens) in _MODALITIES.items():
+        token = make._setting(*tokens)
+        if argument in parameters and "input_ids" in parameters and token is not None and hasattr(model, encode):
+            yield from _interleaved(getattr(model, encode), make, parameters, argument, int(token))
+            names = ["input_ids", *(name for name in names if name not in (*_MODALITIES, "input_ids"))]
+    if "grid_thw" in parameters:
+        yield from _patched(make, names)
+    if not all(_known(make, name) for name in names):
+        return
+    base = {name: getattr(make, name)() for name in names if hasattr(Arguments, name)}
+    if len(base) == len(names):
+        yield dict(base)
+    for name in names:
+        for value in make.alternatives(name):
+            if all(other in base for other in names if other != name):
+                yield {**base, name: value}
+
+
+def _known(make: Arguments, name: str) -> bool:
+    return hasattr(Arguments, name) or next(make.alternatives(name), None) is not None
+
+
+def _required(parameters: Mapping[str, Any]) -> list[str]:
+    various = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in various
+    ]
+
+
+def _wanted(model: Any, parameters: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that the model cannot do without."""
     main = getattr(model, "main_input_name", "input_ids")
     wanted = [main] if main in parameters else []
-    for name, parameter in parameters.items():
-        required = parameter.default is inspect.Parameter.empty and parameter.kind not in (
-            inspect.Parameter.VAR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-        )
-        if required and name not in wanted:
-            wanted.append(name)
+    wanted += _required(parameters)
+    if not wanted:
+        wanted += [name for name in ("input_ids", *_MODALITIES) if name in parameters][:1]
+    # Two towers side by side (CLIP and its kin) want one input each.
     towers = {"text": "input_ids", "vision": "pixel_values", "audio": "input_features"}
-    if len(wanted) <= 1:
-        for key in getattr(config, "sub_configs", {}):
-            for word, name in towers.items():
-                if (
-                    word in key
-                    and name in parameters
-                    and name not in wanted
-                    and not hasattr(config, f"{word}_token_id")
-                ):
-                    wanted.append(name)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+    parts = [key for key, part in vars(model.config).items() if hasattr(part, "to_dict")]
+    for word, name in towers.items():
+        if name in parameters and any(word in key for key in parts):
+            wanted.append(name)
+    if "bbox" in parameters:
+        wanted.append("bbox")
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         wanted.append("decoder_input_ids")
     return list(dict.fromkeys(wanted))
+
+
+def _patched(make: Arguments, names: list[str]) -> Iterator[Kwargs]:
+    """Vision towers that take the patches of all images in one sequence."""
+    source = "hidden_states" if "hidden_states" in names else "pixel_values"
+    rest = [name for name in names if name not in (source, "grid_thw")]
+    if all(hasattr(Arguments, name) for name in rest):
+        more = {name: getattr(make, name)() for name in rest}
+        yield {source: make.patches(), "grid_thw": make.grid_thw(), **more}
+
+
+def _interleaved(
+    encode: Any, make: Arguments, parameters: Mapping[str, Any], argument: str, token: int
+) -> Iterator[Kwargs]:
+    """Text with placeholder tokens, as many as the images or sounds have embeddings."""
+    forms: list[Kwargs] = []
+    if "image_grid_thw" in parameters and argument == "pixel_values":
+        forms.append({argument: make.patches(), "image_grid_thw": make.image_grid_thw()})
+    values = [getattr(make, argument)(), *make.alternatives(argument)]
+    for value in values:
+        form = {argument: value}
+        if argument == "input_features" and "input_features_mask" in parameters:
+            form["input_features_mask"] = torch.ones(value.shape[0], max(value.shape[1:]), device=value.device).long()
+        if argument == "pixel_values" and "image_sizes" in parameters:
+            sides = value.shape[-2:]
+            sizes = torch.tensor([list(sides)] * make.batch, device=value.device)
+            forms.append({**form, "image_sizes": sizes})
+        forms.append(form)
+    for form in forms:
+        count = _count(encode, form, make.batch)
+        if count:
+            yield _with_placeholders(make, parameters, form, count, token)
+
+
+def _count(encode: Any, form: Kwargs, batch: int) -> int:
+    """Embeddings per sample that an encoder makes of its arguments; 0 if it cannot take them."""
+    try:
+        return _rows(encode(**form)) // batch
+    except Exception:  # this form is not the model's; what it says does not matter
+        return 0
+
+
+def _with_placeholders(make: Arguments, parameters: Mapping[str, Any], form: Kwargs, count: int, token: int) -> Kwargs:
+    text = make.input_ids()
+    places = torch.full((make.batch, count), token, dtype=text.dtype, device=text.device)
+    start = make._setting("vision_start_token_id", "image_start_token_id", "boi_token_id")
+    if start is not None and "pixel_values" in form:
+        text[:, 1] = int(start)
+    ids = torch.cat((text[:, :2], places, text[:, 2:]), dim=1)
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **form}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in parameters:
+            kwargs[name] = (ids == token).long()
+    if "attention_mask" not in parameters:
+        del kwargs["attention_mask"]
+    return kwargs
+
+
+def _rows(output: Any) -> int:
+    """How many embeddings an encoder gave for the whole batch."""
+    if getattr(output, "pooler_output", None) is not None:
+        output = output.pooler_output
+    elif getattr(output, "last_hidden_state", None) is not None:
+        output = output.last_hidden_state
+    if isinstance(output, Tensor):
+        return output.numel() // output.shape[-1]
+    if isinstance(output, (list, tuple)) and output:
+        return sum(_rows(item) for item in output)
+    return 0
+
+
+__all__ = ["TOKENS", "example_inputs"]

@@ -1,0 +1,248 @@
+"""Small arguments for transformers models, by name: what to make of the configuration for ``pixel_values`` and others.
+
+Shape letters: B batch, T tokens, F audio frames, P patches, C image channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS = 8
+"""T, the length of example sequences."""
+
+_SPECIAL = re.compile(r".*(token_ids?|token_index|_pad_id|_bos_id|_eos_id)")
+
+
+class Arguments:
+    """Makes one argument at a time; public methods are named after the argument that they make.
+
+    Args:
+        model: the model.
+        batch: B.
+        like: a tensor of the model, for device and dtype.
+    """
+
+    def __init__(self, model: Any, batch: int, like: Tensor) -> None:
+        self.model, self.config, self.batch = model, model.config, batch
+        self.device, self.dtype = like.device, like.dtype
+
+    def _configs(self, parts: tuple[str, ...] = ()) -> list[Any]:
+        """The configuration and its parts, those whose key contains one of ``parts`` first."""
+        preferred: list[Any] = []
+        others: list[Any] = []
+        for key, part in vars(self.config).items():
+            if hasattr(part, "to_dict"):
+                inner = [value for value in vars(part).values() if hasattr(value, "to_dict")]
+                (preferred if any(word in key for word in parts) else others).extend([part, *inner])
+        return [*preferred, self.config, *others]
+
+    def _setting(self, *names: str, parts: tuple[str, ...] = (), default: Any = None) -> Any:
+        """The first of ``names`` that is set anywhere."""
+        for config in self._configs(parts):
+            for name in names:
+                try:
+                    value = getattr(config, name, None)
+                except Exception:  # settings that differ by layer refuse to be read
+                    value = None
+                if value is not None:
+                    return value
+        return default
+
+    def _floats(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def _ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.long, device=self.device)
+
+    def _ids(self, high: int, *shape: int) -> Tensor:
+        """Random indices that are no special tokens."""
+        special: set[Any] = set()
+        for config in self._configs():
+            for name, value in vars(config).items():
+                if _SPECIAL.fullmatch(name):
+                    special.update(value if isinstance(value, (list, tuple)) else [value])
+        allowed = [i for i in range(min(high, 1000)) if i not in special and i > 3] or [0]
+        return torch.tensor(allowed, device="cpu")[torch.randint(len(allowed), shape)].to(self.device)
+
+    # Text
+
+    def input_ids(self) -> Tensor:
+        """Token ids (B, T)."""
+        vocabulary = self._setting("vocab_size", "src_vocab_size", parts=("text", "encoder", "language"), default=64)
+        return self._ids(int(vocabulary), self.batch, TOKENS)
+
+    qformer_input_ids = tasks_input_ids = input_ids
+
+    def decoder_input_ids(self) -> Tensor:
+        """Token ids (B, T) for the decoder; (B, T, channels) where it predicts several codes at once."""
+        names = ("decoder_vocab_size", "tgt_vocab_size", "vocab_size")
+        high = int(self._setting(*names, parts=("decoder",), default=64))
+        channels = self._setting("num_channels", parts=("decoder",)) if self._setting("delay_pattern") else None
+        return self._ids(high, self.batch, TOKENS, *([int(channels)] if channels else []))
+
+    def attention_mask(self) -> Tensor:
+        """Ones (B, T)."""
+        return self._ones(self.batch, TOKENS)
+
+    decoder_attention_mask = tasks_attention_mask = qformer_attention_mask = attention_mask
+
+    def inputs_embeds(self) -> Tensor:
+        """Embeddings (B, T, width)."""
+        width = self._setting("hidden_size", "d_model", parts=("text",), default=64)
+        return self._floats(self.batch, TOKENS, int(width))
+
+    def query_embeds(self) -> Tensor:
+        """Queries (B, T, width)."""
+        return self.inputs_embeds()
+
+    def encoder_hidden_states(self) -> Tensor:
+        """What a decoder attends to (B, T, encoder width)."""
+        return self._floats(self.batch, TOKENS, int(self._setting("encoder_hidden_size", "hidden_size", default=64)))
+
+    def bbox(self) -> Tensor:
+        """Boxes (B, T, 4), or (B, T, 8) where the type wants four corners."""
+        count = int(self._setting("dim_bbox", default=4))
+        return torch.tensor([10, 10, 20, 20] * (count // 4), device=self.device).repeat(self.batch, TOKENS, 1)
+
+    # Images
+
+    def pixel_values(self) -> Tensor:
+        """Images (B, C, height, width)."""
+        return self._floats(self.batch, *self._image())
+
+    image = pixel_values
+
+    def _image(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        parts = ("vision", "image", "backbone", "encoder")
+        size = self._setting("image_size", "img_size", "input_size", "spec_size", parts=parts)
+        patch = self._setting("patch_size", parts=parts)
+        patch = patch[-1] if isinstance(patch, (tuple, list)) else patch
+        if isinstance(size, dict):
+            size = (size.get("height", 64), size.get("width", 64))
+        if size is None:
+            size = 4 * patch if isinstance(patch, int) and patch > 8 else 64
+        height, width = size[-2:] if isinstance(size, (tuple, list)) else (size, size)
+        channels = self._setting("num_channels", "in_channels", "in_chans", parts=parts, default=3)
+        channels = channels[0] if isinstance(channels, (tuple, list)) else channels
+        return int(channels), int(height), int(width)
+
+    def pixel_values_videos(self) -> Tensor:
+        """Videos (B, frames, C, height, width)."""
+        return self._floats(self.batch, int(self._setting("num_frames", "frames_per_clip", default=2)), *self._image())
+
+    def grid(self) -> tuple[int, int, int, int]:
+        """Rows and columns of patches, values per patch, and the side of what is merged into one token."""
+        parts = ("vision", "visual")
+        merge = self._setting("spatial_merge_size", "merge_size", "merge_kernel_size", parts=parts, default=1)
+        merge = int(merge[0] if isinstance(merge, (tuple, list)) else merge)
+        patch = self._setting("patch_size", parts=parts, default=14)
+        patch = int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
+        channels = int(self._setting("in_channels", "in_chans", "num_channels", parts=parts, default=3))
+        depth = int(self._setting("temporal_patch_size", parts=parts, default=1))
+        side = max(2 * merge, 4)
+        return side, side, channels * depth * patch * patch, merge
+
+    def patches(self) -> Tensor:
+        """Flattened patches of all images together (B * P, values)."""
+        rows, columns, values, _ = self.grid()
+        return self._floats(self.batch * rows * columns, values)
+
+    def grid_thw(self) -> Tensor:
+        """Frames, rows and columns of patches (B, 3)."""
+        rows, columns, _, _ = self.grid()
+        return torch.tensor([[1, rows, columns]] * self.batch, device=self.device)
+
+    image_grid_thw = grid_thw
+
+    def image_sizes(self) -> Tensor:
+        """Heights and widths of the images (B, 2)."""
+        _, height, width = self._image()
+        return torch.tensor([[height, width]] * self.batch, device=self.device)
+
+    def merge_sizes(self) -> Tensor:
+        """Ones (B,)."""
+        return self._ones(self.batch)
+
+    # Sound
+
+    def _bins(self) -> int:
+        names = (
+            "num_mel_bins", "n_mel_bins", "input_feat_per_channel", "input_feat_size", "mel_bins", "input_channels",
+            "input_dim", "feature_size", "n_mels", "mel_dim",
+        )  # fmt: skip
+        return int(self._setting(*names, parts=("audio", "speech", "encoder"), default=80))
+
+    def _spectrogram_frames(self) -> int:
+        positions = self._setting("max_source_positions", parts=("audio", "speech", "encoder"))
+        return 2 * int(positions) if positions and positions <= 1500 else 64
+
+    def input_features(self) -> Tensor:
+        """Spectrograms (B, F, bins)."""
+        return self._floats(self.batch, 64, self._bins())
+
+    def input_features_mask(self) -> Tensor:
+        """Ones (B, F)."""
+        return self._ones(self.batch, 64)
+
+    def input_values(self) -> Tensor:
+        """Waveforms (B, samples)."""
+        return self._floats(self.batch, 2000)
+
+    # Series
+
+    def past_values(self) -> Tensor:
+        """Observed values (B, length) or (B, length, channels)."""
+        length = int(self._setting("context_length", "prediction_length", default=16))
+        lags = self._setting("lags_sequence")
+        channels = int(self._setting("num_input_channels", "input_size", default=1))
+        shape = (length + max(lags),) if lags else (length,)
+        return self._floats(self.batch, *shape, *([channels] if channels > 1 or not lags else []))
+
+    def past_observed_mask(self) -> Tensor:
+        """Ones, of the shape of the values."""
+        return torch.ones_like(self.past_values())
+
+    def past_time_features(self) -> Tensor:
+        """Features of the times observed (B, length, features)."""
+        features = int(self._setting("num_time_features", default=0))
+        return self._floats(self.batch, self.past_values().shape[1], features)
+
+    # Alternatives
+
+    def alternatives(self, name: str) -> Iterator[Any]:
+        """Other forms in which models take the argument ``name``, more common ones first."""
+        if name == "pixel_values":
+            channels, height, width = self._image()
+            yield self._floats(self.batch, 1, channels, height, width)
+            yield self._floats(self.batch, int(self._setting("num_frames", default=2)), channels, height, width)
+            yield self._floats(self.batch, 2, channels, height, width)
+            for side in (64, 224, 384):
+                yield self._floats(self.batch, channels, side, side)
+            yield self.patches()
+        elif name == "input_features":
+            yield self._floats(self.batch, self._bins(), self._spectrogram_frames())
+            yield self._floats(self.batch, 1, 64, self._bins())
+            yield self._floats(self.batch, 1, int(self._setting("spec_size", default=256)), self._bins())
+            for bins in (80, 128, 160):
+                yield self._floats(self.batch, 64, bins)
+                yield self._floats(self.batch, bins, 64)
+        elif name == "input_values":
+            yield self._floats(self.batch, 1, 2000)
+            yield self._floats(self.batch, int(self._setting("max_length", default=64)), self._bins())
+            yield self._floats(self.batch, 1, 24000)
+            yield self._ids(int(self._setting("vocab_size", default=64)), self.batch, TOKENS)
+        elif name == "hidden_states":
+            yield self._floats(self.batch, TOKENS, int(self._setting("hidden_size", default=64)))
+        elif name == "input_ids":
+            books = self._setting("num_codebooks", "n_codebooks", "num_code_groups")
+            if books:
+                high = int(self._setting("codebook_size", "audio_vocab_size", "vocab_size", default=64))
+                yield self._ids(high, self.batch, TOKENS, int(books))
+                yield self._ids(high, self.batch, TOKENS, int(books) + 1)
+                yield self._ids(high, self.batch, int(books), TOKENS)
