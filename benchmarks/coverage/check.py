@@ -71,11 +71,13 @@ class Row:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Random values where an initialisation hides a layer: layer scales near zero, norms that are the identity."""
+    """Random values where an initialisation hides a layer: layer scales near zero, identity norms, heads of zeros."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() <= 1 and parameter.is_floating_point():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() <= 1 or bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
         for module in model.modules():
             variance = getattr(module, "running_var", None)
