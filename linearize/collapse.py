@@ -250,7 +250,7 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
     if found.outputs != expected.outputs:
         return "an output has another shape"
     odd = found.numbers - expected.numbers
-    return f"it computes with the number {next(iter(odd))[1]} then" if odd else None
+    return f"it computes with the number {next(iter(odd))[1][0]} then" if odd else None
 
 
 def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:

@@ -74,6 +74,7 @@ def convert(
     target = model if inplace else copy.deepcopy(model)
     known = record_of(model) or Record()
     sites, rewrites = _rewrite_owners(target, sites, inputs)
+    sites = _read_after_write(target, sites, inputs)
     put = [site for site in sites if site.ungated is None]
     if not put:
         reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
@@ -222,6 +223,40 @@ class _Rewriting:
 
     def _fail(self, path: str, why: str) -> None:
         self.failed[path] = f"the forward of {path or 'the model'} cannot be rewritten: {why}"
+
+
+def _read_after_write(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[Site, ...]:
+    """No gate where an activation works in place and the code around takes its input for its result.
+
+    A gate does not overwrite its input. What the code then reads shows in a dry run, since a captured graph calls an
+    overwritten tensor by the name of the result.
+    """
+    working = {
+        site.name: [m for m in model.get_submodule(site.name).modules() if getattr(m, "inplace", False)]
+        for site in sites
+        if site.ungated is None
+    }
+    working = {name: modules for name, modules in working.items() if modules}
+    expected = operations(model, inputs) if working else None
+    if _out_of_place(model, inputs, working) == expected:
+        return sites
+    culprits = {name for name in working if _out_of_place(model, inputs, {name: working[name]}) != expected}
+    why = "it works in place, and the code around it reads what it has overwritten"
+    return tuple(replace(site, ungated=why) if site.name in culprits else site for site in sites)
+
+
+def _out_of_place(model: nn.Module, inputs: Inputs, working: dict[str, list[nn.Module]]) -> list[list[Op]] | None:
+    """The operations of the model while some of its modules do not work in place."""
+    if not working:
+        return None
+    modules: list[Any] = [module for group in working.values() for module in group]
+    try:
+        for module in modules:
+            module.inplace = False
+        return operations(model, inputs)
+    finally:
+        for module in modules:
+            module.inplace = True
 
 
 def _call(site: Site, of: int) -> Options:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from linearize.activations import Activation, find_activations
 from linearize.capture import CONSTANT, Capture, Inputs, capture, shape, users
 from linearize.channels import channel_axes, constant, op_name
-from linearize.memory import overwritten, stale_reader
+from linearize.memory import overwrites, overwritten, stale_reader
 from linearize.sites import Port, Site
 from linearize.walk import Dead, Reading, Walker
 
@@ -138,6 +138,8 @@ def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.
         where = walker.captured.path(stale) or "the model itself"
         found = f"it works in place, and what it overwrites is read again by {op_name(stale)} in {where}"
         return replace(site, ungated=found)
+    if site.function is None and not _can_work_out_of_place(walker, activation):
+        return replace(site, ungated="it overwrites its input, and has no attribute inplace to change that")
     if any(isinstance(value, fx.Node) for _, value in site.options):
         return replace(site, options=(), ungated="it is a function of other tensors besides its input")
     if _differs_by_channel(activation, axis):
@@ -257,6 +259,13 @@ def _only_reader(activation: Activation) -> None:
     others = [user for user in users(activation.source) if user not in activation.nodes]
     if others:
         raise Dead(f"what it reads is also read by {op_name(others[0])}")
+
+
+def _can_work_out_of_place(walker: Walker, activation: Activation) -> bool:
+    """True if an activation module leaves its input alone, or can be told to."""
+    if activation.call is None or not overwrites(activation):
+        return True
+    return any(getattr(m, "inplace", False) is True for m in walker.model.get_submodule(activation.call.path).modules())
 
 
 def _differs_by_channel(activation: Activation, axis: int) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.capture import Inputs, tensors_of, untouched
 
-Op = tuple[Any, ...]
+
+class Op(NamedTuple):
+    """One ATen op, in place or not: its name, the numbers that it computes with, and the ops whose results it read."""
+
+    name: str
+    numbers: tuple[complex | str, ...]
+    sources: tuple[int, ...]
 
 
 @dataclass
@@ -26,7 +32,7 @@ class Trace:
     """What a model did in one run.
 
     Attributes:
-        ops: name of every ATen op with the numbers among its operands, in order.
+        ops: every op, in order.
         outputs: shape and dtype of every tensor that came out.
     """
 
@@ -34,9 +40,9 @@ class Trace:
     outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
 
     @property
-    def numbers(self) -> Counter[Op]:
+    def numbers(self) -> Counter[tuple[str, tuple[complex | str, ...]]]:
         """The ops that compute with a number, and how often."""
-        return Counter(op for op in self.ops if len(op) > 1)
+        return Counter((op.name, op.numbers) for op in self.ops if op.numbers)
 
 
 class _Noter(TorchDispatchMode):
@@ -46,20 +52,32 @@ class _Noter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
         self.silent = silent
+        self.made_by: dict[int, int] = {}
+        self.alive: list[Any] = []  # so that no id is used twice
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not self.silent:
-            name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
-            self.trace.ops.append((name, *_numbers(func, args, kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.silent:
+            return func(*args, **kwargs)
+        given = [*zip(func._schema.arguments, args, strict=False)]
+        given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+        read = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        sources = tuple(self.made_by.get(id(value), -1) for value in read)
+        position = len(self.trace.ops)
+        name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
+        self.trace.ops.append(Op(name, tuple(_numbers(func, given)), sources))
+        out = func(*args, **kwargs)
+        written = [v for argument, v in given if argument.alias_info is not None and argument.alias_info.is_write]
+        for value in pytree.tree_leaves((out, written)):
+            self.made_by[id(value)] = position
+            self.alive.append(value)
+        return out
 
 
-def _numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[complex | str]:
+def _numbers(func: Any, given: Iterable[tuple[Any, Any]]) -> Iterator[complex | str]:
     """Numbers that an op computes with, given as a tensor, scalar or float; an int is a size, an axis or a position."""
-    given = [*zip(func._schema.arguments, args, strict=False)]
-    given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
     for argument, value in given:
         if isinstance(value, (int, float, complex)) and not any(word in str(argument.type) for word in ("int", "bool")):
             yield value
@@ -81,8 +99,8 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
 
     Example:
         >>> trace = dry_run(nn.Sequential(nn.Linear(2, 3), nn.Hardtanh(-2, 2)), ((torch.ones(1, 2),), {}))
-        >>> trace.ops[-1], trace.outputs
-        (('hardtanh', -2, 2), [((1, 3), torch.float32)])
+        >>> trace.ops[-1].name, trace.ops[-1].numbers, trace.outputs
+        ('hardtanh', (-2, 2), [((1, 3), torch.float32)])
     """
     trace, silent = Trace(), list[str]()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

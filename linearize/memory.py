@@ -17,6 +17,12 @@ def memory(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
+def overwrites(activation: Activation) -> bool:
+    """True if an activation writes into the memory of its input."""
+    mine = memory(activation.source)
+    return any(is_inplace(node) and memory(node) == mine for node in activation.nodes)
+
+
 def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
     """The first op that finds in memory what an activation that works in place has left there, under an older name.
 
