@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linearize._version import __version__ as __version__
+from linearize.analysis.paths import PathLength, average_path_length
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
@@ -39,6 +40,7 @@ __all__ = [
     "DataError",
     "FinetuneResult",
     "LinearizeError",
+    "PathLength",
     "Plan",
     "Result",
     "SparsityPrior",
@@ -46,6 +48,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "Verification",
+    "average_path_length",
     "benchmark",
     "calibrate",
     "collapse",
