@@ -32,7 +32,7 @@ class Trace:
     """What a model did in one run.
 
     Attributes:
-        ops: every op, in order.
+        ops: every op, in order; the last one stands for the outputs.
         outputs: shape and dtype of every tensor that came out.
     """
 
@@ -99,7 +99,7 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
 
     Example:
         >>> trace = dry_run(nn.Sequential(nn.Linear(2, 3), nn.Hardtanh(-2, 2)), ((torch.ones(1, 2),), {}))
-        >>> trace.ops[-1].name, trace.ops[-1].numbers, trace.outputs
+        >>> trace.ops[-2].name, trace.ops[-2].numbers, trace.outputs
         ('hardtanh', (-2, 2), [((1, 3), torch.float32)])
     """
     trace, silent = Trace(), list[str]()
@@ -114,9 +114,10 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
         torch.random.fork_rng(devices=[]),
     ):
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), inputs)
-        with _Noter(trace, silent):
+        with _Noter(trace, silent) as noter:
             out = model(*args, **kwargs)
     trace.outputs = [(tuple(t.shape), t.dtype) for t in tensors_of(out)]
+    trace.ops.append(Op("output", (), tuple(noter.made_by.get(id(t), -1) for t in tensors_of(out))))
     return trace
 
 

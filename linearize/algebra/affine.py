@@ -58,6 +58,11 @@ class Affine:
         """True if it skips positions."""
         return any(step != 1 for step in self.stride)
 
+    @property
+    def plain(self) -> bool:
+        """True if it is a matrix at every position, and so the same map in any number of dimensions."""
+        return self.pointwise and not self.strided
+
 
 def dense(weight: Tensor, groups: int) -> Tensor:
     """The weight (O, I, *k) of an ungrouped convolution that equals a grouped one with weight (O, I / groups, *k).
@@ -116,11 +121,7 @@ def obstacle(outer: Affine, inner: Affine) -> str | None:
         return "zero padding between two spatial convolutions"
     if (outer.same and inner.strided) or (inner.same and outer.strided):
         return "padding that depends on the size, and a stride"
-    if (
-        outer.dims != inner.dims
-        and not (outer.pointwise and not outer.strided)
-        and not (inner.pointwise and not inner.strided)
-    ):
+    if outer.dims != inner.dims and not outer.plain and not inner.plain:
         return "maps over different numbers of dimensions"
     return None
 
@@ -130,7 +131,7 @@ def compose(outer: Affine, inner: Affine) -> Affine:
 
     The bias is that of the interior. Where `outer` pads and `inner` has a bias, the border differs: `border_kernel`.
     """
-    dims = max(outer.dims, inner.dims)
+    dims = outer.dims if not outer.plain else inner.dims if not inner.plain else max(outer.dims, inner.dims)
     outer, inner = as_dims(outer, dims), as_dims(inner, dims)
     bias = outer.weight.flatten(2).sum(2) @ inner.bias + outer.bias if dims else outer.weight @ inner.bias + outer.bias
     if dims == 0:
