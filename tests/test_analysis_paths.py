@@ -163,7 +163,8 @@ class Skip(nn.Module):
         h = x
         for layer in self.hidden:
             h = torch.relu(layer(h))
-        return x + self.last(h)
+        out: Tensor = x + self.last(h)
+        return out
 
 
 def test_the_papers_example() -> None:
@@ -229,7 +230,8 @@ class Dense(nn.Module):
         seen = [x]
         for wide, narrow in zip(self.wide, self.narrow, strict=True):
             seen.append(narrow(torch.relu(wide(torch.cat(seen, dim=1)))))
-        return self.head(torch.cat(seen, dim=1))
+        out: Tensor = self.head(torch.cat(seen, dim=1))
+        return out
 
 
 def test_dense_connections_do_not_overflow() -> None:
@@ -309,7 +311,8 @@ class Strange(nn.Module):
         self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.cdist(torch.relu(self.first(x)), x))
+        out: Tensor = self.last(torch.cdist(torch.relu(self.first(x)), x))
+        return out
 
 
 def test_an_unknown_op_is_reported() -> None:

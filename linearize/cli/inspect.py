@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import torch
 import typer
 
+from linearize.analysis.core import core_network
 from linearize.cli import common
 from linearize.cost import cost
 from linearize.summary import summary
@@ -19,6 +23,9 @@ def inspect(
     shape: common.Shape = None,
     batch: common.Batch = 1,
     seed: common.Seed = 0,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what is nonlinear, layers by channels (.png, .svg, .pdf).")
+    ] = None,
     json: common.Json = False,
 ) -> None:
     """List the activations of a model, what their linear channels would collapse to, or why they cannot.
@@ -28,9 +35,15 @@ def inspect(
     network = common.open_model(model, model_arg, pretrained=pretrained, seed=seed)
     inputs = common.inputs_for(network, batch=batch, shape=shape, seed=seed)
     found, price = summary(network, inputs), cost(network, inputs)
+    core = core_network(network, inputs) if picture is not None else None
+    if core is not None and picture is not None:
+        core.draw(picture, model)
     if json:
-        common.print_json({"model": model, **found.to_dict(), "cost": price.to_dict()})
+        more = {} if core is None else {"core": core.to_dict()}
+        common.print_json({"model": model, **found.to_dict(), "cost": price.to_dict(), **more})
         return
     typer.echo(str(found))
     size = sum(p.numel() * torch.empty((), dtype=p.dtype).element_size() for p in network.parameters())
     typer.echo(f"{price.parameters:,} parameters ({size / 1e6:.1f} MB), {price.flops:,} FLOPs at batch size {batch}")
+    if core is not None:
+        typer.echo(f"effective depth {core.depth:.2f}, {core.share:.1%} of the channels nonlinear: {picture}")

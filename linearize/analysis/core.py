@@ -1,0 +1,204 @@
+"""The core network: what of a model is still nonlinear, layer by layer, and how deep that is.
+
+Source: Ali Mehmeti-Goepel and Disselhoff, "Nonlinear Advantage", ICML 2023 (core networks). Shape letter: C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.analysis.paths import PathGraph, PathLength, Weighting
+from linearize.analysis.units import Unit
+from linearize.report.table import render
+
+__all__ = ["Core", "CoreLayer", "CoreRecorder", "core_network"]
+
+
+@dataclass(frozen=True)
+class CoreLayer:
+    """One site of the core network.
+
+    Attributes:
+        name, activation: of the site.
+        nonlinear: which of its channels are nonlinear, bool (C,).
+    """
+
+    name: str
+    activation: str
+    nonlinear: Tensor
+
+    @property
+    def channels(self) -> int:
+        """All channels of the site."""
+        return self.nonlinear.numel()
+
+    @property
+    def width(self) -> int:
+        """Effective width: how many of them are nonlinear."""
+        return int(self.nonlinear.sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "name": self.name,
+            "activation": self.activation,
+            "channels": self.channels,
+            "width": self.width,
+            "nonlinear": self.nonlinear.nonzero().flatten().tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Core:
+    """What of a model is nonlinear. Prints as a table.
+
+    Attributes:
+        layers: the sites, in order of execution.
+        paths: lengths of the model's paths; their mean is the effective depth.
+    """
+
+    layers: tuple[CoreLayer, ...]
+    paths: PathLength
+
+    @property
+    def depth(self) -> float:
+        """Effective depth: the average path length, in nonlinear units."""
+        return float(self.paths)
+
+    @property
+    def width(self) -> float:
+        """Effective width: nonlinear channels per site that has any, on average."""
+        widths = [layer.width for layer in self.layers if layer.width]
+        return sum(widths) / len(widths) if widths else 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of the channels that is nonlinear, 0 to 1."""
+        total = sum(layer.channels for layer in self.layers)
+        return sum(layer.width for layer in self.layers) / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "depth": self.depth,
+            "width": self.width,
+            "share": self.share,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "paths": self.paths.to_dict(),
+        }
+
+    def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write a picture, layers by channels, of what is nonlinear."""
+        from linearize.analysis.pictures import draw_core
+
+        draw_core(self, path, title)
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.name, layer.activation, layer.channels, layer.width, f"{layer.width / layer.channels:.1%}")
+            for layer in self.layers
+        ]
+        table = render(("site", "activation", "channels", "nonlinear", "share"), rows)
+        return (
+            f"{table}\neffective depth {self.depth:.2f} units ({self.paths.weighting}), "
+            f"effective width {self.width:.1f} channels, {self.share:.1%} of all channels nonlinear"
+        )
+
+
+def core_network(model: nn.Module, example_inputs: Any = None, *, weighting: Weighting = "normalized") -> Core:
+    """The effective width of every site and the effective depth of a model.
+
+    The effective width of a site is the number of its channels that are nonlinear, the effective depth of the model
+    its average path length. A plain model is its own core; gates, and what `collapse` leaves, say what is linear.
+
+    Args:
+        model: plain, converted or collapsed.
+        example_inputs: as for `linearize.convert`; None uses what the model or its library knows.
+        weighting: of the paths, as for `average_path_length`.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+
+    Example:
+        >>> import linearize
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> gated = linearize.convert(net, torch.randn(1, 4))
+        >>> _ = linearize.gates(gated)["1"].linearize_(torch.arange(8) < 6)
+        >>> print(core_network(gated))
+        site  activation  channels  nonlinear   share
+        ----  ----------  --------  ---------  ------
+        1     relu               8          2   25.0%
+        3     relu               8          8  100.0%
+        effective depth 1.25 units (normalized), effective width 5.0 channels, 62.5% of all channels nonlinear
+    """
+    return _core(PathGraph.of(model, example_inputs), weighting)
+
+
+def _core(graph: PathGraph, weighting: Weighting) -> Core:
+    units: dict[str, Unit] = {}
+    for unit in graph.units:
+        units.setdefault(unit.name, unit)
+    layers = tuple(CoreLayer(unit.name, unit.activation, unit.nonlinear()) for unit in units.values())
+    return Core(layers, graph.lengths(weighting))
+
+
+@dataclass
+class CoreRecorder:
+    """Writes down depth and widths of a model's core as often as it is asked, while a prior acts on the gates.
+
+    The model is captured once. `curve` holds a row of plain data for each call of `record`.
+
+    Example:
+        >>> import linearize
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> gated = linearize.convert(net, torch.randn(1, 4))
+        >>> recorder = CoreRecorder.of(gated)
+        >>> _ = recorder.record(0)
+        >>> _ = linearize.gates(gated)["1"].linearize_(torch.arange(8) < 4)
+        >>> recorder.record(1)["depth"]
+        0.5
+    """
+
+    graph: PathGraph
+    weighting: Weighting = "normalized"
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any = None, *, weighting: Weighting = "normalized") -> CoreRecorder:
+        """A recorder for a converted model.
+
+        Raises:
+            CaptureError: the model cannot be captured.
+        """
+        with torch.no_grad():
+            return cls(PathGraph.of(model, example_inputs), weighting)
+
+    def record(self, step: float | None = None, **more: Any) -> dict[str, Any]:
+        """Add a row: the step (by default the number of rows so far), depth, width, share, widths of all sites.
+
+        Args:
+            step: where on the curve.
+            **more: plain data that goes into the row, such as the accuracy.
+        """
+        core = _core(self.graph, self.weighting)
+        row = {
+            "step": len(self.curve) if step is None else step,
+            "depth": core.depth,
+            "width": core.width,
+            "share": core.share,
+            "widths": {layer.name: layer.width for layer in core.layers},
+            **more,
+        }
+        self.curve.append(row)
+        return row
+
+    def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write a picture of effective depth and width over the steps."""
+        from linearize.analysis.pictures import draw_curve
+
+        draw_curve(self.curve, path, title)
