@@ -26,15 +26,18 @@ HEAD_DIM, RANK, LAYERS, EXPERTS, VOCABULARY = 16, 16, 2, 4, 256
 POSITIONS, PATCHES, FIRST_TOKEN = 512, 4, 100
 
 _ROLES: dict[str, str] = {
+    "upsampling": r"upsample_groups",
     "expert_groups": r"n_group|num_expert_group",
     "active_groups": r"topk_group",
     "keep": r".*(kernel|stride|dilation|dropout|_rate$|ratio|groups?$|num_labels|pretraining_tp|_layer_id|"
     r"layers_per|every_n|type_vocab|feature_size|mel_|classifier_proj|num_feat_extract).*|vision_feature_layer|"
     r"query_dim",
+    "few_layers": r"first_k_dense_replace|num_dense_layers|max_window_layers|num_nextn_predict_layers",
+    "no_layers": r"num_kv_shared_layers",
+    "indices": r".*(out_indices|attn_indexes|block_indexes|visual_indexes|layers_indices|hook_ids|extract_layers|"
+    r"spatial_target_layers)",
     "layers": r".*(num|n|encoder|decoder|l|x|r)_(hidden_|encoder_|decoder_)?layers?|layers|depth|.*_depth|n_layers?|"
     r".*_num_layers|num_.*_layers|num_(encoder_|attention_)?blocks",
-    "few_layers": r"first_k_dense_replace|num_dense_layers|max_window_layers|num_kv_shared_layers|"
-    r"num_nextn_predict_layers",
     "depths": r"depths|n_attn_blocks|num_block_repeats",
     "layer_kinds": r"attention_types",
     "mamba_heads": r"mamba_(n|num)_heads",
@@ -47,7 +50,7 @@ _ROLES: dict[str, str] = {
     "rank": r".*(lora_rank|_rank)",
     "active_experts": r".*(experts_per_tok(en)?|moe_topk|moe_k|top_k_experts)",
     "experts": r".*(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|zero_expert_num)",
-    "vocabulary": r".*vocab_size(_per_layer_input)?",
+    "vocabulary": r".*vocab_size(_per_layer_input)?|.*_group_vocab",
     "positions": r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|seq_len|"
     r"model_max_length|max_(en|de)coder_position_embeddings|context_length)",
     "frames": r"max_source_positions",
@@ -56,11 +59,25 @@ _ROLES: dict[str, str] = {
     r"dim_feedforward|dim_ff|feed_forward_hidden_size|feed_forward_size|d_inner)(_mlp)?",
     "width": r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_dim|embedding_size|embed_size|"
     r"projection_dim|projection_size|pooler_output_size|output_dim|project_dim|proj_dim|fpn_feature_size|"
-    r"mask_feature_size|mask_dim|hidden_sizes|embed_dims|conv_dim|tdnn_dim|in_channels|out_channels|"
+    r"mask_feature_size|mask_dim|hidden_sizes|embed_dims|out_features|conv_dim|tdnn_dim|in_channels|out_channels|"
     r"num_pos_feats|lru_width|codevector_dim|latents|text_encoder_width|channels_list|channel_list|_dims|"
-    r"num_filters|downsample_channels|enc_channels|d_latents)",
+    r"num_filters|downsample_channels|enc_channels|d_latents|base_channels)",
 }
-_REQUIRED: dict[str, Any] = {"vocab_size": VOCABULARY, "head_dim": HEAD_DIM, "prediction_length": 4, "mask_token_id": 3}
+_REQUIRED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "head_dim": HEAD_DIM,
+    "prediction_length": 4,
+    "mask_token_id": 3,
+    "pad_token_id": 1,
+    "image_token_index": 5,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6, "IMGIMGAZ": 7},
+}
 """Settings that some types leave unset, and need."""
 
 _TOKEN = re.compile(r"(?!.*ignore).*(token_ids?|token_index|_pad_id|_bos_id|_eos_id|_start_id|_end_id)")
@@ -116,20 +133,23 @@ class _Shrinker:
         found = dict(given or {})
         specs = getattr(config, "sub_configs_defaults", None) or {}
         listed = any(isinstance(getattr(config, name, None), (list, tuple)) for name in ("num_heads", "depths"))
-        for name, default in _fields(config).items():
-            value = _value(config, name)
+        for name, default in {**dict.fromkeys(found), **_fields(config)}.items():
+            value = found[name] if name in found else _value(config, name)
             if hasattr(value, "to_dict"):
                 spec = specs.get(name)
                 same = getattr(spec, "model_type", None) == getattr(value, "model_type", "")
-                kwargs = {**_changed(value), **((getattr(spec, "init_kwargs", None) or {}) if same else {})}
+                own = (getattr(spec, "init_kwargs", None) or {}) if same else {}
+                kwargs = {**_changed(value), **{key: item for key, item in own.items() if item is not None}}
                 part = {"model_type": value.model_type} if getattr(value, "model_type", None) else {}
                 found[name] = {**self.overrides(value, kwargs), **part}
                 continue
             if value is None and name in _REQUIRED and self.roles:
                 found[name] = _REQUIRED[name]
+            if value is None and name == "layer_types" and "layers" in self.roles:
+                found[name] = ["full_attention"] * LAYERS
             if isinstance(value, dict) and "mrope_section" in value and "head_dim" in self.roles:
                 found[name] = {**value, "mrope_section": _sections(value["mrope_section"])}
-            derived = default is None and name not in found
+            derived = default is None and name not in found and name != "attention_types"
             if value is None or isinstance(value, (bool, str, dict)) or derived:
                 continue
             new = self._shrink(name, value, config, listed)
@@ -143,6 +163,8 @@ class _Shrinker:
         role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), "keep")
         if role not in self.roles:
             return value
+        if role == "indices" and isinstance(value, (list, tuple)) and _depth(config):
+            return type(value)(i if i < 0 else i * _layers(config) // _depth(config) for i in value)
         if isinstance(value, (list, tuple)):
             return _shrink_list(role, value, self.width == SIZES[0][0])
         if type(value) is not int or value <= 0:
@@ -162,8 +184,9 @@ class _Shrinker:
         targets = {
             "layers": _layers(config),
             "few_layers": 1,
-            "mamba_heads": int(getattr(config, "mamba_expand", 2)) * self.width // HEAD_DIM,
-            "heads": self.heads,
+            "no_layers": 0,
+            "mamba_heads": self._mamba_heads(config),
+            "heads": self._mamba_heads(config) if hasattr(config, "expand") else self.heads,
             "rope_dim": HEAD_DIM // 2,
             "qk_dim": HEAD_DIM + HEAD_DIM // 2,
             "head_dim": HEAD_DIM,
@@ -177,8 +200,18 @@ class _Shrinker:
             "frames": 32,
             "inner": self.inner,
             "width": self.width,
+            "upsampling": self.width,
         }
         return min(value, targets.get(role, value))
+
+    def _mamba_heads(self, config: Any) -> int:
+        """Heads of a state space layer: they fill the expanded width."""
+        size = HEAD_DIM
+        if "head_dim" not in self.roles:
+            names = ("mamba_d_head", "mamba_head_dim", "head_dim")
+            size = next((value for name in names if isinstance(value := _value(config, name), int)), HEAD_DIM)
+        expand = _value(config, "mamba_expand") or _value(config, "expand") or 2
+        return max(int(expand * self.width) // size, 1)
 
     def _token(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -222,7 +255,10 @@ def _changed(config: Any) -> dict[str, Any]:
             # A derived value is left to the constructor; a name cannot be derived.
             if named and value and name not in _NAMES_DERIVED:
                 found[name] = value
-        elif isinstance(value, (bool, int, float, str, list, tuple)) and value != default:
+        elif value != default and (
+            isinstance(value, (bool, int, float, str))
+            or (isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)))
+        ):
             found[name] = value
     return found
 
@@ -248,8 +284,18 @@ def _image_side(value: int, config: Any) -> int:
     return min(value, 64)
 
 
+def _depth(config: Any) -> int:
+    """How many layers the configuration has; 0 if it does not say with one number."""
+    found = _value(config, "num_hidden_layers") or _value(config, "depth")
+    return found if isinstance(found, int) else 0
+
+
 def _layers(config: Any) -> int:
-    """As many layers as it takes to have one of each kind, where kinds alternate."""
+    """As many layers as it takes to have one of each kind, where kinds alternate, or one per index that is used."""
+    for name in ("out_indices", *_fields(config)):
+        value = _value(config, name)
+        if re.fullmatch(_ROLES["indices"], name) and isinstance(value, (list, tuple)) and _depth(config):
+            return max(LAYERS, len(value))
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if isinstance(kinds, (list, tuple)) and len(set(map(str, kinds))) > 1:
         last = max(list(kinds).index(kind) for kind in set(kinds))
@@ -275,7 +321,7 @@ def model_class(config: Any) -> Any:
 
 
 def tiny_models(
-    model_type: str, *, elements: float = 5e7, levels: Iterable[int] = range(LEVELS)
+    model_type: str, *, elements: float = 1.5e8, levels: Iterable[int] = range(LEVELS)
 ) -> Iterator[tuple[int, nn.Module]]:
     """Models of a type with random weights, smallest first: (level, model in eval mode); the next if one will not run.
 

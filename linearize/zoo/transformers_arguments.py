@@ -18,6 +18,11 @@ TOKENS = 8
 _SPECIAL = re.compile(r".*(token_ids?|token_index|_pad_id|_bos_id|_eos_id)")
 
 
+def _number(value: Any) -> int:
+    """A setting that is one number, or a list of one per axis."""
+    return int(value[-1] if isinstance(value, (tuple, list)) else value)
+
+
 class Arguments:
     """Makes one argument at a time; public methods are named after the argument that they make.
 
@@ -129,8 +134,7 @@ class Arguments:
             size = 4 * patch if isinstance(patch, int) and patch > 8 else 64
         height, width = size[-2:] if isinstance(size, (tuple, list)) else (size, size)
         channels = self._setting("num_channels", "in_channels", "in_chans", parts=parts, default=3)
-        channels = channels[0] if isinstance(channels, (tuple, list)) else channels
-        return int(channels), int(height), int(width)
+        return _number(channels), int(height), int(width)
 
     def pixel_values_videos(self) -> Tensor:
         """Videos (B, frames, C, height, width)."""
@@ -139,12 +143,10 @@ class Arguments:
     def grid(self) -> tuple[int, int, int, int]:
         """Rows and columns of patches, values per patch, and the side of what is merged into one token."""
         parts = ("vision", "visual")
-        merge = self._setting("spatial_merge_size", "merge_size", "merge_kernel_size", parts=parts, default=1)
-        merge = int(merge[0] if isinstance(merge, (tuple, list)) else merge)
-        patch = self._setting("patch_size", parts=parts, default=14)
-        patch = int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
-        channels = int(self._setting("in_channels", "in_chans", "num_channels", parts=parts, default=3))
-        depth = int(self._setting("temporal_patch_size", parts=parts, default=1))
+        merge = _number(self._setting("spatial_merge_size", "merge_size", "merge_kernel_size", parts=parts, default=1))
+        patch = _number(self._setting("patch_size", parts=parts, default=14))
+        channels = _number(self._setting("in_channels", "in_chans", "num_channels", parts=parts, default=3))
+        depth = _number(self._setting("temporal_patch_size", parts=parts, default=1))
         side = max(2 * merge, 4)
         return side, side, channels * depth * patch * patch, merge
 
@@ -176,7 +178,7 @@ class Arguments:
             "num_mel_bins", "n_mel_bins", "input_feat_per_channel", "input_feat_size", "mel_bins", "input_channels",
             "input_dim", "feature_size", "n_mels", "mel_dim",
         )  # fmt: skip
-        return int(self._setting(*names, parts=("audio", "speech", "encoder"), default=80))
+        return _number(self._setting(*names, parts=("audio", "speech", "encoder"), default=80))
 
     def _spectrogram_frames(self) -> int:
         positions = self._setting("max_source_positions", parts=("audio", "speech", "encoder"))
@@ -213,6 +215,94 @@ class Arguments:
         features = int(self._setting("num_time_features", default=0))
         return self._floats(self.batch, self.past_values().shape[1], features)
 
+    def _first_widths(self) -> list[int]:
+        """What the first layers of the model take, as guesses of the bins of a spectrogram."""
+        found: dict[int, None] = {}
+        for module in self.model.modules():
+            width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
+            if isinstance(width, int) and width > 8 and len(found) < 4:
+                found[width] = None
+        return list(found)
+
+    # What single families ask for, by the names that they use
+
+    def visual_feats(self) -> Tensor:
+        """Features of regions of an image (B, T, features)."""
+        return self._floats(self.batch, TOKENS, int(self._setting("visual_feat_dim", default=64)))
+
+    def visual_pos(self) -> Tensor:
+        """Boxes of these regions (B, T, 4)."""
+        return torch.rand(self.batch, TOKENS, int(self._setting("visual_pos_dim", default=4))).to(
+            self.device, self.dtype
+        )
+
+    def states(self) -> Tensor:
+        """States of an agent (B, T, state)."""
+        return self._floats(self.batch, TOKENS, int(self._setting("state_dim", default=4)))
+
+    def actions(self) -> Tensor:
+        """Actions of an agent (B, T, action)."""
+        return self._floats(self.batch, TOKENS, int(self._setting("act_dim", default=4)))
+
+    def rewards(self) -> Tensor:
+        """Rewards of an agent (B, T, 1)."""
+        return self._floats(self.batch, TOKENS, 1)
+
+    returns_to_go = rewards
+
+    def timesteps(self) -> Tensor:
+        """Times (B, T)."""
+        return torch.arange(TOKENS, device=self.device).repeat(self.batch, 1)
+
+    def target_sizes(self) -> Tensor:
+        """Rows and columns of patches (B, 2)."""
+        _, height, width = self._image()
+        patch = _number(self._setting("patch_size", parts=("vision",), default=14))
+        return torch.tensor([[height // patch, width // patch]] * self.batch, device=self.device)
+
+    spatial_shapes = target_sizes
+
+    def pixel_attention_mask(self) -> Tensor:
+        """Ones (B, P)."""
+        rows, columns = (int(n) for n in self.target_sizes().tolist()[0])
+        return self._ones(self.batch, rows * columns)
+
+    def pixel_position_ids(self) -> Tensor:
+        """Column and row of each patch (B, P, 2)."""
+        rows, columns, _, _ = self.grid()
+        places = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)).to(self.device)
+        return places.repeat(self.batch, 1, 1)
+
+    def audio_mel(self) -> Tensor:
+        """Spectrograms (B, F, bins)."""
+        return self.input_features()
+
+    def audio_mel_mask(self) -> Tensor:
+        """Where there is no sound: nowhere (B, F)."""
+        return torch.zeros(self.batch, 64, dtype=torch.bool, device=self.device)
+
+    def freq(self) -> Tensor:
+        """Zeros (B, 1)."""
+        return torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
+
+    def past_values_padding(self) -> Tensor:
+        """Zeros, of the shape of the values."""
+        return torch.zeros_like(self.past_values())
+
+    def inputs(self) -> Tensor:
+        """Embeddings (B, T, width)."""
+        return self._floats(self.batch, TOKENS, int(self._setting("d_model", "hidden_size", default=64)))
+
+    def prompt_pixel_values(self) -> Tensor:
+        """Images (B, C, height, width)."""
+        return self.pixel_values()
+
+    prompt_masks = prompt_pixel_values
+
+    def image_attention_mask(self) -> Tensor:
+        """Ones (B, T, 1)."""
+        return self._ones(self.batch, TOKENS, 1)
+
     # Alternatives
 
     def alternatives(self, name: str) -> Iterator[Any]:
@@ -222,14 +312,17 @@ class Arguments:
             yield self._floats(self.batch, 1, channels, height, width)
             yield self._floats(self.batch, int(self._setting("num_frames", default=2)), channels, height, width)
             yield self._floats(self.batch, 2, channels, height, width)
-            for side in (64, 224, 384):
+            patch = _number(self._setting("patch_size", parts=("vision",), default=14))
+            for side in (64, 224, 384, *([4 * patch] if patch > 64 else [])):
                 yield self._floats(self.batch, channels, side, side)
             yield self.patches()
+            yield self.patches().view(self.batch, -1, self.grid()[2])
+            yield self.patches().view(-1, channels, patch, self.grid()[2] // (channels * patch))
         elif name == "input_features":
             yield self._floats(self.batch, self._bins(), self._spectrogram_frames())
             yield self._floats(self.batch, 1, 64, self._bins())
             yield self._floats(self.batch, 1, int(self._setting("spec_size", default=256)), self._bins())
-            for bins in (80, 128, 160):
+            for bins in self._first_widths():
                 yield self._floats(self.batch, 64, bins)
                 yield self._floats(self.batch, bins, 64)
         elif name == "input_values":
@@ -237,8 +330,10 @@ class Arguments:
             yield self._floats(self.batch, int(self._setting("max_length", default=64)), self._bins())
             yield self._floats(self.batch, 1, 24000)
             yield self._ids(int(self._setting("vocab_size", default=64)), self.batch, TOKENS)
-        elif name == "hidden_states":
-            yield self._floats(self.batch, TOKENS, int(self._setting("hidden_size", default=64)))
+        elif name in ("hidden_states", "latents"):
+            width = int(self._setting("hidden_size", "d_model", default=64))
+            yield self._floats(self.batch, TOKENS, width)
+            yield self._floats(self.batch, width, TOKENS)
         elif name == "input_ids":
             books = self._setting("num_codebooks", "n_codebooks", "num_code_groups")
             if books:

@@ -24,6 +24,12 @@ _MODALITIES = {
     "input_values": ("get_audio_features", ("audio_token_id", "audio_token_index")),
 }
 
+# Arguments that some models insist on although the signature calls them optional.
+_OPTIONAL = {
+    "actions", "image_attention_mask", "image_sizes", "input_features_mask", "pixel_attention_mask", "returns_to_go",
+    "rewards", "spatial_shapes", "states", "target_sizes", "timesteps", "visual_feats", "visual_pos",
+}  # fmt: skip
+
 
 def example_inputs(model: Any, *, batch: int, like: Tensor) -> tuple[tuple[Any, ...], Kwargs]:
     """Keyword arguments for ``model.forward``: its main input, what it requires, and what a decoder needs.
@@ -102,6 +108,10 @@ def _tries(model: Any, make: Arguments, parameters: Mapping[str, Any]) -> Iterat
         for value in make.alternatives(name):
             if all(other in base for other in names if other != name):
                 yield {**base, name: value}
+    # Last, everything optional that there is a rule for.
+    more = [name for name in parameters if name in _OPTIONAL and name not in names]
+    if more and len(base) == len(names):
+        yield {**base, **{name: getattr(make, name)() for name in more}}
 
 
 def _known(make: Arguments, name: str) -> bool:
@@ -125,7 +135,7 @@ def _wanted(model: Any, parameters: Mapping[str, Any]) -> list[str]:
     if not wanted:
         wanted += [name for name in ("input_ids", *_MODALITIES) if name in parameters][:1]
     # Two towers side by side (CLIP and its kin) want one input each.
-    towers = {"text": "input_ids", "vision": "pixel_values", "audio": "input_features"}
+    towers = {"text": "input_ids", "vision": "pixel_values", "audio": "input_features", "speech": "input_features"}
     parts = [key for key, part in vars(model.config).items() if hasattr(part, "to_dict")]
     for word, name in towers.items():
         if name in parameters and any(word in key for key in parts):
