@@ -38,7 +38,7 @@ def awake(model: nn.Module) -> nn.Module:
 def test_timm(name: str, share: float) -> None:
     torch.manual_seed(0)
     model = awake(timm.create_model(name, num_classes=7)).double()
-    size = model.default_cfg["input_size"]
+    size = timm.get_pretrained_cfg(name).input_size
     check_chain(model, torch.randn(1, *size, dtype=torch.float64), share)
 
 
