@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linearize._version import __version__ as __version__
+from linearize.analysis.dimension import FunctionalDimension, functional_dimension
 from linearize.analysis.paths import PathLength, average_path_length
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
@@ -39,6 +40,7 @@ __all__ = [
     "ConvertError",
     "DataError",
     "FinetuneResult",
+    "FunctionalDimension",
     "LinearizeError",
     "PathLength",
     "Plan",
@@ -55,6 +57,7 @@ __all__ = [
     "compress",
     "convert",
     "finetune",
+    "functional_dimension",
     "gates",
     "load",
     "param_groups",

@@ -1,0 +1,243 @@
+"""Functional dimension: how many directions in parameter space change the function, on a batch of inputs.
+
+Source: Grigsby, Lindsey and Rolnick, "Hidden Symmetries of ReLU Networks", ICML 2023. Shape letters: N samples, O
+outputs of a sample, R = N * O rows of the Jacobian, P parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from linearize.analysis.jacobian import BYTES, Differentiable, chunks, human
+from linearize.analysis.units import inputs_of
+from linearize.discover import discover
+from linearize.errors import CaptureError, UsageError
+from linearize.gate import gates
+from linearize.record import record_of
+from linearize.report.table import render
+from linearize.sites import Site
+
+__all__ = ["FunctionalDimension", "functional_dimension", "scaling_bound"]
+
+HOMOGENEOUS = frozenset({"relu", "leakyrelu", "leaky_relu", "prelu"})
+_PATIENCE = 2  # a rank that stands still over one doubling may grow again
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class FunctionalDimension:
+    """The rank of a model's Jacobian; `int()` of it is the rank. Prints as a table.
+
+    Attributes:
+        rank: numerical rank on the largest batch that was needed.
+        parameters: P.
+        bound: what no batch can exceed, from the architecture: parameters minus positive scalings.
+        batches: number of samples and rank of every batch, in order of size.
+        saturated: the rank had stopped growing, or had reached the bound, before the samples ran out.
+        spectrum: singular values of the Jacobian on the last batch, float64, from the largest.
+        tolerance: singular values up to this count as zero.
+        method: "jacobian" if the Jacobian itself was decomposed, "gram" if its Gram matrix was.
+    """
+
+    rank: int
+    parameters: int
+    bound: int
+    batches: tuple[tuple[int, int], ...]
+    saturated: bool
+    spectrum: Tensor
+    tolerance: float
+    method: str
+
+    @property
+    def gap(self) -> tuple[float, float]:
+        """The last singular value that counts and the first that does not (0 if there is none)."""
+        values = self.spectrum.tolist()
+        last = values[self.rank - 1] if self.rank else float("inf")
+        return last, values[self.rank] if self.rank < len(values) else 0.0
+
+    @property
+    def clear(self) -> bool:
+        """The gap is wide, a factor of 1000 at least: the rank does not depend on where exactly the cut lies."""
+        last, first = self.gap
+        return first == 0 or last / first >= 1000
+
+    def __int__(self) -> int:
+        return self.rank
+
+    __index__ = __int__
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "rank": self.rank,
+            "parameters": self.parameters,
+            "bound": self.bound,
+            "hidden": self.bound - self.rank,
+            "batches": [{"samples": n, "rank": rank} for n, rank in self.batches],
+            "saturated": self.saturated,
+            "gap": [None if value == float("inf") else value for value in self.gap],
+            "clear": self.clear,
+            "tolerance": self.tolerance,
+            "method": self.method,
+            "spectrum": self.spectrum.tolist(),
+        }
+
+    def __str__(self) -> str:
+        table = render(("samples", "rank"), self.batches)
+        last, first = self.gap
+        note = "" if self.saturated else "; still growing: pass more samples"
+        return (
+            f"{table}\nfunctional dimension {self.rank} of {self.parameters} parameters, at most {self.bound}{note}\n"
+            f"singular values around the cut: {last:.2e}, {first:.2e} ({self.method}, cut at {self.tolerance:.1e})"
+        )
+
+
+def functional_dimension(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    method: Literal["auto", "jacobian", "gram"] = "auto",
+    tolerance: float | None = None,
+    memory: float = 2**30,
+) -> FunctionalDimension:
+    """The rank of the Jacobian of the outputs on a batch with respect to the parameters.
+
+    `rank [d f(x_n; w)_o / d w_p]`, with a row for each sample n and output o. The batch grows by doubling, from the
+    first samples of `inputs`, until the rank has not grown over two doublings. All in float64, in eval mode, on a
+    copy of the model; the gates' `alpha` are no parameters here.
+
+    The numerical rank counts singular values above `tolerance`. By default that is `max(R, P) * eps` of the largest
+    for the Jacobian, and its square root's worth for the Gram matrix `J J^T` (the empirical neural tangent kernel) or
+    `J^T J`, whose eigenvalues are squares: there, small singular values drown earlier.
+
+    Args:
+        model: a model that treats each sample alone.
+        inputs: the samples: a tensor, a tuple, or a dict of keyword arguments, N on the first axis of each tensor.
+        method: "jacobian", "gram", or "auto": the Jacobian if it fits in `memory`, else the Gram matrix.
+        tolerance: singular values relative to the largest that count as zero; None for the default above.
+        memory: bytes that a matrix may take.
+
+    Raises:
+        UsageError: the inputs do not fit the model, or the matrix does not fit in memory (the message says how large).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> found = functional_dimension(net, torch.randn(400, 2))
+        >>> int(found), found.bound, found.parameters
+        (13, 13, 17)
+    """
+    if method not in ("auto", "jacobian", "gram"):
+        raise UsageError("method", f"found {method!r}", 'Pass "auto", "jacobian" or "gram".')
+    lens = Differentiable.of(model, inputs)
+    outputs = lens.outputs(lens.sample(0, 1)).shape[1]
+    bound = scaling_bound(model, inputs)
+    samples = min(lens.samples, max(1, -(-lens.size // (4 * outputs))))
+    batches: list[tuple[int, int]] = []
+    while True:
+        values, used = _spectrum(lens, samples, outputs, method, memory)
+        cut = _cut(values, max(samples * outputs, lens.size), used, tolerance)
+        rank = int((values > cut).sum())
+        batches.append((samples, rank))
+        latest = [found for _, found in batches[-1 - _PATIENCE :]]
+        stopped = len(latest) > _PATIENCE and latest[0] == rank < batches[-1 - _PATIENCE][0] * outputs
+        if stopped or rank >= bound or samples == lens.samples:
+            done = stopped or rank >= bound
+            return FunctionalDimension(rank, lens.size, bound, tuple(batches), done, values, cut, used)
+        samples = min(lens.samples, 2 * samples)
+
+
+def _cut(values: Tensor, size: int, method: str, tolerance: float | None) -> float:
+    if not values.numel():
+        return 0.0
+    relative = tolerance
+    if relative is None:
+        relative = size * _EPS if method == "jacobian" else (size * _EPS) ** 0.5
+    return float(values[0]) * relative
+
+
+def _spectrum(lens: Differentiable, samples: int, outputs: int, method: str, memory: float) -> tuple[Tensor, str]:
+    """Singular values of the Jacobian on the first samples, and how they were found."""
+    rows, size = samples * outputs, lens.size
+    whole = BYTES * rows * size
+    if method == "jacobian" and whole > memory:
+        found = f"its Jacobian of {rows} x {size} numbers takes {human(whole)}, more than memory={human(memory)}"
+        raise UsageError(type(lens.model).__name__, found, 'Pass method="gram", fewer samples, or more memory=.')
+    if method != "gram" and whole <= memory:
+        parts = [lens.rows(*part) for part in chunks(samples, outputs * size, memory)]
+        return torch.linalg.svdvals(torch.cat(parts)), "jacobian"
+    values = torch.linalg.eigvalsh(gram(lens, samples, outputs, memory)).flip(0)
+    return values.clamp_min(0).sqrt(), "gram"
+
+
+def gram(lens: Differentiable, samples: int, outputs: int, memory: float, *, kernel: bool = False) -> Tensor:
+    """`J J^T` (R, R) or, if that is smaller and not `kernel`, `J^T J` (P, P), without ever holding J.
+
+    Raises:
+        UsageError: the matrix, or the rows of one sample, do not fit in memory.
+    """
+    rows, size = samples * outputs, lens.size
+    side = rows if kernel else min(rows, size)
+    needed = BYTES * max(side * side, 4 * outputs * size)
+    if needed > memory:
+        whole = human(BYTES * rows * size)
+        found = (
+            f"its Jacobian of {rows} x {size} numbers takes {whole}, and even its Gram matrix of {side} x {side}, "
+            f"or the {outputs} rows of a sample, {human(needed)}: more than memory={human(memory)}"
+        )
+        raise UsageError(type(lens.model).__name__, found, "Pass fewer samples, fewer outputs, or more memory=.")
+    parts = list(chunks(samples, outputs * size, memory))
+    if side != rows or (size < rows and not kernel):
+        total = torch.zeros(size, size, dtype=torch.float64)
+        for part in parts:
+            block = lens.rows(*part)
+            total += block.T @ block
+        return total
+    total = torch.zeros(rows, rows, dtype=torch.float64)
+    for start, stop in parts:
+        left = lens.rows(start, stop)
+        for first, last in parts:
+            if first > start:
+                continue
+            right = left if first == start else lens.rows(first, last)
+            block = left @ right.T
+            total[start * outputs : stop * outputs, first * outputs : last * outputs] = block
+            total[first * outputs : last * outputs, start * outputs : stop * outputs] = block.T
+    return total
+
+
+def scaling_bound(model: nn.Module, inputs: Any) -> int:
+    """Parameters minus one for each hidden channel that can be scaled up before and down after its activation.
+
+    Every channel of a positively homogeneous activation (ReLU, leaky ReLU) directly between linear maps with weights of
+    their own has that symmetry. For fully connected ReLU networks this is the bound of the paper.
+
+    Args:
+        model: plain or converted.
+        inputs: example inputs. A model that cannot be captured on them is bounded by its number of parameters.
+    """
+    alphas = {id(gate.alpha) for gate in gates(model).values()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in alphas)
+    record = record_of(model)
+    try:
+        sites = record.sites if record is not None and record.sites else discover(model, inputs_of(model, inputs))
+    except CaptureError:
+        return total
+    return total - sum(site.channels for site in sites if scalable(site) and _plain_gate(model, site))
+
+
+def scalable(site: Site) -> bool:
+    """True if the channels of a site can be scaled without changing the function."""
+    folds = (*site.folds, *site.consumer_folds)
+    known = site.producer is not None and site.consumers and site.reason is None and not site.gated_unit
+    return bool(known) and not folds and site.activation in HOMOGENEOUS
+
+
+def _plain_gate(model: nn.Module, site: Site) -> bool:
+    """A surrogate with an intercept is not homogeneous."""
+    gate = gates(model).get(site.name)
+    return gate is None or bool((gate.intercept == 0).all())

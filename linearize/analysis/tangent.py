@@ -1,0 +1,96 @@
+"""The empirical neural tangent kernel, its rank, and how far it has moved.
+
+Shape letters: N samples, O outputs of a sample, R = N * O rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.analysis.dimension import gram
+from linearize.analysis.jacobian import Differentiable
+from linearize.errors import UsageError
+
+__all__ = ["TangentRecorder", "kernel_distance", "kernel_rank", "tangent_kernel"]
+
+
+def tangent_kernel(model: nn.Module, inputs: Any, *, memory: float = 2**30) -> Tensor:
+    """`K = J J^T`, float64 (R, R), with the Jacobian J of `functional_dimension` on all inputs.
+
+    Raises:
+        UsageError: the inputs do not fit the model, or the kernel does not fit in `memory` (bytes).
+
+    Example:
+        >>> net = nn.Linear(3, 1)
+        >>> x = torch.eye(3)
+        >>> tangent_kernel(net, x).tolist()
+        [[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 2.0]]
+    """
+    lens = Differentiable.of(model, inputs)
+    outputs = lens.outputs(lens.sample(0, 1)).shape[1]
+    return gram(lens, lens.samples, outputs, memory, kernel=True)
+
+
+def kernel_rank(kernel: Tensor, tolerance: float = 1e-7) -> int:
+    """How many singular values of the Jacobian behind a kernel exceed `tolerance` times the largest."""
+    values = torch.linalg.eigvalsh(kernel.double()).clamp_min(0).sqrt()
+    return int((values > tolerance * values.max()).sum()) if values.numel() else 0
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """`1 - <A, B> / (|A| |B|)`: 0 for kernels that are multiples of one another, at most 1.
+
+    Source: Fort et al., "Deep learning versus kernel learning", NeurIPS 2020.
+
+    Raises:
+        UsageError: the kernels have different shapes.
+
+    Example:
+        >>> round(kernel_distance(torch.eye(2), torch.ones(2, 2)), 3)
+        0.293
+    """
+    if a.shape != b.shape:
+        raise UsageError("kernel", f"found {tuple(a.shape)} and {tuple(b.shape)}", "Use the same inputs for both.")
+    x, y = a.double().flatten(), b.double().flatten()
+    scale = float(x.norm() * y.norm())
+    return max(0.0, 1 - float(x @ y) / scale) if scale else 0.0
+
+
+@dataclass
+class TangentRecorder:
+    """Writes down rank of the tangent kernel and its distance from where it started, while a model is trained.
+
+    Attributes:
+        inputs: the samples that the kernel is computed on.
+        reference: the kernel at the first record.
+        curve: a row of plain data for each record.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> recorder = TangentRecorder(torch.randn(6, 2))
+        >>> recorder.record(net)["distance"] < 1e-12
+        True
+    """
+
+    inputs: Any
+    memory: float = 2**30
+    reference: Tensor | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self, model: nn.Module, step: float | None = None, **more: Any) -> dict[str, Any]:
+        """Add a row: the step (by default the number of rows so far), rank, distance from the start, and size."""
+        kernel = tangent_kernel(model, self.inputs, memory=self.memory)
+        self.reference = kernel if self.reference is None else self.reference
+        row = {
+            "step": len(self.curve) if step is None else step,
+            "rank": kernel_rank(kernel),
+            "distance": kernel_distance(self.reference, kernel),
+            "norm": float(kernel.norm()),
+            **more,
+        }
+        self.curve.append(row)
+        return row
