@@ -167,8 +167,9 @@ def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, s
     """Whether the inputs or the capture failed: only a plain run can tell."""
     first = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
     name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        return name, "found a scripted module, which has no Python left to rewrite", "Pass the eager model."
+    scripted = next((path for path, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        return scripted or name, "is a scripted module, which has no Python left to rewrite", "Put the eager one there."
     try:
         with untouched(model), torch.no_grad():
             model(*inputs[0], **inputs[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -11,14 +10,16 @@ from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
+from linearize.convert import unwrapped
 from linearize.dryrun import dry_run, first_line
+from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
-from linearize.layers import MaskedActivation
+from linearize.layers import BlendedActivation, MaskedActivation
 from linearize.maps import Reader
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, When, fixed_producer, make_plan, mask_of, masks_of
-from linearize.record import Record, Step, record_of, set_record
+from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
 from linearize.specs import Spec, build, replace_module, spec_of
 
@@ -54,25 +55,72 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
           (2): Identity()
         )
     """
+    model = unwrapped(model)
     found = gates(model)
     if not found:
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
     if any(gate.alpha.device.type == "meta" for gate in found.values()):
         raise CollapseError(type(model).__name__, "has no values (meta device)", "Load its weights first.")
+    for name, gate in found.items():
+        _check_alpha(name, gate)
+    parts = converted_parts(model)
+    if parts and "" not in parts:
+        return _collapse_parts(model, parts, when, plan)
+    if plan is not None:
+        _check_plan(plan, found)
+    return _collapse(model, when, plan)
+
+
+def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
     chosen = plan if plan is not None else make_plan(model, when=when)
-    if {site.site for site in chosen.sites} != set(found):
-        odd = sorted({site.site for site in chosen.sites} ^ set(found))
-        raise CollapseError(odd[0], "is in the plan or in the model, but not in both", "Make the plan from this model.")
     result, failure = _try(model, chosen)
     if failure is not None and plan is None:
         barred = _troublemakers(model, chosen)
         _log.warning("%d sites keep a partial activation: the code around them does not run otherwise.", len(barred))
         result, failure = _try(model, make_plan(model, when=when, barred=barred))
     if result is None:
-        raise CollapseError(
-            type(model).__name__, f"does not run after collapsing ({failure})", "Please report this model."
-        )
+        found = f"does not run after collapsing ({failure})"
+        remedy = "Please report this model." if plan is None else "Make the plan from this model."
+        raise CollapseError(type(model).__name__, found, remedy)
     return result
+
+
+def _check_alpha(name: str, gate: ChannelGate) -> None:
+    alpha = gate.alpha.detach()[~gate.frozen]
+    odd = alpha[~((alpha >= 0) & (alpha <= 1))]
+    if odd.numel():
+        remedy = "Call prior.step() after each step of the optimizer, or clamp alpha."
+        raise CollapseError(name, f"found alpha {float(odd[0]):g}, outside [0, 1]", remedy)
+
+
+def _check_plan(plan: Plan, found: dict[str, ChannelGate]) -> None:
+    remedy = "Make the plan from this model."
+    if {site.site for site in plan.sites} != set(found):
+        odd = sorted({site.site for site in plan.sites} ^ set(found))
+        raise CollapseError(odd[0], "is in the plan or in the model, but not in both", remedy)
+    for site in plan.sites:
+        if site.form not in (*FORMS, MASKED, UNCHANGED):
+            raise CollapseError(site.site, f"found the form {site.form!r} in the plan", remedy)
+        linear = {int(i) for i in found[site.site].linear.nonzero().flatten()}
+        if not linear.issuperset(site.linear):
+            channel = min(set(site.linear) - linear)
+            raise CollapseError(site.site, f"channel {channel} is linear in the plan, but not in the model", remedy)
+
+
+def _collapse_parts(model: nn.Module, parts: list[str], when: When, plan: Plan | None) -> nn.Module:
+    """Collapse the submodules that were converted by themselves."""
+    if plan is not None:
+        found = f"was not converted as a whole, but its parts {', '.join(parts)}"
+        raise CollapseError(type(model).__name__, found, "Collapse each part with a plan of its own.")
+    result = duplicate(model, CollapseError)
+    steps: list[Step] = []
+    for path in parts:
+        part = collapse(model.get_submodule(path), when=when)
+        record = record_of(part) or Record()
+        steps += [{**step, "path": f"{path}.{step['path']}" if step["path"] else path} for step in record.steps]
+        replace_module(result, path, part)
+    set_record(result, Record((), steps))
+    return collapse(result, when=when) if gates(result) else result
 
 
 def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
@@ -86,7 +134,7 @@ def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
-    result = copy.deepcopy(model)
+    result = duplicate(model, CollapseError)
     found = gates(result)
     masks = masks_of(found)
     reader = Reader(result)
@@ -137,21 +185,31 @@ def _unfold(model: nn.Module, site: Site) -> list[Step]:
 
 def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate) -> list[Step]:
     """The activation of a site after collapsing: whole, on the first channels only, masked, or gone."""
-    path = _path_of(model, gate)
-    keep = gate.channels - len(plan.linear)
-    if plan.form == UNCHANGED:
-        replace_module(model, path, gate.activation)
-        return []
-    if plan.form == MASKED:
-        masked = MaskedActivation(gate.activation, gate.channels, gate.axis).to(gate.slope.device, gate.slope.dtype)
-        masked.linear.copy_(mask_of(plan, gate.channels))
-        masked.slope.copy_(gate.slope)
-        masked.intercept.copy_(gate.intercept)
-        replace_module(model, path, masked)
-        return [{"path": path, "module": spec_of(masked)}]
-    spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis} if keep else {"type": "Identity"}
-    replace_module(model, path, build(spec, gate.activation))
-    return [{"path": path, "module": spec}]
+    path, linear = _path_of(model, gate), mask_of(plan, gate.channels).to(gate.frozen.device)
+    whole = plan.form in (MASKED, UNCHANGED)
+    kept = torch.ones_like(linear) if whole else ~linear
+    moved = torch.where(gate.frozen, 1.0, gate.alpha.detach())
+    activation, steps = gate.activation, list[Step]()
+
+    def put(layer: BlendedActivation | MaskedActivation, **values: Tensor) -> None:
+        layer.to(gate.slope.device, gate.slope.dtype)
+        for name, value in {**values, "slope": gate.slope, "intercept": gate.intercept}.items():
+            getattr(layer, name).copy_(value if whole else value[kept])
+        steps.append({"path": path, "module": spec_of(layer)})
+
+    if bool(((moved != 0) & kept & ~linear).any()):
+        activation = BlendedActivation(activation, int(kept.sum()), gate.axis)
+        put(activation, alpha=moved)
+    elif plan.form == MASKED:
+        activation = MaskedActivation(activation, gate.channels, gate.axis)
+        put(activation, linear=linear)
+    if not whole:
+        keep = int(kept.sum())
+        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis} if keep else {"type": "Identity"}
+        activation = build(spec, activation)
+        steps.append({"path": path, "module": spec})
+    replace_module(model, path, activation)
+    return steps
 
 
 def _path_of(model: nn.Module, gate: ChannelGate) -> str:

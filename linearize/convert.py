@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree as pytree
 
 from linearize.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.discover import discover
 from linearize.dryrun import Op, dry_run
+from linearize.duplicate import duplicate
 from linearize.errors import ConvertError, LinearizeError, UsageError
 from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
@@ -65,21 +68,28 @@ def convert(
     if gates(model):
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
     _check_finite(model)
-    inputs = _inputs(model, example_inputs)
+    inputs = on_device(_inputs(model, example_inputs), model)
     sites = discover(model, inputs)
     if not sites:
         remedy = "Convert a model (or the submodule) that has elementwise activations such as nn.ReLU or F.gelu."
         raise ConvertError(type(model).__name__, "no activation was found in it", remedy)
     sites = _selected(sites, include, exclude)
-    target = model if inplace else copy.deepcopy(model)
-    known = record_of(model) or Record()
+    if inplace:
+        with unchanged_on_error(model):
+            return _put_gates(model, sites, inputs)
+    return _put_gates(duplicate(model, ConvertError), sites, inputs)
+
+
+def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn.Module:
+    """Rewrite what must be rewritten, and put the gates in, all in place."""
+    known = record_of(target) or Record()
     sites, rewrites = _rewrite_owners(target, sites, inputs)
     sites = _read_after_write(target, sites, inputs)
     put = [site for site in sites if site.ungated is None]
     if not put:
         reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
         found = f"none of its {len(sites)} activations can get a gate ({reasons})"
-        raise ConvertError(type(model).__name__, found, "Change include= or exclude=, or mend what is named.")
+        raise ConvertError(type(target).__name__, found, "Change include= or exclude=, or mend what is named.")
     for site in put:
         _put_gate(target, site)
     set_record(target, Record(sites, [*known.steps, *rewrites], fake_inputs(inputs)))
@@ -87,6 +97,30 @@ def convert(
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
     return target
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """If something is raised inside, the modules of the model are what they were before."""
+    held = [(module, type(module), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, children in held:
+            module.__class__ = kind
+            module._modules.clear()
+            module._modules.update(children)
+        raise
+
+
+def on_device(inputs: Inputs, model: nn.Module) -> Inputs:
+    """The inputs where the model is, if all of it is on one device."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1:
+        return inputs
+    device = devices.pop()
+    moved: Inputs = pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
+    return moved
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -117,6 +151,8 @@ def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ConvertError(name, "is not initialised", "Run the model once on a batch, then convert it.")
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue
         if not all_finite(parameter):
@@ -147,7 +183,11 @@ def _selected(
 
 
 def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
-    return None if value is None else [value] if isinstance(value, str) else list(value)
+    if value is None or isinstance(value, str):
+        return None if value is None else [value]
+    if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
+        raise UsageError("include= or exclude=", f"found {value!r}", "Pass a pattern, or a list of patterns.")
+    return list(value)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -86,6 +86,43 @@ class MaskedActivation(nn.Module):
         return f"channels={self.linear.numel()}, axis={self.axis}"
 
 
+class BlendedActivation(nn.Module):
+    """`h + alpha * (slope * x + intercept - h)` with `h = activation(x)` and one `alpha` per channel, for good.
+
+    What is left of a gate whose channels stopped on their way to a line.
+
+    Example:
+        >>> layer = BlendedActivation(nn.ReLU(), channels=2, axis=-1)
+        >>> layer.alpha[1] = 0.25
+        >>> layer(torch.tensor([-1.0, -1.0])).tolist()
+        [0.0, -0.25]
+    """
+
+    alpha: Tensor
+    slope: Tensor
+    intercept: Tensor
+
+    def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
+        super().__init__()
+        self.activation = out_of_place(activation)
+        self.axis = axis
+        self.register_buffer("alpha", torch.zeros(channels))
+        self.register_buffer("slope", torch.ones(channels))
+        self.register_buffer("intercept", torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(x)
+        sizes = (-1, *(1,) * (-1 - self.axis))
+        of_y, of_x, of_one = (
+            value.view(sizes) for value in (1 - self.alpha, self.alpha * self.slope, self.alpha * self.intercept)
+        )
+        out: Tensor = torch.addcmul(torch.addcmul(of_one, of_x, x), of_y, y)
+        return out.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.alpha.numel()}, axis={self.axis}"
+
+
 class Elementwise(nn.Module):
     """An activation function of ATen as a module: what stands in for a call inside somebody's forward.
 

@@ -89,7 +89,10 @@ class Manifest:
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")
-            if not all(step["path"] and step["module"]["type"] for step in found.steps):
+            # Only a rewrite changes a model in place, and so may change the whole of it.
+            if not all(
+                step["module"]["type"] and (step["path"] or step["module"]["type"] == "Rewrite") for step in found.steps
+            ):
                 raise ValueError("a step is not complete")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
             what = f"its metadata is damaged ({type(error).__name__}: {str(error)[:80]})"

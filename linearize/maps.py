@@ -40,6 +40,7 @@ class Reader:
         """
         if site.producer is None or not site.consumers:
             raise Infeasible(site.reason or "no linear map before or after it")
+        self._check_replaceable(site, gate)
         producer = self._folded(self._output(site.producer), site.folds)
         up = self._folded(self._output(site.up), site.up_folds) if site.up is not None else None
         consumers = tuple(self._input(port, site) for port in site.consumers)
@@ -71,6 +72,22 @@ class Reader:
             **index,
         )
 
+    def _check_replaceable(self, site: Site, gate: ChannelGate) -> None:
+        """A hook, or a forward put on one object, would be lost with the module that it is on.
+
+        Raises:
+            Infeasible: a module of the site has one.
+        """
+        ports = [port.module for port in (site.producer, site.up, *site.consumers) if port is not None]
+        folds = [fold.module for fold in (*site.folds, *site.up_folds, *site.consumer_folds)]
+        modules: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in (*ports, *folds)}
+        for path, module in {**modules, site.name: gate.activation}.items():
+            hooks: list[Any] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
+            if "weight" in module._parameters or path not in ports:  # else the hook is what computes the weight
+                hooks.append(module._forward_pre_hooks)
+            if any(hooks) or "forward" in vars(module):
+                raise Infeasible(f"{path} has a hook or a forward of its own, which would be lost")
+
     def _surrogate(self, site: Site, gate: ChannelGate) -> tuple[Tensor, Tensor]:
         """Slope and intercept of the gate in float64; what they start from, if the model has no values yet."""
         if gate.slope.device.type == "meta":
@@ -93,6 +110,7 @@ class Reader:
 
     def _output(self, port: Port) -> Affine:
         affine = self._affine(port)
+        self._check_width(port, affine.weight.shape[0], "outputs")
         if port.start == 0 and port.stop == port.total:
             return affine
         return rows(affine, self._place(torch.arange(port.start, port.stop, device=self._real(affine))))
@@ -123,8 +141,14 @@ class Reader:
     def _moved(self, affine: Affine) -> Affine:
         return replace(affine, weight=self._place(affine.weight), bias=self._place(affine.bias))
 
+    def _check_width(self, port: Port, width: int, what: str) -> None:
+        if width != port.total:
+            found = f"has {width} {what}, and had {port.total} when gates were put in"
+            raise CollapseError(port.module, found, "Convert the model as it is now.")
+
     def _input(self, port: Port, site: Site) -> Affine:
         affine = self._affine(port)
+        self._check_width(port, affine.weight.shape[1], "inputs")
         for fold in reversed(site.consumer_folds):
             scale, shift = self._scale_shift(fold, affine.weight.shape[1])
             if (shift.device.type == "meta" or bool((shift != 0).any())) and (affine.padded or not site.steady):
@@ -153,7 +177,11 @@ class Reader:
         return self._parameter(path, attribute)
 
     def _parameter(self, path: str, name: str) -> Tensor:
-        tensor: Tensor = getattr(self.model.get_submodule(path), name)
+        module = self.model.get_submodule(path)
+        tensor = getattr(module, name, None)
+        if not isinstance(tensor, Tensor):
+            found = f"is a {type(module).__name__} without {name}; another layer stood here when gates were put in"
+            raise CollapseError(path or type(module).__name__, found, "Convert the model as it is now.")
         return self._finite(f"{path}.{name}" if path else name, tensor.detach())
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:

@@ -61,9 +61,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote, perhaps edited since."""
-        data = json.loads(text)
-        return cls(tuple(SitePlan(**{**site, "linear": tuple(site["linear"])}) for site in data["sites"]))
+        """The plan that `to_json` wrote, perhaps edited since.
+
+        Raises:
+            UsageError: the text is no plan.
+        """
+        try:
+            data = json.loads(text)
+            return cls(tuple(SitePlan(**{**site, "linear": tuple(site["linear"])}) for site in data["sites"]))
+        except (ValueError, TypeError, KeyError) as error:
+            found = f"found no plan ({type(error).__name__}: {error})"
+            raise UsageError("Plan.from_json", found, "Pass what Plan.to_json gave.") from error
 
     def __getitem__(self, name: str) -> SitePlan:
         return next(site for site in self.sites if site.site == name)

@@ -36,6 +36,16 @@ def record_of(model: nn.Module) -> Record | None:
     return found if isinstance(found, Record) else None
 
 
+def converted_parts(model: nn.Module) -> list[str]:
+    """Paths of the modules that were converted: "" for the model itself, or submodules converted by themselves."""
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer in paths)
+        if record_of(module) is not None and not inside:
+            paths.append(path)
+    return paths
+
+
 def set_record(model: nn.Module, record: Record) -> None:
     """Attach a record to a model; it survives deepcopy and pickle, and is no part of the state dict."""
     model.__dict__[_ATTRIBUTE] = record

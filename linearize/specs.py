@@ -68,6 +68,8 @@ def spec_of(module: nn.Module) -> Spec:
         return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis}
     if isinstance(module, layers.MaskedActivation):
         return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
+    if isinstance(module, layers.BlendedActivation):
+        return {"type": "BlendedActivation", "channels": module.alpha.numel(), "axis": module.axis}
     if isinstance(module, ChannelGate):
         site = module.site.to_dict() if module.site is not None else None
         return {
@@ -151,6 +153,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Elementwise": lambda current, options: layers.Elementwise(**options),
     "PartialActivation": lambda current, options: layers.PartialActivation(current, **options),
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
+    "BlendedActivation": lambda current, options: layers.BlendedActivation(current, **options),
     "Children": _children,
     "ChannelGate": _gate,
     "Rewrite": rewrite_calls,
@@ -192,6 +195,8 @@ def all_steps(model: nn.Module) -> list[Step]:
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path`; it takes over the training mode of what stood there."""
     parent, _, name = path.rpartition(".")
-    holder = model.get_submodule(parent)
-    module.train(holder.training)
-    setattr(holder, name, module)
+    current = model.get_submodule(path)
+    if current is module:  # rewritten in place, perhaps the model itself
+        return
+    module.train(current.training)
+    setattr(model.get_submodule(parent), name, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from linearize.convert import convert, unwrapped
 from linearize.gate import ChannelGate, gates
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, make_plan, masks_of
-from linearize.record import Record, record_of
+from linearize.record import Record, converted_parts, record_of
 from linearize.report.table import render
 from linearize.sites import Site
 
@@ -101,6 +101,10 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     if not found:
         model = convert(model, example_inputs)
         found = gates(model)
+    parts = converted_parts(model)
+    if parts and "" not in parts:
+        inner = [(path, summary(model.get_submodule(path))) for path in parts]
+        return Summary(tuple(replace(row, name=f"{path}.{row.name}") for path, part in inner for row in part.sites))
     masks = masks_of(found)
     anything = any(bool(mask.any()) for mask in masks.values())
     everything = {name: torch.ones_like(mask) for name, mask in masks.items()}

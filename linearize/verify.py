@@ -97,6 +97,9 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance
     """
     if tolerance is not None and not tolerance >= 0:
         raise UsageError("tolerance", f"found {tolerance}", "Pass a number of at least 0, or None.")
+    for name, given in (("reference", reference), ("candidate", candidate)):
+        if not isinstance(given, nn.Module):
+            raise UsageError(name, f"found {type(given).__name__}", "Pass a torch.nn.Module.")
     parameters = [p for model in (reference, candidate) for p in model.parameters()]
     comparison = _Comparison(tolerance, max((_tolerance(p.dtype) for p in parameters), default=0.0))
     with evaluating(reference, candidate):

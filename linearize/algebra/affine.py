@@ -161,6 +161,9 @@ def _convolved(outer: Affine, inner: Affine) -> tuple[Tensor, Sizes]:
         inner.weight,
         tuple(d // c if k > 1 else 1 for d, c, k in zip(inner.dilation, common, inner.kernel, strict=True)),
     )
+    if a.shape[1] == 0:  # nothing passes: convolutions refuse to work on no channels
+        sizes = (p + q - 1 for p, q in zip(a.shape[2:], b.shape[2:], strict=True))
+        return a.new_zeros(a.shape[0], b.shape[1], *sizes), common
     transposed = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[outer.dims - 1]
     return transposed(a, b), common
 

@@ -1,0 +1,34 @@
+"""Copy a model, whatever its users have left on its modules."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+
+
+def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
+    """A deep copy. Tensors that a forward left in attributes, with the graph of their gradients, are copied without it.
+
+    Raises:
+        LinearizeError: of the given class, if an attribute cannot be copied.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.last = layer(layer.weight)
+        >>> duplicate(layer, LinearizeError).last.requires_grad
+        False
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as failure:  # an attribute may be anything: a lock, a file, a generator
+        found = f"cannot be copied ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
+        remedy = "Take away the attribute that copy.deepcopy refuses, or convert with inplace=True."
+        raise error(type(model).__name__, found, remedy) from failure
