@@ -113,9 +113,9 @@ class ChannelGate(nn.Module):
         self.frozen.logical_or_(mask)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The gated activation of `x`."""
-        activation = self.activation
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name by which torch's activations may be called
+        """The gated activation of `input`."""
+        activation, x = self.activation, input
         unit = Unit(activation, Line(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
         if torch.compiler.is_compiling() or not recomputable(activation, x):
             return mix(unit, x)

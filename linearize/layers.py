@@ -75,8 +75,8 @@ class MaskedActivation(nn.Module):
         self.register_buffer("slope", torch.ones(channels))
         self.register_buffer("intercept", torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, y = input, self.activation(input)
         sizes = (-1, *(1,) * (-1 - self.axis))
         line = self.slope.view(sizes).to(x.dtype) * x + self.intercept.view(sizes).to(x.dtype)
         out: Tensor = torch.where(self.linear.view(sizes), line.to(y.dtype), y)
@@ -110,8 +110,8 @@ class BlendedActivation(nn.Module):
         self.register_buffer("slope", torch.ones(channels))
         self.register_buffer("intercept", torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, y = input, self.activation(input)
         sizes = (-1, *(1,) * (-1 - self.axis))
         of_y, of_x, of_one = (
             value.view(sizes) for value in (1 - self.alpha, self.alpha * self.slope, self.alpha * self.intercept)
@@ -138,8 +138,8 @@ class Elementwise(nn.Module):
         self.function = function
         self.options = dict(options or {})
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = getattr(torch.ops.aten, self.function)(x, **self.options)
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = getattr(torch.ops.aten, self.function)(input, **self.options)
         return out
 
     def extra_repr(self) -> str:
