@@ -31,7 +31,7 @@ from linearize.finetune import finetune
 from linearize.report.compression import Report, outcome_table
 from linearize.report.pictures import draw
 from linearize.report.timing import write_json
-from linearize.running import evaluating
+from linearize.running.models import evaluating
 
 CLOCK = time.perf_counter()
 

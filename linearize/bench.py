@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.capture import Inputs
 from linearize.errors import UsageError
+from linearize.graph.capture import Inputs
 from linearize.report.timing import BenchmarkResult, Ratio, Timing, environment
-from linearize.running import batches_of, call, device_of, evaluating, move
+from linearize.running.models import batches_of, call, device_of, evaluating, move
 
 __all__ = ["benchmark"]
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.batches import read_batch, to_device
+from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
-from linearize.moments import Moments, SiteCalibration
-from linearize.progress import progress_bar
-from linearize.running import device_of, evaluating
+from linearize.running.batches import read_batch, to_device
+from linearize.running.models import device_of, evaluating
+from linearize.running.progress import progress_bar
 
 __all__ = ["Calibration", "SiteCalibration", "calibrate", "stream"]
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import tensorfile, zoo
+from linearize import zoo
+from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
-from linearize.finite import all_finite
-from linearize.manifest import Manifest, may_hold
 from linearize.record import record_of, set_record
-from linearize.restore import check_fit, copy_without_weights, fill, put_rest
-from linearize.specs import all_steps, replay
+from linearize.storage import tensorfile
+from linearize.storage.manifest import Manifest, may_hold
+from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest
+from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.structure import (
     Difference,
     Limit,

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine
+from linearize.algebra.finite import all_finite
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
 from linearize.convert import unwrapped
-from linearize.dryrun import dry_run, first_line
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
-from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
-from linearize.layers import BlendedActivation, MaskedActivation
-from linearize.maps import Reader
+from linearize.graph.dryrun import dry_run, first_line
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, When, fixed_producer, make_plan, mask_of, masks_of
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
-from linearize.specs import Spec, build, replace_module, spec_of
+from linearize.surgery.layers import BlendedActivation, MaskedActivation
+from linearize.surgery.maps import Reader
+from linearize.surgery.specs import Spec, build, replace_module, spec_of
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.batches import read_batch
 from linearize.bench import benchmark
 from linearize.calibrate import calibrate
 from linearize.collapse import collapse
@@ -21,12 +20,13 @@ from linearize.cost import cost
 from linearize.errors import DataError, UsageError
 from linearize.finetune import Evaluate
 from linearize.finetune import finetune as train
-from linearize.losses import evaluate_batches
 from linearize.plan import Plan, When, make_plan
 from linearize.prior import SparsityPrior
 from linearize.report.compression import Report
-from linearize.running import device_of, evaluating
+from linearize.running.batches import read_batch
+from linearize.running.models import device_of, evaluating
 from linearize.summary import summary
+from linearize.training.losses import evaluate_batches
 from linearize.verify import verify
 
 __all__ = ["Result", "compress"]

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from linearize.capture import Inputs, fake_inputs, normalize_inputs
-from linearize.discover import discover
-from linearize.dryrun import Op, dry_run
+from linearize.algebra.finite import all_finite
 from linearize.duplicate import duplicate
 from linearize.errors import ConvertError, LinearizeError, UsageError
-from linearize.finite import all_finite
 from linearize.gate import ChannelGate, gates
+from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
+from linearize.graph.discover import discover
+from linearize.graph.dryrun import Op, dry_run
 from linearize.record import Record, Step, record_of, set_record
-from linearize.rewrite import Options, concrete_arguments
 from linearize.sites import Site
-from linearize.specs import build, replace_module
+from linearize.surgery.rewrite import Options, concrete_arguments
+from linearize.surgery.specs import build, replace_module
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.capture import Inputs, untouched
 from linearize.errors import UsageError
-from linearize.running import batches_of, call, evaluating
+from linearize.graph.capture import Inputs, untouched
+from linearize.running.models import batches_of, call, evaluating
 
 __all__ = ["Cost", "cost"]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from linearize import trainstate
 from linearize.errors import DataError, TrainingError, UsageError
-from linearize.losses import evaluate_batches
 from linearize.prior import SparsityPrior, param_groups
-from linearize.progress import progress_bar
-from linearize.running import evaluating
-from linearize.training import Loss, Objective, Run
+from linearize.running.models import evaluating
+from linearize.running.progress import progress_bar
+from linearize.training import state as trainstate
+from linearize.training.losses import evaluate_batches
+from linearize.training.run import Loss, Objective, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from linearize.algebra.forms import FORMS, Infeasible, Maps, Pieces, cost
 from linearize.errors import UsageError
 from linearize.gate import ChannelGate, gates
-from linearize.maps import Reader
 from linearize.sites import Site
+from linearize.surgery.maps import Reader
 
 When = Literal["cheaper", "always"]
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from linearize.compete import SCHEDULES, Competition, channel_costs
 from linearize.errors import TrainingError, UsageError
 from linearize.gate import ChannelGate, gates
+from linearize.training.compete import SCHEDULES, Competition, channel_costs
 
 if TYPE_CHECKING:
     from linearize.calibrate import Calibration

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from linearize.errors import UsageError
 from linearize.report.verification import OutputError, Verification, worst
-from linearize.running import batches_of, call, evaluating
+from linearize.running.models import batches_of, call, evaluating
 
 __all__ = ["verify"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from linearize.capture import normalize_inputs, tensors_of
+from linearize.graph.capture import normalize_inputs, tensors_of
 
 # Sums are reordered by folding, once per site; each reordering costs a few units of rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.analysis import PathGraph, average_path_length
-from linearize.layers import MaskedActivation, PartialActivation
+from linearize.surgery.layers import MaskedActivation, PartialActivation
 from tests import toys
 from tests.chain import randomize
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from linearize.algebra.moments import Moments
 from linearize.calibrate import calibrate
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate
-from linearize.moments import Moments
 
 
 def gated(activation: nn.Module, channels: int = 4, **options: Any) -> ChannelGate:

@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-from linearize import tensorfile, zoo
+from linearize import zoo
 from linearize.checkpoint import load, save
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Record, record_of, set_record
-from linearize.specs import replace_module, spec_of
+from linearize.storage import tensorfile
+from linearize.surgery.specs import replace_module, spec_of
 from tests.test_zoo import TIMM, TRANSFORMERS, assert_same_function
 
 timm = pytest.importorskip("timm")

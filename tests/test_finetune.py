@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from linearize import tensorfile
-from linearize.batches import Batch
 from linearize.errors import CheckpointError, DataError, LinearizeError, TrainingError, UsageError
 from linearize.finetune import FinetuneResult, finetune
 from linearize.gate import ChannelGate, gates
-from linearize.losses import distillation_loss
 from linearize.prior import SparsityPrior
-from linearize.trainstate import read_state, write_state
+from linearize.running.batches import Batch
+from linearize.storage import tensorfile
+from linearize.training.losses import distillation_loss
+from linearize.training.state import read_state, write_state
 
 X = torch.randn(192, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] * X[:, 1] > 0).long()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import linearize
-from linearize.capture import tensors_of
+from linearize.graph.capture import tensors_of
 from tests.chain import check_chain, error, outputs, randomize
 
 timm = pytest.importorskip("timm")

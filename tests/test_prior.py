@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from linearize.calibrate import calibrate
-from linearize.compete import SCHEDULES
 from linearize.errors import TrainingError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.prior import SparsityPrior, param_groups
 from linearize.sites import Site
+from linearize.training.compete import SCHEDULES
 
 
 def network(*widths: int, saved: tuple[float, ...] = (), reason: str | None = None) -> nn.Sequential:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.capture import Inputs
+from linearize.graph.capture import Inputs
 
 # Smallest first: a reduced input finds the same activations and the same algebra in a fraction of the time.
 SIZES = (64, 96, 128, 192, 224, 256)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from linearize.capture import Inputs, tensors_of
 from linearize.cost import cost
+from linearize.graph.capture import Inputs, tensors_of
 from linearize.record import record_of
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from linearize.analysis.canonical import canonical, canonical_distance
 from linearize.analysis.core import Core, CoreRecorder, core_network
 from linearize.analysis.dimension import FunctionalDimension, functional_dimension
 from linearize.analysis.paths import PathGraph, PathLength, average_path_length
+from linearize.analysis.reduce import reduce
+from linearize.analysis.symmetries import Symmetry, hidden_symmetries, symmetry_table
 from linearize.analysis.tangent import TangentRecorder, kernel_distance, kernel_rank, tangent_kernel
 
 __all__ = [
@@ -13,11 +16,17 @@ __all__ = [
     "FunctionalDimension",
     "PathGraph",
     "PathLength",
+    "Symmetry",
     "TangentRecorder",
     "average_path_length",
+    "canonical",
+    "canonical_distance",
     "core_network",
     "functional_dimension",
+    "hidden_symmetries",
     "kernel_distance",
     "kernel_rank",
+    "reduce",
+    "symmetry_table",
     "tangent_kernel",
 ]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from linearize.analysis.jacobian import BYTES, Differentiable, chunks, human
 from linearize.analysis.units import inputs_of
-from linearize.discover import discover
 from linearize.errors import CaptureError, UsageError
 from linearize.gate import gates
+from linearize.graph.discover import discover
 from linearize.record import record_of
 from linearize.report.table import render
 from linearize.sites import Site

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
-from linearize.capture import Inputs, normalize_inputs, tensors_of
 from linearize.convert import unwrapped
 from linearize.errors import UsageError
 from linearize.gate import ChannelGate
-from linearize.running import device_of, move
+from linearize.graph.capture import Inputs, normalize_inputs, tensors_of
+from linearize.running.models import device_of, move
 
 BYTES = 8  # of a float64
 

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from linearize.analysis.flow import Flow, average, passed, reduced, source
 from linearize.analysis.rules import Rules
 from linearize.analysis.units import Unit, check_weighting, find_units, inputs_of
-from linearize.capture import CONSTANT, Capture, capture, is_check, shape
-from linearize.channels import channel_axes, is_inplace
 from linearize.convert import unwrapped
 from linearize.errors import CaptureError
+from linearize.graph.capture import CONSTANT, Capture, capture, is_check, shape
+from linearize.graph.channels import channel_axes, is_inplace
 from linearize.report.table import render
 
 __all__ = ["OutputPaths", "PathGraph", "PathLength", "average_path_length"]

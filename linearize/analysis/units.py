@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from linearize.activations import Activation, find_activations
-from linearize.capture import CONSTANT, Call, Capture, Inputs, fake_inputs, normalize_inputs, shape, users
-from linearize.channels import channel_axes
-from linearize.discover import _locate
 from linearize.errors import UsageError
 from linearize.gate import ChannelGate
-from linearize.layers import MaskedActivation, PartialActivation
+from linearize.graph.activations import Activation, find_activations
+from linearize.graph.capture import CONSTANT, Call, Capture, Inputs, fake_inputs, normalize_inputs, shape, users
+from linearize.graph.channels import channel_axes
+from linearize.graph.discover import _locate
 from linearize.record import record_of
+from linearize.surgery.layers import MaskedActivation, PartialActivation
 
 _GATES = (ChannelGate, PartialActivation, MaskedActivation)
 GateLike = ChannelGate | PartialActivation | MaskedActivation
@@ -137,15 +138,14 @@ def inputs_of(model: nn.Module, example_inputs: object) -> Inputs:
     if record is not None and record.inputs is not None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         args, kwargs = record.inputs
-        return fake_inputs((args, kwargs)) if device.type == "meta" else _zeros((args, kwargs), device)
+        return fake_inputs((args, kwargs)) if device.type == "meta" else zeros_like_inputs((args, kwargs), device)
     from linearize import zoo
 
     return zoo.example_inputs(model)
 
 
-def _zeros(inputs: Inputs, device: torch.device) -> Inputs:
-    from torch.utils import _pytree as pytree
-
+def zeros_like_inputs(inputs: Inputs, device: torch.device) -> Inputs:
+    """The same inputs with zeros on a device: the values of what only shapes are known of."""
     made: Inputs = pytree.tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), inputs)
     return made
 

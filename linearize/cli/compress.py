@@ -16,8 +16,8 @@ from linearize.compress import compress as compress_model
 from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
-from linearize.losses import main_output
-from linearize.running import evaluating
+from linearize.running.models import evaluating
+from linearize.training.losses import main_output
 
 __all__ = ["compress"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.capture import Inputs, normalize_inputs
 from linearize.errors import UsageError
+from linearize.graph.capture import Inputs, normalize_inputs
 
 __all__ = ["batches_of", "call", "device_of", "evaluating", "move"]
 

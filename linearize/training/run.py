@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from linearize.batches import Batch, read_batch, to_device
 from linearize.errors import DataError, TrainingError
 from linearize.gate import gates
-from linearize.losses import distillation_loss, task_loss
 from linearize.prior import SparsityPrior
-from linearize.trainstate import random_state, set_random_state
+from linearize.running.batches import Batch, read_batch, to_device
+from linearize.training.losses import distillation_loss, task_loss
+from linearize.training.state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
-from linearize.batches import Batch, read_batch, to_device
 from linearize.errors import DataError, TrainingError
-from linearize.running import device_of, evaluating
+from linearize.running.batches import Batch, read_batch, to_device
+from linearize.running.models import device_of, evaluating
 
 __all__ = ["IGNORED", "distillation_loss", "evaluate_batches", "main_output", "task_loss"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
-from linearize.manifest import Manifest
+from linearize.storage.manifest import Manifest
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."

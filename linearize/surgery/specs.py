@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from linearize import layers
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
-from linearize.rewrite import rewrite_calls
+from linearize.surgery import layers
+from linearize.surgery.rewrite import rewrite_calls
 
 Spec = dict[str, Any]
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linearize import tensorfile
 from linearize.errors import CheckpointError
+from linearize.storage import tensorfile
 
 __all__ = [
     "checkpoint_path",

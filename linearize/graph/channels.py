@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from linearize.capture import CONSTANT, shape
+from linearize.graph.capture import CONSTANT, shape
 
 # Elementwise and nonlinear: what a network's author would call an activation.
 ACTIVATIONS = frozenset(

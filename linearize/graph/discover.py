@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from linearize.activations import Activation, find_activations
-from linearize.capture import CONSTANT, Capture, Inputs, capture, shape, users
-from linearize.channels import channel_axes, constant, op_name
-from linearize.memory import overwrites, overwritten, stale_reader
+from linearize.graph.activations import Activation, find_activations
+from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, users
+from linearize.graph.channels import channel_axes, constant, op_name
+from linearize.graph.memory import overwrites, overwritten, stale_reader
+from linearize.graph.walk import Dead, Reading, Walker
 from linearize.sites import Port, Site
-from linearize.walk import Dead, Reading, Walker
 
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
 

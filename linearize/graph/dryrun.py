@@ -16,7 +16,7 @@ from torch.nn.modules import module as _module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.capture import Inputs, tensors_of, untouched
+from linearize.graph.capture import Inputs, tensors_of, untouched
 
 
 class Op(NamedTuple):

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-from linearize.activations import Activation
-from linearize.capture import Capture, is_check
-from linearize.channels import is_inplace
+from linearize.graph.activations import Activation
+from linearize.graph.capture import Capture, is_check
+from linearize.graph.channels import is_inplace
 
 
 def memory(node: fx.Node) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx, nn
 
 from linearize.errors import ConvertError
-from linearize.layers import Elementwise
+from linearize.surgery.layers import Elementwise
 
 Options = dict[str, Any]
 _REMEDY = "Make the activation a module of its own, called once, and convert again."

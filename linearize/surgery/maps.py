@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine, dense, norm_scale_shift, rows, scaled
+from linearize.algebra.finite import all_finite
 from linearize.algebra.forms import Infeasible, Maps, Pieces
 from linearize.errors import CollapseError
-from linearize.finite import all_finite
 from linearize.gate import ChannelGate
-from linearize.probe import has_own_forward, probed
 from linearize.sites import Fold, Port, Site
+from linearize.surgery.probe import has_own_forward, probed
 
 
 @dataclass

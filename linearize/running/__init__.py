@@ -1,0 +1,1 @@
+"""Run models over batches, for whatever purpose, and leave no trace."""
