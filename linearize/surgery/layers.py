@@ -45,7 +45,7 @@ class PartialActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x, carry = input, input.shape[self.axis] - self.keep
-        if self.keep >= carry and self._interleaved(x):
+        if self._interleaved(x) and self.keep >= carry:
             # The kept channels are short runs of memory: to activate all of them and put the others back is faster.
             y: Tensor = self.activation(x)
             y.narrow(self.axis, self.keep, carry).copy_(x.narrow(self.axis, self.keep, carry))
