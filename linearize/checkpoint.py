@@ -131,8 +131,9 @@ def _find_recipe(model: nn.Module, content: Manifest) -> Difference:
     problem = None
     for candidate in zoo.candidates(model):
         try:
+            fresh = zoo.skeleton(candidate)
             with parameters_on_meta():
-                fresh = replay(zoo.skeleton(candidate), content.steps)
+                replay(fresh, content.steps)
         except LinearizeError as error:
             problem = problem or str(error)
             continue

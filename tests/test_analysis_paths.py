@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.analysis import PathGraph, average_path_length
-from linearize.surgery.layers import MaskedActivation, PartialActivation
+from linearize.surgery.layers import BlendedActivation, MaskedActivation, PartialActivation
 from tests import toys
 from tests.chain import randomize
 
@@ -206,6 +206,9 @@ def test_the_right_channels_of_permanent_gates_count() -> None:
     found = average_path_length(net, torch.randn(2, 3))
     assert found.outputs[0].channel_means.tolist() == pytest.approx([1.25] * 6 + [0.25] * 2)
     assert float(found) == pytest.approx(0.25 + 0.75)
+    blended = BlendedActivation(nn.ReLU(), channels=4, axis=-1)
+    blended.alpha.copy_(torch.tensor([0.0, 0.5, 1.0, 1.0]))
+    assert float(average_path_length(nn.Sequential(nn.Linear(3, 4), blended), torch.randn(2, 3))) == 0.5
 
 
 def test_a_collapsed_model_without_carried_terms_keeps_its_length() -> None:

@@ -73,6 +73,12 @@ def test_round_trip_of_timm_models(name: str, tmp_path: Path) -> None:
     assert_same_function(model, load(tmp_path / "m.safetensors"))
 
 
+def test_round_trip_of_a_model_that_computes_with_its_parameters_while_it_is_built(tmp_path: Path) -> None:
+    model = timm.create_model("vitamin_small_224", img_size=64).eval()
+    save(model, tmp_path / "m.safetensors")
+    assert_same_function(model, load(tmp_path / "m.safetensors"))
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_round_trip_of_transformers_models(name: str, tmp_path: Path) -> None:
     model: Any = TRANSFORMERS[name]().train()

@@ -7,6 +7,7 @@ from linearize.analysis.core import Core, CoreRecorder, core_network
 from linearize.analysis.dimension import FunctionalDimension, functional_dimension
 from linearize.analysis.paths import PathGraph, PathLength, average_path_length
 from linearize.analysis.reduce import reduce
+from linearize.analysis.separability import Separability, class_separability
 from linearize.analysis.symmetries import Symmetry, hidden_symmetries, symmetry_table
 from linearize.analysis.tangent import TangentRecorder, kernel_distance, kernel_rank, tangent_kernel
 
@@ -16,11 +17,13 @@ __all__ = [
     "FunctionalDimension",
     "PathGraph",
     "PathLength",
+    "Separability",
     "Symmetry",
     "TangentRecorder",
     "average_path_length",
     "canonical",
     "canonical_distance",
+    "class_separability",
     "core_network",
     "functional_dimension",
     "hidden_symmetries",

@@ -20,10 +20,10 @@ from linearize.graph.capture import CONSTANT, Call, Capture, Inputs, fake_inputs
 from linearize.graph.channels import channel_axes
 from linearize.graph.discover import _locate
 from linearize.record import record_of
-from linearize.surgery.layers import MaskedActivation, PartialActivation
+from linearize.surgery.layers import BlendedActivation, MaskedActivation, PartialActivation
 
-_GATES = (ChannelGate, PartialActivation, MaskedActivation)
-GateLike = ChannelGate | PartialActivation | MaskedActivation
+_GATES = (ChannelGate, PartialActivation, MaskedActivation, BlendedActivation)
+GateLike = ChannelGate | PartialActivation | MaskedActivation | BlendedActivation
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Unit:
             return ~gate.linear.cpu()
         if isinstance(gate, MaskedActivation) and not gate.linear.is_meta:
             return ~gate.linear.cpu()
+        if isinstance(gate, BlendedActivation) and not gate.alpha.is_meta:
+            return gate.alpha.cpu() < 1
         return torch.ones(self.channels, dtype=torch.bool)
 
 

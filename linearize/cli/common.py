@@ -10,6 +10,7 @@ import typer
 from torch import nn
 
 from linearize import zoo
+from linearize.checkpoint import load
 from linearize.data import DataSource, load_data
 from linearize.errors import CaptureError, UsageError
 from linearize.record import record_of
@@ -75,7 +76,7 @@ def open_model(
     """The model that a user names; its random weights are those of the seed.
 
     Args:
-        spec: as `zoo.create` takes it.
+        spec: as `zoo.create` takes it, or the path of a file that `linearize.save` wrote.
         arguments: texts KEY=VALUE; a value is JSON, or text as it stands.
         pretrained: as `zoo.create` takes it.
         seed: of the random weights.
@@ -87,6 +88,8 @@ def open_model(
     kwargs = {**more, **dict(_argument(text) for text in arguments or [])}
     if spec.endswith(".safetensors") and kwargs:
         raise UsageError("--model-arg", "found with a file, which fixes its model", "Leave it out.")
+    if spec.endswith(".safetensors"):
+        return load(spec)
     torch.manual_seed(seed)
     return zoo.create(spec, **({} if pretrained is None else {"pretrained": pretrained}), **kwargs)
 

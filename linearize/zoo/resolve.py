@@ -19,8 +19,7 @@ def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Mo
     """Make the model that ``spec`` names, in eval mode.
 
     Args:
-        spec: ``timm:NAME``, ``hf:FOLDER_OR_NAME``, ``package.module:callable``, or the path of a file that
-            `linearize.save` wrote.
+        spec: ``timm:NAME``, ``hf:FOLDER_OR_NAME`` or ``package.module:callable``.
         pretrained: True asks for pretrained weights, False for random ones. None means: timm random, a folder
             or name of transformers with its weights, if it has any.
         **kwargs: passed on to ``timm.create_model``, to the configuration, or to the callable. What timm gets
@@ -28,7 +27,6 @@ def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Mo
 
     Raises:
         UsageError: the spec has no such form, or the model that it names cannot be made.
-        CheckpointError: the file cannot be loaded.
 
     Example:
         >>> model = create("timm:test_vit", num_classes=10)
@@ -36,10 +34,6 @@ def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Mo
         ('VisionTransformer', 10)
     """
     library, colon, name = spec.partition(":")
-    if spec.endswith(".safetensors"):
-        from linearize.checkpoint import load
-
-        return load(spec, **kwargs)
     if colon and library == "timm" and name:
         model = timm_models.create(name, pretrained=bool(pretrained), **kwargs).eval()
         if is_plain(kwargs, simple=True):
