@@ -5,6 +5,8 @@ from __future__ import annotations
 from linearize._version import __version__ as __version__
 from linearize.analysis.dimension import FunctionalDimension, functional_dimension
 from linearize.analysis.paths import PathLength, average_path_length
+from linearize.analysis.reduce import reduce
+from linearize.analysis.symmetries import Symmetry, hidden_symmetries
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
@@ -47,6 +49,7 @@ __all__ = [
     "Result",
     "SparsityPrior",
     "Summary",
+    "Symmetry",
     "TrainingError",
     "UsageError",
     "Verification",
@@ -59,8 +62,10 @@ __all__ = [
     "finetune",
     "functional_dimension",
     "gates",
+    "hidden_symmetries",
     "load",
     "param_groups",
+    "reduce",
     "save",
     "summary",
     "verify",

@@ -132,7 +132,7 @@ def paths(nodes: list[Node], place: int, channel: int, normalized: bool) -> Iter
             yield weight * (share if normalized else 1.0), length + longer
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(16))
 def test_equals_the_enumeration_of_all_paths(seed: int) -> None:
     nodes = random_nodes(seed)
     graph = PathGraph.of(Net(nodes).eval(), torch.randn(2, nodes[0].channels, 5))
@@ -225,8 +225,8 @@ class Dense(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.wide = nn.ModuleList(nn.Linear(8 * (i + 1), 4096) for i in range(depth))
-        self.narrow = nn.ModuleList(nn.Linear(4096, 8) for _ in range(depth))
+        self.wide = nn.ModuleList(nn.Linear(8 * (i + 1), 65536) for i in range(depth))
+        self.narrow = nn.ModuleList(nn.Linear(65536, 8) for _ in range(depth))
         self.head = nn.Linear(8 * (depth + 1), 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,14 +238,14 @@ class Dense(nn.Module):
 
 
 def test_dense_connections_do_not_overflow() -> None:
-    depth = 70
+    depth = 56
     with torch.device("meta"):
         net = Dense(depth)
     graph = PathGraph.of(net, torch.empty(1, 8, device="meta"))
     counted = graph.lengths("unnormalized")
-    # Every subset of k layers makes (8 * 4096)^k paths of length k: logarithms, for the numbers are too large.
+    # Every subset of k layers makes (8 * 65536)^k paths of length k: logarithms, for the numbers are too large.
     logs = [
-        math.lgamma(depth + 1) - math.lgamma(k + 1) - math.lgamma(depth - k + 1) + k * math.log(8 * 4096)
+        math.lgamma(depth + 1) - math.lgamma(k + 1) - math.lgamma(depth - k + 1) + k * math.log(8 * 65536)
         for k in range(depth + 1)
     ]
     expected = torch.softmax(torch.tensor(logs, dtype=torch.float64), 0)
@@ -353,7 +353,7 @@ def test_plain_data_and_a_table() -> None:
     assert "average path length 1.000 (normalized)" in str(found)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_maxvit"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 def test_models_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
     graph = PathGraph.of(timm.create_model(name))
