@@ -45,6 +45,18 @@ _POOLS = frozenset(
 _MAX_POOLS = frozenset(
     ("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d").split()
 )
+_ALIASES = {
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "negative": "neg",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+}
 # These read any operand's values; every other op reads the first one's, and from others at most shape or type.
 _ANY_OPERAND = frozenset(
     (
@@ -85,7 +97,8 @@ def op_name(node: fx.Node) -> str:
     if packet is None:
         return getattr(node.target, "__name__", str(node.target))
     name = str(packet).removeprefix("aten.")
-    return name if name.startswith("_") else name.rstrip("_")
+    name = name if name.startswith("_") else name.rstrip("_")
+    return _ALIASES.get(name, name)
 
 
 def is_inplace(node: fx.Node) -> bool:
@@ -179,7 +192,7 @@ def _permute(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...],
     return Motion(_axes(_argument(node, 1, "dims"), len(before)).index(axis))
 
 
-@_rule("transpose", "swapaxes", "swapdims", "t")
+@_rule("transpose", "t")
 def _transpose(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     rank = len(before)
     if rank < 2:
@@ -188,7 +201,7 @@ def _transpose(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...
     return Motion({a: b, b: a}.get(axis, axis))
 
 
-@_rule("movedim", "moveaxis")
+@_rule("movedim")
 def _movedim(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     starts, ends = (_axes(node.args[i], len(before)) for i in (1, 2))
     order = [a for a in range(len(before)) if a not in starts]
@@ -302,17 +315,14 @@ def _pad(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
     "roll",
     "flip",
     "index_select",
-    "gather_positions",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "replication_pad2d",
+    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
     "cumsum",
 )
 def _positions(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     """Linear on every channel alike as long as they work on other axes."""
     name = op_name(node)
     dims = _argument(node, 2 if name == "roll" else 1, "dims")
-    moved_axes = [] if name.endswith(("pad1d", "pad2d")) else _axes(dims, len(before))
+    moved_axes = [] if "_pad" in name else _axes(dims, len(before))
     if axis in moved_axes or before[axis] != after[axis]:
         return Motion(axis if before == after else None, f"{name} reorders the channels")
     return Motion(axis, steady=name != "cumsum")
@@ -335,6 +345,11 @@ def _scale(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], a
         if aligned >= 0 and sizes[aligned] == math.prod(sizes) == after[kept] and op_name(node) == "mul":
             return Motion(kept, steady=False, factor=others[0])
     return Motion(kept, "it is multiplied by another tensor")
+
+
+@_rule("neg")
+def _negative(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
+    return Motion(axis, steady=False)
 
 
 @_rule("add", "sub", "rsub")
@@ -363,7 +378,7 @@ def _keeps(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], a
     return Motion(_broadcast_axis(before, after, axis), f"{op_name(node)} is not linear")
 
 
-@_rule("cat", "concat", "stack")
+@_rule("cat", "stack")
 def _cat(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     dim = _wrap(_argument(node, 1, "dim", 0), len(after))
     if op_name(node) == "stack":
