@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.affine import Affine
-from linearize.algebra.finite import all_finite
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
 from linearize.convert import unwrapped
 from linearize.duplicate import duplicate
@@ -20,6 +17,7 @@ from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, When, fixed_produc
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
+from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
 from linearize.surgery.specs import Spec, build, replace_module, spec_of
 
@@ -227,63 +225,6 @@ def _settle_maps(model: nn.Module, pieces: Pieces, at: dict[str, int], final: se
         piece = pieces[path]
         pieces[path] = Piece(piece.layer, None, piece.number, piece.at)
     return steps
-
-
-def make_layer(path: str, piece: Piece, dims: int, old: nn.Module) -> nn.Module:
-    """The layer of a piece, in the dtype, on the device and with the `requires_grad` of the layer that it replaces.
-
-    Raises:
-        CollapseError: the folded weights do not fit the dtype (overflow).
-    """
-    if piece.layer == "identity":
-        return build({"type": "Identity"}, old)
-    if piece.layer == "all_ones":
-        return build({"type": "Ones", "width": piece.number}, old)
-    if piece.affine is None:
-        raise CollapseError(path, f"a piece of kind {piece.layer} without a map", "Please report this model.")
-    weight: Any = old.weight
-    kept = getattr(old, "bias", None) is not None and piece.layer != "carry"
-    spec = _layer_spec(piece, piece.affine, dims, bias=kept or bool((piece.affine.bias != 0).any()))
-    with torch.device("meta"):
-        layer = build(spec, old)
-    values = {"weight": piece.affine.weight, "bias": piece.affine.bias, "border": piece.border}
-    for name, _ in list(layer.named_parameters(recurse=False)):
-        setattr(layer, name, _cast(f"{path}.{name}", values[name], weight))
-    return layer
-
-
-_MATRIX = {"plain": "Linear", "carry": "CarryLinear", "ones": "OnesLinear"}
-_CONVOLUTION = {"plain": "Conv", "carry": "CarryConv", "input_carry": "InputCarryConv", "border": "BorderConv"}
-
-
-def _layer_spec(piece: Piece, affine: Affine, dims: int, *, bias: bool) -> Spec:
-    """The description of the layer that computes a piece."""
-    outputs, inputs = affine.weight.shape[:2]
-    extra = {
-        "carry": {"start": piece.number},
-        "ones": {"at": piece.at, "ones": piece.number},
-        "input_carry": {"ones": piece.number},
-    }.get(piece.layer, {})
-    if dims == 0:
-        return {"type": _MATRIX[piece.layer], "in_features": inputs, "out_features": outputs, "bias": bias, **extra}
-    kind = _CONVOLUTION[piece.layer].replace("Conv", "SameConv" if affine.same else "Conv")
-    geometry = {
-        "kernel_size": list(affine.kernel),
-        "stride": list(affine.stride),
-        "padding": list(affine.padding),
-        "dilation": list(affine.dilation),
-    }
-    sizes = {"in_channels": inputs, "out_channels": outputs}
-    return {"type": f"{kind}{dims}d", **sizes, **geometry, "bias": bias, **extra}
-
-
-def _cast(name: str, value: Tensor | None, like: Tensor) -> nn.Parameter:
-    if value is None:
-        raise CollapseError(name, "was not computed", "Please report this model.")
-    cast = value.to(like.device, like.dtype).contiguous()
-    if not all_finite(cast):
-        raise CollapseError(name, f"does not fit {like.dtype} after folding", "Collapse in float32 and cast then.")
-    return nn.Parameter(cast, requires_grad=like.requires_grad)
 
 
 def _difference(model: nn.Module, result: nn.Module) -> str | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +16,14 @@ from torch.utils import _pytree as pytree
 
 from linearize.algebra.finite import all_finite
 from linearize.duplicate import duplicate
-from linearize.errors import ConvertError, LinearizeError, UsageError
+from linearize.errors import ConvertError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
-from linearize.graph.dryrun import Op, dry_run
-from linearize.record import Record, Step, record_of, set_record
+from linearize.record import Record, record_of, set_record
 from linearize.sites import Site
-from linearize.surgery.rewrite import Options, concrete_arguments
-from linearize.surgery.specs import build, replace_module
+from linearize.surgery.owners import read_after_write, rewrite_owners
+from linearize.surgery.specs import replace_module
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +81,8 @@ def convert(
 def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn.Module:
     """Rewrite what must be rewritten, and put the gates in, all in place."""
     known = record_of(target) or Record()
-    sites, rewrites = _rewrite_owners(target, sites, inputs)
-    sites = _read_after_write(target, sites, inputs)
+    sites, rewrites = rewrite_owners(target, sites, inputs)
+    sites = read_after_write(target, sites, inputs)
     put = [site for site in sites if site.ungated is None]
     if not put:
         reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
@@ -192,153 +190,6 @@ def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[tuple[Site, ...], list[Step]]:
-    """Redirect activation calls inside forwards to children, so that they can be swapped like any module."""
-    owners: dict[str, list[Site]] = {}
-    for site in sites:
-        if site.ungated is None and site.call is not None:
-            owners.setdefault(site.module, []).append(site)
-    if not owners:
-        return sites, []
-    calls = Counter((site.module, site.target) for site in sites if site.call is not None)
-    concrete, expected = _observe(model, list(owners), inputs)
-    rewriting = _Rewriting(model, inputs, expected)
-    for owner, inside in owners.items():
-        options: Options = {
-            "calls": [_call(site, calls[owner, site.target]) for site in inside],
-            "concrete": concrete.get(owner, {}),
-        }
-        rewriting.rewrite({"path": owner, "module": {"type": "Rewrite", **options}})
-    rewriting.check()
-    return tuple(
-        replace(site, ungated=rewriting.failed[site.module])
-        if site.call is not None and site.module in rewriting.failed and site.ungated is None
-        else site
-        for site in sites
-    ), rewriting.steps
-
-
-@dataclass
-class _Rewriting:
-    """Rewrites forwards one by one, and takes back those after which the model does other things than before."""
-
-    model: nn.Module
-    inputs: Inputs
-    expected: list[list[Op]] | None
-    steps: list[Step] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    originals: dict[str, tuple[type[nn.Module], set[str]]] = field(default_factory=dict)
-
-    def rewrite(self, step: Step) -> None:
-        path = step["path"]
-        module = self.model.get_submodule(path)
-        self.originals[path] = (type(module), set(dict(module.named_children())))
-        try:
-            build(step["module"], module)
-            self.steps.append(step)
-        except LinearizeError as error:
-            self._fail(path, error.found)
-
-    def check(self) -> None:
-        """Compare what the model does, op by op, with what it did; look for the culprits if that differs."""
-        if not self.steps or operations(self.model, self.inputs) == self.expected:
-            return
-        tried, self.steps = self.steps, []
-        for step in tried:
-            self._undo(step["path"])
-        for step in tried:
-            self.rewrite(step)
-            if operations(self.model, self.inputs) != self.expected:
-                self.steps.pop()
-                self._undo(step["path"])
-                self._fail(step["path"], "symbolic tracing does not see all that it does")
-
-    def _undo(self, path: str) -> None:
-        module = self.model.get_submodule(path)
-        module.__class__, children = self.originals[path]
-        for name in set(dict(module.named_children())) - children:
-            delattr(module, name)
-
-    def _fail(self, path: str, why: str) -> None:
-        self.failed[path] = f"the forward of {path or 'the model'} cannot be rewritten: {why}"
-
-
-def _read_after_write(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[Site, ...]:
-    """No gate where an activation works in place and the code around takes its input for its result.
-
-    A gate does not overwrite its input. What the code then reads shows in a dry run, since a captured graph calls an
-    overwritten tensor by the name of the result.
-    """
-    working = {
-        site.name: [m for m in model.get_submodule(site.name).modules() if getattr(m, "inplace", False)]
-        for site in sites
-        if site.ungated is None
-    }
-    working = {name: modules for name, modules in working.items() if modules}
-    expected = operations(model, inputs) if working else None
-    if _out_of_place(model, inputs, working) == expected:
-        return sites
-    culprits = {name for name in working if _out_of_place(model, inputs, {name: working[name]}) != expected}
-    why = "it works in place, and the code around it reads what it has overwritten"
-    return tuple(replace(site, ungated=why) if site.name in culprits else site for site in sites)
-
-
-def _out_of_place(model: nn.Module, inputs: Inputs, working: dict[str, list[nn.Module]]) -> list[list[Op]] | None:
-    """The operations of the model while some of its modules do not work in place."""
-    if not working:
-        return None
-    modules: list[Any] = [module for group in working.values() for module in group]
-    try:
-        for module in modules:
-            module.inplace = False
-        return operations(model, inputs)
-    finally:
-        for module in modules:
-            module.inplace = True
-
-
-def _call(site: Site, of: int) -> Options:
-    call: Options = {"child": site.name.rsplit(".", 1)[-1], "target": site.target, "index": site.call, "of": of}
-    if site.function:
-        call |= {"function": site.function, "options": dict(site.options)}
-    return call
-
-
-def _observe(
-    model: nn.Module, owners: list[str], inputs: Inputs
-) -> tuple[dict[str, dict[str, Any]], list[list[Op]] | None]:
-    """The arguments that each owner is called with and that are no tensors; and the operations of the model."""
-    seen: dict[str, dict[str, Any]] = {}
-
-    def watch(path: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.setdefault(path, concrete_arguments(module, args, kwargs))
-
-        return note
-
-    hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in owners]
-    try:
-        return seen, operations(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def operations(model: nn.Module, inputs: Inputs) -> list[list[Op]] | None:
-    """The ops of a model in eval mode and in training mode; None if it does not run, in training mode an empty list."""
-    try:
-        found = [dry_run(model, inputs).ops]
-    except Exception as error:  # the model's own code may not run on fake tensors
-        _log.debug("no dry run: %s", error)
-        return None
-    try:
-        found.append(dry_run(model, inputs, training=True).ops)
-    except Exception as error:  # a batch of one in training mode, for example
-        _log.debug("no dry run in training mode: %s", error)
-        found.append([])
-    return found
 
 
 def _put_gate(model: nn.Module, site: Site) -> None:
