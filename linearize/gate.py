@@ -80,7 +80,7 @@ class ChannelGate(nn.Module):
             raise UsageError("ChannelGate", f"found channels={channels}", "Pass the size of the channel axis.")
         if axis >= 0:
             raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
-        self.activation = _out_of_place(activation)
+        self.activation = out_of_place(activation)
         self.channels = channels
         self.axis = axis
         self.gated_unit = gated_unit
@@ -171,7 +171,7 @@ def _plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPER_PARTS)
 
 
-def _out_of_place(activation: nn.Module) -> nn.Module:
+def out_of_place(activation: nn.Module) -> nn.Module:
     """The activation, or a copy that does not work in place: others may hold the same module."""
     if not any(getattr(module, "inplace", False) for module in activation.modules()):
         return activation

@@ -14,7 +14,7 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
-from linearize.surgery import layers
+from linearize.surgery import carriers, layers
 from linearize.surgery.rewrite import rewrite_calls
 
 Spec = dict[str, Any]
@@ -23,19 +23,19 @@ _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
 _PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ("in_features", "out_features")),
-    "CarryLinear": (layers.CarryLinear, ("in_features", "out_features", "start")),
-    "OnesLinear": (layers.OnesLinear, ("in_features", "out_features", "at", "ones")),
+    "CarryLinear": (carriers.CarryLinear, ("in_features", "out_features", "start")),
+    "OnesLinear": (carriers.OnesLinear, ("in_features", "out_features", "at", "ones")),
     **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
     **{
-        f"{kind}{n}d": (getattr(layers, f"{kind}{n}d"), _CONV)
+        f"{kind}{n}d": (getattr(carriers, f"{kind}{n}d"), _CONV)
         for kind in ("SameConv", "BorderConv", "BorderSameConv")
         for n in (1, 2, 3)
     },
 }
 # Set after construction: subclasses of convolutions with one number more.
 _EXTRA: dict[str, tuple[type[nn.Module], str]] = {
-    **{f"CarryConv{n}d": (getattr(layers, f"CarryConv{n}d"), "start") for n in (1, 2, 3)},
-    **{f"InputCarryConv{n}d": (getattr(layers, f"InputCarryConv{n}d"), "ones") for n in (1, 2, 3)},
+    **{f"CarryConv{n}d": (getattr(carriers, f"CarryConv{n}d"), "start") for n in (1, 2, 3)},
+    **{f"InputCarryConv{n}d": (getattr(carriers, f"InputCarryConv{n}d"), "ones") for n in (1, 2, 3)},
 }
 
 
@@ -60,7 +60,7 @@ def spec_of(module: nn.Module) -> Spec:
         }
     if isinstance(module, nn.Identity):
         return {"type": "Identity"}
-    if isinstance(module, layers.Ones):
+    if isinstance(module, carriers.Ones):
         return {"type": "Ones", "width": module.width}
     if isinstance(module, layers.Elementwise):
         return {"type": "Elementwise", "function": module.function, "options": module.options}
@@ -149,7 +149,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     **{name: _plain(kind) for name, (kind, _) in _PLAIN.items()},
     **{name: _extra(kind, extra) for name, (kind, extra) in _EXTRA.items()},
     "Identity": _identity,
-    "Ones": lambda current, options: layers.Ones(**options),
+    "Ones": lambda current, options: carriers.Ones(**options),
     "Elementwise": lambda current, options: layers.Elementwise(**options),
     "PartialActivation": lambda current, options: layers.PartialActivation(current, **options),
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
