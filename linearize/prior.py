@@ -58,9 +58,9 @@ class SparsityPrior:
         by: "target" only: count "channels", or "cost", the multiply-adds saved by collapsing them.
         cost_weighted: weight each channel by the cost that collapsing it saves, relative to the average
             channel: its term of the penalty, and its score in the competition.
-        calibration: what `linearize.calibrate` returned. "target" adds the share of each channel's
-            energy that its line explains to its alpha when it chooses, so that channels that are nearly
-            linear go first.
+        calibration: what `linearize.calibrate` returned. When "target" chooses, it adds to each alpha the
+            channel's place by the residual of its line (1 for the least of all layers, 0 for the most), so that
+            channels whose line leaves next to nothing go first.
         tolerance: a channel whose alpha is at least `1 - tolerance` after a step has arrived: it is frozen.
 
     Raises:
@@ -230,15 +230,21 @@ def param_groups(
 
 
 def _ease(named: Mapping[str, ChannelGate], calibration: Calibration) -> Tensor:
-    """What the line explains of each channel, in [0, 1], float64 (T,)."""
+    """Each channel's place by the residual of its line, over all layers: 1 for the least, 0 for the most; float64 (T,).
+
+    Not the share of variance that the line explains: a few channels of a trained network carry values so large that
+    the small part their line leaves outweighs all other channels together (docs/benchmarks.md).
+    """
     rows = []
     for name, gate in named.items():
         site = calibration.sites.get(name)
-        if site is None or len(site.unexplained) != gate.channels:
+        if site is None or len(site.residual) != gate.channels:
             found = "found no calibration of this gate" if site is None else "found another number of channels"
             raise UsageError(name, found, "Pass what calibrate returned for this very model.")
-        rows.append(1 - site.unexplained.double().cpu().clamp(0, 1))
-    return torch.cat(rows)
+        rows.append(site.residual.double().cpu())
+    residual = torch.cat(rows)
+    place = torch.searchsorted(residual.sort().values, residual)  # channels with equal residuals share a place
+    return 1 - place.double() / max(1, len(residual) - 1)
 
 
 def _check(name: str, value: object, valid: bool, expected: str, where: str = "SparsityPrior") -> None:

@@ -109,3 +109,19 @@ def test_constant_and_identity_channels_change_nothing() -> None:
     linearize.gates(gated)["1"].linearize_(mask)
     collapsed = linearize.collapse(gated, when="always")
     assert error(outputs(model, x), outputs(collapsed, x)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["mlp", "deep_mlp", "pointwise_then_padded", "packed_unit", "functional_activations"])
+def test_a_collapsed_model_converts_again(name: str) -> None:
+    """What one round leaves nonlinear, another can go on with: the gate then sits inside the partial activation."""
+    model, inputs = make(name, torch.float64)
+    gated = linearize.convert(model, inputs)
+    randomize(gated, 0.3)
+    once = linearize.collapse(gated, when="always")
+    again = linearize.convert(once, inputs)
+    assert error(outputs(once, inputs), outputs(again, inputs)) == 0.0
+    randomize(again, 0.5, seed=1)
+    moved = outputs(again, inputs)
+    assert error(outputs(once, inputs), moved) > 1e-10
+    twice = linearize.collapse(again, when="always")
+    assert error(moved, outputs(twice, inputs)) <= 1e-12

@@ -1,4 +1,4 @@
-"""The partial activation takes another way where nothing is recorded: it must not show."""
+"""The partial activation on shapes and memory layouts of all kinds."""
 
 from __future__ import annotations
 

@@ -27,22 +27,8 @@ class PartialActivation(nn.Module):
         self.axis = axis
 
     def forward(self, input: Tensor) -> Tensor:
-        x, carry = input, input.shape[self.axis] - self.keep
-        if self._interleaved(x) and self.keep >= carry:
-            # The kept channels are short runs of memory: to activate all of them and put the others back is faster.
-            y: Tensor = self.activation(x)
-            y.narrow(self.axis, self.keep, carry).copy_(x.narrow(self.axis, self.keep, carry))
-            return y
-        kept, carried = x.split((self.keep, carry), dim=self.axis)
+        kept, carried = input.split((self.keep, input.shape[self.axis] - self.keep), dim=self.axis)
         return torch.cat((self.activation(kept), carried), dim=self.axis)
-
-    def _interleaved(self, x: Tensor) -> bool:
-        """True for a plain tensor whose channels lie next to each other, where nothing is recorded or traced."""
-        if isinstance(self.activation, BlendedActivation):  # it has as many channels as are kept
-            return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-            return False
-        return x.stride(self.axis) == 1 and (x.is_contiguous() or x.movedim(self.axis, -1).is_contiguous())
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}, axis={self.axis}"
