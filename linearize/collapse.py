@@ -74,7 +74,8 @@ def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
     result, failure = _try(model, chosen)
     if failure is not None and plan is None:
         barred = _troublemakers(model, chosen)
-        _log.warning("%d sites keep a partial activation: the code around them does not run otherwise.", len(barred))
+        for name, why in barred.items():
+            _log.warning("%s keeps a partial activation: %s", name, why)
         result, failure = _try(model, make_plan(model, when=when, barred=barred))
     if result is None:
         found = f"does not run after collapsing ({failure})"

@@ -74,7 +74,18 @@ class _TensorsOnly(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        return tensors_of(self.model(*args, **kwargs))
+        output = self.model(*args, **kwargs)
+        return [*tensors_of(output), *_inside_objects(output)]
+
+
+def _inside_objects(output: Any) -> list[Tensor]:
+    """Tensors that the objects in a model's output hold: whoever reads them sees the hidden tensor itself."""
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in _inside_objects(value)]
+    if isinstance(output, (list, tuple)):
+        return [t for value in output for t in _inside_objects(value)]
+    plain = isinstance(output, (Tensor, nn.Module, type)) or hasattr(output, "__dataclass_fields__")
+    return [] if plain else tensors_of(list(getattr(output, "__dict__", {}).values()))
 
 
 def tensors_of(output: Any) -> list[Tensor]:
