@@ -155,13 +155,14 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         >>> layer.training, hasattr(layer, "seen")
         (True, False)
     """
-    held = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    held = [(module, module.training, dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
-        for module, _, _ in held:
+        for module, *_ in held:
             module.training = training
         yield
     finally:
-        for module, attributes, contents in held:
+        for module, mode, attributes, contents in held:
+            module.training = mode  # a scripted module does not keep it among its attributes
             vars(module).clear()
             vars(module).update(attributes)
             for container, content in contents:
