@@ -185,7 +185,10 @@ class Ones(nn.Module):
         self.width = width
 
     def forward(self, input: Tensor) -> Tensor:
-        return input.new_ones(*input.shape[:-1], self.width)
+        kind, dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # as a linear layer would do here
+            dtype = torch.get_autocast_dtype(kind)
+        return input.new_ones(*input.shape[:-1], self.width, dtype=dtype)
 
     def extra_repr(self) -> str:
         return str(self.width)
