@@ -20,6 +20,7 @@ from linearize.errors import ConvertError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
+from linearize.graph.dryrun import called_modules
 from linearize.record import Record, record_of, set_record
 from linearize.sites import Site
 from linearize.surgery.owners import read_after_write, rewrite_owners
@@ -83,18 +84,33 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
     known = record_of(target) or Record()
     sites, rewrites = rewrite_owners(target, sites, inputs)
     sites = read_after_write(target, sites, inputs)
-    put = [site for site in sites if site.ungated is None]
-    if not put:
+    replaced = {site.name: target.get_submodule(site.name) for site in sites if site.ungated is None}
+    for site in sites:
+        if site.ungated is None:
+            _put_gate(target, site)
+    sites = _take_back(target, sites, replaced, inputs)
+    left = sum(site.ungated is not None for site in sites)
+    if left == len(sites):
         reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
         found = f"none of its {len(sites)} activations can get a gate ({reasons})"
         raise ConvertError(type(target).__name__, found, "Change include= or exclude=, or mend what is named.")
-    for site in put:
-        _put_gate(target, site)
     set_record(target, Record(sites, [*known.steps, *rewrites], fake_inputs(inputs)))
-    left = len(sites) - len(put)
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
     return target
+
+
+def _take_back(
+    model: nn.Module, sites: tuple[Site, ...], replaced: dict[str, nn.Module], inputs: Inputs
+) -> tuple[Site, ...]:
+    """Take back the gates that the model does not call: it may hold an activation in a list or a closure, too."""
+    called = called_modules(model, inputs) if replaced else set()
+    for name in replaced.keys() - called:
+        replace_module(model, name, replaced[name])
+    why = "the model holds it in another place, too, and calls it from there"
+    return tuple(
+        replace(site, ungated=why) if site.ungated is None and site.name not in called else site for site in sites
+    )
 
 
 @contextmanager

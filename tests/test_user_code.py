@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name in user code
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import linearize
 from linearize.errors import ConvertError
@@ -348,6 +349,36 @@ def activations_as_attributes() -> nn.Module:
 @case("")
 def called_by_keyword() -> nn.Module:
     return net(lambda self, x: self.b(input=self.act(input=self.a(input=x))), **ffn(nn.GELU()))
+
+
+@case("holds it in another place")
+def activation_called_from_a_list() -> nn.Module:
+    """A gate in the attribute would never be called."""
+    model = net(lambda self, x: self.b(self.steps[1](self.steps[0](x))), **ffn())
+    model.steps = [model.a, model.act]  # type: ignore[assignment]
+    return model
+
+
+@case("calls a from another place")
+def linear_map_called_from_a_list() -> nn.Module:
+    model = net(lambda self, x: self.b(self.act(self.steps[0](x))), **ffn())
+    model.steps = [model.a]  # type: ignore[assignment]
+    return model
+
+
+@case("put on the object")
+def forward_of_one_object() -> nn.Module:
+    model = net(lambda self, x: self.b(self.a(x)), a=nn.Linear(6, 12), b=nn.Linear(12, 5))
+    model.forward = functools.partial(lambda self, x: self.b(F.relu(self.a(x))), model)
+    return model
+
+
+@case("")
+def pruned_weights() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", 0.4)
+    return model
 
 
 # -- modules that are not what they seem

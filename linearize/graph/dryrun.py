@@ -16,7 +16,7 @@ from torch.nn.modules import module as _module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.graph.capture import Inputs, tensors_of, untouched
+from linearize.graph.capture import Inputs, fake_inputs, tensors_of, untouched
 
 
 class Op(NamedTuple):
@@ -33,10 +33,12 @@ class Trace:
 
     Attributes:
         ops: every op, in order; the last one stands for the outputs.
+        called: paths of the modules that were called; all of them, for a module with several.
         outputs: shape and dtype of every tensor that came out.
     """
 
     ops: list[Op] = field(default_factory=list)
+    called: set[str] = field(default_factory=set)
     outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
 
     @property
@@ -104,11 +106,10 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
     """
     trace, silent = Trace(), list[str]()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    skipped = {id(module): path for path, module in model.named_modules() if path in skip}
     with (
         untouched(model, training=training),
         _quiet(),
-        _watched(skipped, silent),
+        _watched(model, trace.called, skip, silent),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
@@ -121,16 +122,37 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
     return trace
 
 
+def called_modules(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Paths of the modules that a model calls in eval mode: fast, on the meta device if it runs there.
+
+    Raises:
+        Exception: whatever the model's own code raises.
+    """
+    called: set[str] = set()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    hollow = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    args, kwargs = fake_inputs(inputs)
+    try:
+        with untouched(model), _watched(model, called, frozenset(), []), torch.no_grad(), torch.random.fork_rng([]):
+            torch.func.functional_call(model, hollow, args, kwargs)
+    except Exception:  # code that makes tensors on another device, for one
+        return dry_run(model, inputs).called
+    return called
+
+
 @contextmanager
-def _watched(skipped: dict[int, str], silent: list[str]) -> Iterator[None]:
-    """Keep in `silent` the path of the skipped module that runs."""
+def _watched(model: nn.Module, called: set[str], skip: frozenset[str], silent: list[str]) -> Iterator[None]:
+    """Note in `called` each module that runs, and keep in `silent` the one that is to be skipped."""
+    paths: dict[int, list[str]] = {}
+    for path, part in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(part), []).append(path)
 
     def enter(module: nn.Module, _: Any) -> None:
-        if id(module) in skipped:
-            silent.append(skipped[id(module)])
+        called.update(paths.get(id(module), ()))
+        silent.extend([path for path in paths.get(id(module), ()) if path in skip][:1])
 
     def leave(module: nn.Module, *_: Any) -> None:
-        if id(module) in skipped and silent:
+        if silent and silent[-1] in paths.get(id(module), ()):
             silent.pop()
 
     hooks = [
@@ -162,4 +184,4 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-__all__ = ["Trace", "dry_run", "first_line"]
+__all__ = ["Trace", "called_modules", "dry_run", "first_line"]

@@ -43,6 +43,8 @@ def rewrite_calls(module: nn.Module, options: Options) -> nn.Module:
     Raises:
         ConvertError: the forward cannot be traced, or does not make the calls. The module is then as it was.
     """
+    if "forward" in vars(module):
+        raise ConvertError(type(module).__name__, "its forward was put on the object, not on its class", _REMEDY)
     rewritten = _rewritten_class(module, type(module), options)
     children = {call["child"]: _child(module, call) for call in options["calls"]}
     for name, child in children.items():
