@@ -204,7 +204,10 @@ def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate) -> l
         put(activation, linear=linear)
     if not whole:
         keep = int(kept.sum())
-        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis} if keep else {"type": "Identity"}
+        # What lies directly between two maps that only this site reads is nobody else's memory.
+        inplace = gate.site is not None and gate.site.direct
+        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
+        spec = spec if keep else {"type": "Identity"}
         activation = build(spec, activation)
         steps.append({"path": path, "module": spec})
     replace_module(model, path, activation)

@@ -15,23 +15,31 @@ from linearize.graph.channels import ACTIVATIONS
 class PartialActivation(nn.Module):
     """An activation on the first `keep` channels of `axis` (counted from the end); the others pass.
 
+    With `inplace`, as in torch's own activations, it may overwrite its input instead of copying the channels that pass.
+    It does so only where no gradients are recorded.
+
     Example:
         >>> PartialActivation(nn.ReLU(), keep=1, axis=-1)(torch.tensor([-1.0, -2.0])).tolist()
         [0.0, -2.0]
     """
 
-    def __init__(self, activation: nn.Module, keep: int, axis: int) -> None:
+    def __init__(self, activation: nn.Module, keep: int, axis: int, inplace: bool = False) -> None:
         super().__init__()
         self.activation = out_of_place(activation)
         self.keep = keep
         self.axis = axis
+        self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
         kept, carried = input.split((self.keep, input.shape[self.axis] - self.keep), dim=self.axis)
-        return torch.cat((self.activation(kept), carried), dim=self.axis)
+        y: Tensor = self.activation(kept)
+        if self.inplace and type(input) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kept.copy_(y)
+            return input
+        return torch.cat((y, carried), dim=self.axis)
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, axis={self.axis}"
+        return f"keep={self.keep}, axis={self.axis}" + (", inplace=True" if self.inplace else "")
 
 
 class MaskedActivation(nn.Module):

@@ -65,7 +65,7 @@ def spec_of(module: nn.Module) -> Spec:
     if isinstance(module, layers.Elementwise):
         return {"type": "Elementwise", "function": module.function, "options": module.options}
     if isinstance(module, layers.PartialActivation):
-        return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis}
+        return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis, "inplace": module.inplace}
     if isinstance(module, layers.MaskedActivation):
         return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
     if isinstance(module, layers.BlendedActivation):
