@@ -1,85 +1,155 @@
 """The coverage sweep: is every model the same function after every step?
 
-Run: python -m benchmarks.coverage timm [NAME ...] [--families] [--workers 2] [--out FILE]
+Run: python -m benchmarks.coverage {timm,transformers,torch-pruning,report} [NAME ...]
 
 Every model is captured, gated, half linearised at random, collapsed, saved and loaded, and its function compared at
-each step (`check.py`). Interrupted sweeps go on where they stopped.
+each step (`check.py`). The smallest model of each timm family is checked at full depth, and a `torch.export` of it is
+timed beside `convert`; deep models are checked with fewer layers where timm takes such an option. `torch-pruning`
+runs that library on the smallest models, for comparison. `report` writes docs/coverage.md from all results.
+Interrupted sweeps go on where they stopped; --again repeats what was not "equal".
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from benchmarks.coverage.pool import Limits, sweep
+import linearize
+from benchmarks.coverage.pool import Limits, Record, read_records, sweep
+from benchmarks.coverage.row import FINE, Row
 
 FOLDER = Path(__file__).parent / "results"
+SIZE_FIELDS = ("name", "family", "parameters", "modules", "result")
 
 
-def timm_row(name: str, family: str, megabytes: float) -> dict[str, Any]:
+def timm_row(name: str, family: str, megabytes: float, smallest: bool) -> Record:
     """The row of one timm model."""
-    from benchmarks.coverage.cases import timm_model
-    from benchmarks.coverage.check import Row, check, inspect_only, stir
+    from benchmarks.coverage.cases import timm_case
+    from benchmarks.coverage.check import fill
 
-    row = Row(name, family)
-    model, inputs, row.size = timm_model(name, megabytes)
-    if next(model.parameters()).is_meta:
-        return asdict(inspect_only(row, model, inputs))
-    return asdict(check(row, stir(model), inputs))
+    row = Row(name, family, smallest)
+    return asdict(fill(row, lambda: timm_case(name, megabytes, shallow=not smallest), export=smallest))
 
 
-def smallest_of_each_family(pairs: list[tuple[str, str]]) -> list[str]:
-    """The model with the fewest parameters of every family, built on the meta device to count them."""
+def transformers_row(name: str, family: str) -> Record:
+    """The row of one model type of transformers."""
+    from benchmarks.coverage.cases import transformers_case
+    from benchmarks.coverage.check import fill
+
+    return asdict(fill(Row(name, family), lambda: transformers_case(name), export=True))
+
+
+def size_record(name: str, family: str) -> Record:
+    """How large a timm model is, without making its weights."""
     import timm
     import torch
 
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    modules = len(list(model.modules()))
+    return {"name": name, "family": family, "parameters": numbers, "modules": modules, "result": "counted"}
+
+
+def smallest_of_each_family(pairs: list[tuple[str, str]], workers: int) -> list[str]:
+    """The model with the fewest parameters of every family of timm."""
+    family = dict(pairs)
+    records = sweep(
+        list(family), lambda name: size_record(name, family[name]), FOLDER / "sizes.csv", fields=SIZE_FIELDS,
+        workers=workers,
+    )  # fmt: skip
     best: dict[str, tuple[int, str]] = {}
-    for name, family in pairs:
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        best[family] = min(best.get(family, (size, name)), (size, name))
+    for record in records:
+        found = (int(record["parameters"]), str(record["name"]))
+        best[str(record["family"])] = min(best.get(str(record["family"]), found), found)
     return [name for _, name in best.values()]
+
+
+def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Record], tuple[str, ...]]:
+    """The names of a sweep, what is done with each, and the columns of its table."""
+    from benchmarks.coverage.cases import timm_names, transformers_names
+
+    if options.zoo == "transformers":
+        families = dict(transformers_names())
+        return list(families), lambda name: transformers_row(name, families.get(name, name)), tuple(Row.names())
+    pairs = timm_names()
+    family, small = dict(pairs), smallest_of_each_family(pairs, options.workers)
+    if options.zoo == "torch-pruning":
+        from benchmarks.coverage import peer
+
+        return small, lambda name: peer.pruned(name, family[name]), peer.FIELDS
+    names = small if options.families else [*small, *(name for name, _ in pairs if name not in small)]
+    return (
+        names,
+        lambda name: timm_row(name, family.get(name, "?"), options.weights, name in small),
+        tuple(Row.names()),
+    )
+
+
+def write_versions(zoo: str) -> None:
+    """Note what a sweep ran with, beside its table."""
+    path = FOLDER / "versions.json"
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    for package in ("torch", "torchvision", zoo):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    versions |= {"linearize": linearize.__version__, "Python": platform.python_version()}
+    path.write_text(json.dumps(versions, indent=1) + "\n")
 
 
 def main() -> None:
     """Parse the command line, run the sweep, print the totals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", choices=["timm"])
+    parser.add_argument("zoo", choices=["timm", "transformers", "torch-pruning", "report"])
     parser.add_argument("names", nargs="*", help="models; default: all")
-    parser.add_argument("--families", action="store_true", help="only the smallest model of each family")
+    parser.add_argument("--families", action="store_true", help="timm: only the smallest model of each family")
+    parser.add_argument("--again", action="store_true", help="repeat what did not end well")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/ZOO.csv beside this program")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 1))
-    parser.add_argument("--memory", type=float, default=8, help="GiB per process")
-    parser.add_argument("--time", type=int, default=180, help="seconds per model")
-    parser.add_argument("--weights", type=float, default=1500, help="MB of float64 weights above which meta is used")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--memory", type=float, default=6, help="GiB per process")
+    parser.add_argument("--time", type=int, default=120, help="seconds per model")
+    parser.add_argument("--weights", type=float, default=1000, help="MB of float64 weights above which meta is used")
     options = parser.parse_args()
+    if options.zoo == "report":
+        from benchmarks.coverage.report import write_report
 
+        print(write_report(FOLDER))
+        return
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore")
     import torch
+    import transformers
 
-    from benchmarks.coverage.cases import timm_names
-    from benchmarks.coverage.check import Row
+    import linearize.zoo.tiny  # noqa: F401 -- loaded before the forks
 
     torch.set_num_threads(1)
-    pairs = timm_names()
-    family = dict(pairs)
-    names = options.names or (smallest_of_each_family(pairs) if options.families else [name for name, _ in pairs])
+    transformers.logging.set_verbosity_error()
     out = options.out or FOLDER / f"{options.zoo}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
+    names, work, fields = work_of(options)
+    if options.again and out.exists():
+        bad = {name for name, record in read_records(out).items() if record["result"] not in FINE}
+        names = [name for name in names if name in bad]
     rows = sweep(
-        names,
-        lambda name: timm_row(name, family.get(name, "?"), options.weights),
+        options.names or names,
+        work,
         out,
-        fields=Row.names(),
+        fields=fields,
         workers=options.workers,
         limits=Limits(options.time, options.memory),
+        keep=not (options.again or options.names),
     )
+    write_versions(options.zoo)
     for result, count in Counter(row["result"] for row in rows).most_common():
         print(f"{count:5d}  {result}")
 

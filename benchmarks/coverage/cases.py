@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from linearize.errors import LinearizeError
 from linearize.graph.capture import Inputs
 
 # Smallest first: a reduced input finds the same activations and the same algebra in a fraction of the time.
 SIZES = (64, 96, 128, 192, 224, 256)
+# A model of more modules than this is tried with fewer layers: it repeats itself.
+DEEP = 250
+SHALLOW: tuple[dict[str, Any], ...] = (
+    {"depth": 2},
+    {"depths": (1, 1, 2, 1)},
+    {"depths": (1, 1, 1)},
+    {"layers": (1, 1, 1, 1)},
+    {"depth_multiplier": 0.1},
+)
+
+
+@dataclass
+class Case:
+    """One model to check: in float64 and eval mode, or on the meta device if it is too large."""
+
+    model: nn.Module
+    inputs: Inputs
+    size: str
+
+
+class DoesNotRun(LinearizeError):
+    """The library's own forward does not run as it is built here: nothing to hold `linearize` against."""
 
 
 def timm_names() -> list[tuple[str, str]]:
@@ -22,42 +47,108 @@ def timm_names() -> list[tuple[str, str]]:
     return sorted(pairs.items(), key=lambda pair: (pair[1], pair[0]))
 
 
-def timm_model(name: str, megabytes: float) -> tuple[nn.Module, Inputs, str]:
-    """A timm model at the smallest size that it takes, in float64; on the meta device if it is larger than `megabytes`.
+def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
+    """A timm model at the smallest size that it takes; on the meta device if it is larger than `megabytes`.
+
+    Args:
+        name: of the model.
+        megabytes: of weights in float64.
+        shallow: whether a deep model may lose layers.
 
     Raises:
-        RuntimeError: it takes no size at all.
+        DoesNotRun: it takes no size at all.
     """
+    import timm
+
     from linearize import zoo
 
     last: Exception | None = None
-    for options, size in timm_sizes(name):
+    for options, size in _timm_options(name, shallow):
         try:
             with torch.device("meta"):
-                hollow = zoo.create(f"timm:{name}", pretrained=False, **options).eval()
+                hollow = timm.create_model(name, **options).eval()
             with torch.no_grad():
                 hollow(torch.empty(2, *size, device="meta"))
         except Exception as error:  # whatever a model says to a size that it does not take
             last = error
             continue
         weight = 8e-6 * sum(p.numel() for p in hollow.parameters())
-        note = "x".join(str(n) for n in size)
+        note = "x".join(str(n) for n in size) + "".join(f" {k}={v}" for k, v in options.items() if k != "img_size")
         if weight > megabytes:
-            return hollow, ((torch.empty(2, *size, device="meta"),), {}), note
+            return Case(hollow, ((torch.empty(2, *size, device="meta"),), {}), note)
         torch.manual_seed(0)
         model = zoo.create(f"timm:{name}", pretrained=False, **options).eval().double()
-        return model, ((torch.randn(2, *size, dtype=torch.float64),), {}), note
-    raise RuntimeError(f"takes no input size: {last}")
+        return Case(model, ((torch.randn(2, *size, dtype=torch.float64),), {}), note)
+    raise DoesNotRun(name, f"it takes no input size: {last}", "See timm.")
 
 
-def timm_sizes(name: str) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+def _timm_options(name: str, shallow: bool) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     """Options and input sizes to try for a timm model, the cheapest first."""
     import timm
 
+    with torch.device("meta"):
+        modules = len(list(timm.create_model(name).modules()))
+    depth: dict[str, Any] = {}
+    for option in SHALLOW if shallow and modules > DEEP else ():
+        try:
+            with torch.device("meta"):
+                fewer = len(list(timm.create_model(name, **option).modules()))
+        except Exception as error:  # most models know only one of these options
+            del error
+            continue
+        if fewer < modules:
+            depth = option
+            break
     config = timm.models.get_pretrained_cfg(name)
     own = tuple(config.input_size) if config is not None else (3, 224, 224)
     for size in SIZES:
         if len(own) == 3 and size < own[-1]:
-            yield {"img_size": size}, (own[0], size, size)
-            yield {}, (own[0], size, size)
-    yield {}, own
+            yield {"img_size": size, **depth}, (own[0], size, size)
+            yield depth, (own[0], size, size)
+    yield depth, own
+    if depth:
+        yield {}, own
+
+
+def transformers_names() -> list[tuple[str, str]]:
+    """Every model type of transformers with its family, which is the folder that defines it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+    return sorted((name, model_type_to_module_name(name)) for name in CONFIG_MAPPING_NAMES)
+
+
+def transformers_case(model_type: str, levels: int = 5) -> Case:
+    """The smallest model of a type whose own forward runs, with random weights and inputs that fit.
+
+    Raises:
+        DoesNotRun: none of the sizes does; with the reason of the first.
+    """
+    from linearize.zoo import example_inputs, tiny
+
+    torch.manual_seed(0)
+    first = ""
+    try:
+        for level, model in tiny.tiny_models(model_type, levels=range(levels)):
+            try:
+                args, kwargs = example_inputs(model)
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            except Exception as error:  # whatever one of hundreds of models says to a size that it does not take
+                first = first or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            return _doubled(model, (args, kwargs), f"{type(model).__name__}, level {level}")
+    except LinearizeError as error:
+        first = first or error.found
+    raise DoesNotRun(model_type, first, "See linearize/zoo/tiny.py.")
+
+
+def _doubled(model: nn.Module, inputs: Inputs, size: str) -> Case:
+    """In float64, unless the model's own code insists on single precision."""
+    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    try:
+        with torch.no_grad():
+            model.double()(*wide[0], **wide[1])
+    except Exception as error:  # a dtype written into its forward
+        del error
+        return Case(model.float(), inputs, size)
+    return Case(model, wide, size)

@@ -7,67 +7,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import linearize
+from benchmarks.coverage.cases import Case, DoesNotRun
+from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, Row
 from linearize.cost import cost
-from linearize.graph.capture import Inputs, tensors_of
+from linearize.graph.capture import Inputs, capture, tensors_of
 from linearize.record import record_of
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 ALWAYS_BELOW = 12_000_000
 # Gates of attention, squeeze-and-excite and routers are no channel activations: they are counted apart.
 _ASIDE = "it is a gate that scales another tensor"
-
-
-@dataclass
-class Row:
-    """The outcome for one model; one line of the CSV.
-
-    Attributes:
-        name, family: of the model.
-        result: "equal", "nothing to gate", or the reason why neither.
-        note: what was different: a reduced size, float32 inside.
-        activations, gates_aside: channel activations found, and gates of other tensors, which are not counted.
-        gated, collapsible: of the activations, how many got a gate; of those, how many collapse exactly.
-        control: how far the linear channels moved the output (relative): the negative control.
-        error: largest relative difference between gated and collapsed.
-        reload: the same between collapsed and loaded.
-    """
-
-    name: str
-    family: str
-    result: str = "not run"
-    note: str = ""
-    size: str = ""
-    when: Literal["always", "cheaper", ""] = ""
-    dtype: str = ""
-    activations: int = 0
-    gates_aside: int = 0
-    gated: int = 0
-    collapsible: int = 0
-    control: float = float("nan")
-    error: float = float("nan")
-    reload: float = float("nan")
-    parameters: int = 0
-    parameters_after: int = 0
-    flops: int = 0
-    flops_after: int = 0
-    seconds_forward: float = 0.0
-    seconds_export: float = 0.0
-    seconds_convert: float = 0.0
-    seconds_collapse: float = 0.0
-    reasons: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Columns of the CSV."""
-        return [f.name for f in fields(cls)]
 
 
 def stir(model: nn.Module) -> nn.Module:
@@ -126,8 +82,28 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     return value, time.perf_counter() - start
 
 
-def check(row: Row, model: nn.Module, inputs: Inputs) -> Row:
-    """Fill in a row. The model is in eval mode, its inputs are of its dtype."""
+def fill(row: Row, make: Callable[[], Case], *, export: bool = False) -> Row:
+    """Fill in a row for the model that `make` builds; what cannot be built or run says why."""
+    try:
+        case = make()
+    except DoesNotRun as error:
+        row.result = f"{RUNS_NOT}: {error.found}"
+        return row
+    row.size = case.size
+    if next(case.model.parameters()).is_meta:
+        return inspect_only(row, case.model, case.inputs)
+    return check(row, stir(case.model), case.inputs, export=export)
+
+
+def check(row: Row, model: nn.Module, inputs: Inputs, *, export: bool = False) -> Row:
+    """Fill in a row. The model is in eval mode, its inputs are of its dtype.
+
+    Args:
+        row: what is filled in.
+        model: what is checked.
+        inputs: of its forward.
+        export: also time a forward pass and a `torch.export` of the model, to compare `convert` with.
+    """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     row.dtype = str(dtype).removeprefix("torch.")
     original, row.seconds_forward = timed(lambda: run(model, inputs))
@@ -139,11 +115,14 @@ def check(row: Row, model: nn.Module, inputs: Inputs) -> Row:
         return row
     before = cost(model, _example(inputs))
     row.parameters, row.flops = before.parameters, before.flops
+    if export:
+        _, row.seconds_forward = timed(lambda: run(model, inputs))
+        _, row.seconds_export = timed(lambda: capture(model, inputs))
     try:
         gated, row.seconds_convert = timed(lambda: linearize.convert(model, _example(inputs)))
     except linearize.ConvertError as error:
         nothing = "no activation was found" in error.found or "none of its" in error.found
-        row.result = "nothing to gate" if nothing else f"{type(error).__name__}: {error.found}"
+        row.result = NOTHING if nothing else f"{type(error).__name__}: {error.found}"
         return row
     except linearize.LinearizeError as error:
         row.result = f"{type(error).__name__}: {error.found}"
@@ -175,7 +154,7 @@ def inspect_only(row: Row, model: nn.Module, inputs: Inputs) -> Row:
         row.result = f"{type(error).__name__}: {error.found}"
         return row
     _count(row, gated)
-    row.result = "inspected on the meta device"
+    row.result = META
     return row
 
 
@@ -224,4 +203,4 @@ def _verdict(row: Row, dtype: torch.dtype) -> str:
         return f"loaded differs from collapsed by {row.reload:.1e}"
     if not row.control > 10 * row.error:
         return f"no negative control: linear channels moved the output by {row.control:.1e} only"
-    return "equal"
+    return EQUAL

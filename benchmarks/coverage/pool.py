@@ -37,16 +37,18 @@ def sweep(
     fields: Sequence[str],
     workers: int = 1,
     limits: Limits | None = None,
+    keep: bool = True,
 ) -> list[Record]:
     """The records of all names, in order. Those that `out` holds already are kept; the file grows with every result.
 
+    With `keep=False` the given names run again, while the file's other records stay.
     A process that breaks a limit or dies gives a record with the reason as its `result`.
     """
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     limits = limits or Limits()
-    done = _read(out)
-    waiting = [name for name in names if name not in done]
+    done = read_records(out)
+    waiting = [name for name in names if not keep or name not in done]
     running: dict[int, tuple[str, int, float]] = {}
     columns = (
         TextColumn("{task.description:<40.40}"),
@@ -104,7 +106,8 @@ def _finish(name: str, child: int, reader: int) -> Record:
     return {"name": name, "result": "time limit" if stopped else f"the process died with status {status}"}
 
 
-def _read(out: Path) -> dict[str, Record]:
+def read_records(out: Path) -> dict[str, Record]:
+    """The records of a file, by name; none if there is no such file."""
     if not out.exists():
         return {}
     with out.open(newline="") as file:

@@ -1,0 +1,144 @@
+"""docs/coverage.md from the tables of the sweeps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+from benchmarks.coverage.pool import Record, read_records
+from benchmarks.coverage.row import EQUAL, FINE, META, NOTHING, RUNS_NOT
+from benchmarks.coverage.tables import OTHER, Totals, by_family, convert_ratios, reasons, share, table, totals, verdict
+
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+ZOOS = ("timm", "transformers")
+
+_HEAD = """# Coverage
+
+Every model of timm and every model type of transformers, with random weights: captured, gated, a random half of the
+channels of every gate made linear with random surrogates, collapsed, saved and loaded. *Equal* means:
+
+- the gated model's output equals the original's bitwise;
+- the linear channels moved the output (the negative control);
+- the collapsed model's output equals the gated model's to 1e-12 in float64, or to 1e-5 where the model computes in
+  single precision inside;
+- the loaded model's output equals the collapsed model's bitwise.
+
+Images are as small as a model takes them; a timm model of more than 250 modules is built with fewer layers where timm
+has an option for that, except for the smallest of each family. Configurations of transformers are tiny ones, derived
+from the library's own defaults. What is too large even so is inspected on the meta device. One process per model.
+
+Measured with {versions}. Tables: `benchmarks/coverage/results/*.csv`. `make coverage` makes them and this page."""
+
+_PEER = """## Beside Torch-Pruning
+
+The two tools ask for different things: Torch-Pruning removes channels and changes the function, here a quarter of all
+channels by magnitude, the classifier excepted, heads of attention declared. linearize must keep the function. Both got
+the smallest model of each timm family on the same input, with the same limits. Torch-Pruning gave a smaller model that
+runs for {runs} of {families} families; linearize ended with "equal" or "nothing to gate" for {fine}."""
+
+_TIME = """## Time
+
+`convert` takes {middle:.2f} times what one forward pass and one capture by `torch.export` of the same model take
+together (median of {count} models; 5th to 95th percentile {low:.2f} to {high:.2f}; two models run at a time)."""
+
+_ACTIVATIONS = """## Activations
+
+Elementwise nonlinear activations that act on channels. Gates of other tensors (attention, squeeze-and-excite, routers)
+are counted aside. *Collapsible*: its linear channels are removed exactly, by merging or by vanishing; those of the
+others keep a plain partial activation, for the reason given."""
+
+
+def write_report(folder: Path, page: Path = PAGE) -> Path:
+    """Write the page from the CSV files and `versions.json` in a folder."""
+    tables = {zoo: list(read_records(folder / f"{zoo}.csv").values()) for zoo in ZOOS}
+    peer = list(read_records(folder / "torch-pruning.csv").values())
+    versions = json.loads((folder / "versions.json").read_text())
+    parts = [
+        _HEAD.format(versions=", ".join(f"{name} {version}" for name, version in versions.items())),
+        _totals(tables),
+        _activations(tables),
+        _time(tables["timm"] + tables["transformers"]),
+        _peer(tables["timm"], peer),
+        _families("timm, by family", tables["timm"], {row["family"]: row["result"] for row in peer}),
+        _families("transformers, by family", [row for row in tables["transformers"] if verdict(row) != RUNS_NOT], {}),
+        _rest(tables),
+    ]
+    page.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return page
+
+
+def _totals(tables: dict[str, list[Record]]) -> str:
+    groups = {
+        "timm, all names": tables["timm"],
+        "timm, smallest of each family": [row for row in tables["timm"] if row["smallest"] == "True"],
+        "transformers, model types": tables["transformers"],
+    }
+    heads = ["", "models", "run by themselves", EQUAL, NOTHING, "inspected on meta", OTHER, "equal or nothing"]
+    lines = []
+    for title, rows in groups.items():
+        found = totals(rows)
+        counts = [found.results[key] for key in (EQUAL, NOTHING, META, OTHER)]
+        lines.append([title, found.models, found.runs, *counts, share(found.fine, found.runs)])
+    return "## Totals\n\n" + table(heads, lines)
+
+
+def _activations(tables: dict[str, list[Record]]) -> str:
+    sums = {zoo: totals(rows) for zoo, rows in tables.items()}
+    heads = ["", "activations", "gates aside", "gated", "collapsible, of the gated"]
+    parts = [_ACTIVATIONS, table(heads, [_activation_line(zoo, found) for zoo, found in sums.items()])]
+    for zoo, rows in tables.items():
+        parts += [f"Why not, in {zoo}:", table(["reason", "activations", "models"], reasons(rows))]
+    return "\n\n".join(parts)
+
+
+def _activation_line(zoo: str, found: Totals) -> list[object]:
+    gated, collapsible = share(found.gated, found.activations), share(found.collapsible, found.gated)
+    return [zoo, found.activations, found.aside, gated, collapsible]
+
+
+def _time(rows: list[Record]) -> str:
+    ratios = convert_ratios(rows)
+    if not ratios:
+        return ""
+    edge = len(ratios) // 20
+    return _TIME.format(middle=median(ratios), count=len(ratios), low=ratios[edge], high=ratios[-1 - edge])
+
+
+def _peer(rows: list[Record], peer: list[Record]) -> str:
+    if not peer:
+        return ""
+    names = {row["name"] for row in peer}
+    fine = sum(row["result"] in FINE for row in rows if row["name"] in names)
+    return _PEER.format(runs=sum(row["result"] == "runs" for row in peer), families=len(peer), fine=fine)
+
+
+def _families(title: str, rows: list[Record], peer: dict[str, str]) -> str:
+    heads = ["family", "models", EQUAL, "nothing", "rest", "activations", "gated", "collapsible", "largest error"]
+    lines = []
+    for family, group in by_family(rows).items():
+        found = totals(group)
+        line: list[object] = [family, found.models, found.results[EQUAL], found.results[NOTHING]]
+        line += [found.models - found.fine, found.activations, found.gated, found.collapsible]
+        line.append("-" if math.isnan(found.error) else f"{found.error:.0e}")
+        lines.append([*line, peer.get(family, "-")[:70]] if peer else line)
+    return f"## {title}\n\n" + table([*heads, "Torch-Pruning"] if peer else heads, lines)
+
+
+def _rest(tables: dict[str, list[Record]]) -> str:
+    parts = ['## What did not end in "equal" or "nothing to gate"']
+    for zoo, rows in tables.items():
+        kinds = Counter(map(verdict, rows))
+        for title, kind in (("", OTHER), (", on the meta device only", META), (", not run by itself", RUNS_NOT)):
+            if kinds[kind]:
+                lines = [[row["name"], row["size"], _reason(row)] for row in rows if verdict(row) == kind]
+                parts += [f"### {zoo}{title} ({kinds[kind]})", table(["model", "size", "why"], lines)]
+    return "\n\n".join(parts)
+
+
+def _reason(row: Record) -> str:
+    if verdict(row) == META:
+        return f"{int(row['parameters']) / 1e6:.0f} M parameters"
+    return str(row["result"]).removeprefix(f"{RUNS_NOT}: ")
