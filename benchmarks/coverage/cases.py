@@ -53,7 +53,7 @@ def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
     Args:
         name: of the model.
         megabytes: of weights in float64.
-        shallow: whether a deep model may lose layers.
+        shallow: whether a deep model may lose layers; a model that is too large may in any case.
 
     Raises:
         DoesNotRun: it takes no size at all.
@@ -74,6 +74,8 @@ def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
             continue
         weight = 8e-6 * sum(p.numel() for p in hollow.parameters())
         note = "x".join(str(n) for n in size) + "".join(f" {k}={v}" for k, v in options.items() if k != "img_size")
+        if weight > megabytes and not shallow:
+            return timm_case(name, megabytes, shallow=True)
         if weight > megabytes:
             return Case(hollow, ((torch.empty(2, *size, device="meta"),), {}), note)
         torch.manual_seed(0)

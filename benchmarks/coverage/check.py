@@ -6,7 +6,8 @@ import copy
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from torch import Tensor, nn
 
 import linearize
 from benchmarks.coverage.cases import Case, DoesNotRun
-from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, Row
+from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, UNREACHED, Row
 from linearize.cost import cost
 from linearize.graph.capture import Inputs, capture, tensors_of
+from linearize.graph.discover import discover
 from linearize.record import record_of
+from linearize.sites import Site
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 ALWAYS_BELOW = 12_000_000
 # Gates of attention, squeeze-and-excite and routers are no channel activations: they are counted apart.
+_NOTHING = ("no activation was found", "none of its")
+_UNREACHED = "the forward that calls it cannot be rewritten"
 _ASIDE = "it is a gate that scales another tensor"
 
 
@@ -118,16 +123,9 @@ def check(row: Row, model: nn.Module, inputs: Inputs, *, export: bool = False) -
     if export:
         _, row.seconds_forward = timed(lambda: run(model, inputs))
         _, row.seconds_export = timed(lambda: capture(model, inputs))
-    try:
-        gated, row.seconds_convert = timed(lambda: linearize.convert(model, _example(inputs)))
-    except linearize.ConvertError as error:
-        nothing = "no activation was found" in error.found or "none of its" in error.found
-        row.result = NOTHING if nothing else f"{type(error).__name__}: {error.found}"
+    gated = _converted(row, model, inputs)
+    if gated is None:
         return row
-    except linearize.LinearizeError as error:
-        row.result = f"{type(error).__name__}: {error.found}"
-        return row
-    _count(row, gated)
     if not all(torch.equal(a, b) for a, b in zip(original, run(gated, inputs), strict=True)):
         row.result = "gated differs from the original"
         return row
@@ -148,13 +146,8 @@ def check(row: Row, model: nn.Module, inputs: Inputs, *, export: bool = False) -
 def inspect_only(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     """What can be said of a model on the meta device: it is captured, and its sites are found."""
     row.parameters = sum(p.numel() for p in model.parameters())
-    try:
-        gated, row.seconds_convert = timed(lambda: linearize.convert(model, _example(inputs)))
-    except linearize.LinearizeError as error:
-        row.result = f"{type(error).__name__}: {error.found}"
-        return row
-    _count(row, gated)
-    row.result = META
+    if _converted(row, model, inputs) is not None:
+        row.result = META
     return row
 
 
@@ -162,9 +155,24 @@ def _example(inputs: Inputs) -> Any:
     return inputs[0] if not inputs[1] else inputs[1]
 
 
-def _count(row: Row, gated: nn.Module) -> None:
+def _converted(row: Row, model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """The model with gates, and the row's counts; None, and the row's result, if there are none to have."""
+    start = time.perf_counter()
+    try:
+        gated = linearize.convert(model, _example(inputs))
+    except linearize.LinearizeError as error:
+        row.result = f"{type(error).__name__}: {error.found}"
+        if isinstance(error, linearize.ConvertError) and error.found.startswith(_NOTHING):
+            _count(row, [replace(s, ungated=s.ungated or _UNREACHED) for s in discover(model, inputs)])
+            row.result = UNREACHED if row.activations else NOTHING
+        return None
+    row.seconds_convert = time.perf_counter() - start
     record = record_of(gated)
-    sites = record.sites if record is not None else ()
+    _count(row, record.sites if record is not None else ())
+    return gated
+
+
+def _count(row: Row, sites: Sequence[Site]) -> None:
     counted = [site for site in sites if not (site.ungated or "").startswith(_ASIDE)]
     row.gates_aside = len(sites) - len(counted)
     row.activations = len(counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.coverage.pool import Record, read_records
-from benchmarks.coverage.row import EQUAL, FINE, META, NOTHING, RUNS_NOT
+from benchmarks.coverage.row import EQUAL, FINE, META, NOTHING, RUNS_NOT, UNREACHED
 from benchmarks.coverage.tables import OTHER, Totals, by_family, convert_ratios, reasons, share, table, totals, verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -51,6 +52,9 @@ are counted aside. *Collapsible*: its linear channels are removed exactly, by me
 others keep a plain partial activation, for the reason given."""
 
 
+_KINDS = {"": OTHER, ", none reachable": UNREACHED, ", on the meta device only": META, ", not run by itself": RUNS_NOT}
+
+
 def write_report(folder: Path, page: Path = PAGE) -> Path:
     """Write the page from the CSV files and `versions.json` in a folder."""
     tables = {zoo: list(read_records(folder / f"{zoo}.csv").values()) for zoo in ZOOS}
@@ -76,11 +80,21 @@ def _totals(tables: dict[str, list[Record]]) -> str:
         "timm, smallest of each family": [row for row in tables["timm"] if row["smallest"] == "True"],
         "transformers, model types": tables["transformers"],
     }
-    heads = ["", "models", "run by themselves", EQUAL, NOTHING, "inspected on meta", OTHER, "equal or nothing"]
+    heads = [
+        "",
+        "models",
+        "run by themselves",
+        EQUAL,
+        "no activation",
+        "none reachable",
+        "meta only",
+        OTHER,
+        "equal or nothing",
+    ]
     lines = []
     for title, rows in groups.items():
         found = totals(rows)
-        counts = [found.results[key] for key in (EQUAL, NOTHING, META, OTHER)]
+        counts = [found.results[key] for key in (EQUAL, NOTHING, UNREACHED, META, OTHER)]
         lines.append([title, found.models, found.runs, *counts, share(found.fine, found.runs)])
     return "## Totals\n\n" + table(heads, lines)
 
@@ -120,7 +134,7 @@ def _families(title: str, rows: list[Record], peer: dict[str, str]) -> str:
     lines = []
     for family, group in by_family(rows).items():
         found = totals(group)
-        line: list[object] = [family, found.models, found.results[EQUAL], found.results[NOTHING]]
+        line: list[object] = [family, found.models, found.results[EQUAL], found.fine - found.results[EQUAL]]
         line += [found.models - found.fine, found.activations, found.gated, found.collapsible]
         line.append("-" if math.isnan(found.error) else f"{found.error:.0e}")
         lines.append([*line, peer.get(family, "-")[:70]] if peer else line)
@@ -131,7 +145,7 @@ def _rest(tables: dict[str, list[Record]]) -> str:
     parts = ['## What did not end in "equal" or "nothing to gate"']
     for zoo, rows in tables.items():
         kinds = Counter(map(verdict, rows))
-        for title, kind in (("", OTHER), (", on the meta device only", META), (", not run by itself", RUNS_NOT)):
+        for title, kind in _KINDS.items():
             if kinds[kind]:
                 lines = [[row["name"], row["size"], _reason(row)] for row in rows if verdict(row) == kind]
                 parts += [f"### {zoo}{title} ({kinds[kind]})", table(["model", "size", "why"], lines)]
@@ -141,4 +155,6 @@ def _rest(tables: dict[str, list[Record]]) -> str:
 def _reason(row: Record) -> str:
     if verdict(row) == META:
         return f"{int(row['parameters']) / 1e6:.0f} M parameters"
+    if verdict(row) == UNREACHED:
+        return "; ".join(f"{reason} ({count})" for reason, count in ast.literal_eval(row["reasons"] or "{}").items())
     return str(row["result"]).removeprefix(f"{RUNS_NOT}: ")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 EQUAL, NOTHING = "equal", "nothing to gate"
-FINE = {EQUAL, NOTHING}
+UNREACHED = "nothing to gate: no activation can be reached"
+FINE = {EQUAL, NOTHING, UNREACHED}
 META, RUNS_NOT = "inspected on the meta device", "does not run"
 
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.coverage.pool import Record
-from benchmarks.coverage.row import EQUAL, FINE, META, NOTHING, RUNS_NOT
+from benchmarks.coverage.row import EQUAL, FINE, META, NOTHING, RUNS_NOT, UNREACHED
 
 OTHER = "other"
 
 
 def verdict(row: Record) -> str:
-    """Equal, nothing to gate, meta, does not run, or other: one of five."""
+    """Equal, nothing to gate, meta, does not run, or other: one of six."""
     result = str(row["result"])
     if result in FINE or result == META:
         return result
@@ -42,7 +42,7 @@ class Totals:
     @property
     def fine(self) -> int:
         """Models that end in "equal" or "nothing to gate"."""
-        return self.results[EQUAL] + self.results[NOTHING]
+        return self.results[EQUAL] + self.results[NOTHING] + self.results[UNREACHED]
 
 
 def totals(rows: Sequence[Record]) -> Totals:
