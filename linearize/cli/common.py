@@ -15,6 +15,7 @@ from linearize.data import DataSource, load_data
 from linearize.errors import CaptureError, UsageError
 from linearize.record import record_of
 from linearize.zoo.images import image_format
+from linearize.zoo.structure import parameters_on_meta
 
 __all__ = [
     "Batch",
@@ -26,6 +27,7 @@ __all__ = [
     "Shape",
     "data_for",
     "inputs_for",
+    "open_hollow",
     "open_model",
     "open_pair",
     "parse_dtype",
@@ -92,6 +94,19 @@ def open_model(
         return load(spec)
     torch.manual_seed(seed)
     return zoo.create(spec, **({} if pretrained is None else {"pretrained": pretrained}), **kwargs)
+
+
+def open_hollow(spec: str, arguments: list[str] | None = None, *, pretrained: bool | None = None) -> nn.Module | None:
+    """The same on the meta device, for what depends on no weights: no time and no memory for any size.
+
+    None where that is impossible (a file or a callable may hold linear channels already, which the weights tell), or
+    where weights are asked for.
+    """
+    if not spec.startswith(("timm:", "hf:")) or pretrained:
+        return None
+    with parameters_on_meta():
+        model = zoo.create(spec, pretrained=False, **dict(_argument(text) for text in arguments or []))
+    return model.to("meta")
 
 
 def _argument(text: str) -> tuple[str, Any]:

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import nn
 
-from linearize.analysis.core import core_network
+from linearize.analysis.core import Core, core_network
 from linearize.cli import common
-from linearize.cost import cost
-from linearize.summary import summary
+from linearize.cost import Cost, cost
+from linearize.errors import LinearizeError
+from linearize.summary import Summary, summary
 
 __all__ = ["inspect"]
 
@@ -32,10 +34,16 @@ def inspect(
 
     Example: [bold]linearize inspect timm:vit_tiny_patch16_224[/bold]
     """
-    network = common.open_model(model, model_arg, pretrained=pretrained, seed=seed)
-    inputs = common.inputs_for(network, batch=batch, shape=shape, seed=seed)
-    found, price = summary(network, inputs), cost(network, inputs)
-    core = core_network(network, inputs) if picture is not None else None
+    draw = picture is not None
+    hollow = common.open_hollow(model, model_arg, pretrained=pretrained)
+    try:
+        network = hollow or common.open_model(model, model_arg, pretrained=pretrained, seed=seed)
+        found, price, core = _read(network, shape, batch, seed, draw)
+    except LinearizeError:
+        if hollow is None:
+            raise
+        network = common.open_model(model, model_arg, pretrained=pretrained, seed=seed)  # its code may want values
+        found, price, core = _read(network, shape, batch, seed, draw)
     if core is not None and picture is not None:
         core.draw(picture, model)
     if json:
@@ -47,3 +55,10 @@ def inspect(
     typer.echo(f"{price.parameters:,} parameters ({size / 1e6:.1f} MB), {price.flops:,} FLOPs at batch size {batch}")
     if core is not None:
         typer.echo(f"effective depth {core.depth:.2f}, {core.share:.1%} of the channels nonlinear: {picture}")
+
+
+def _read(
+    network: nn.Module, shape: str | None, batch: int, seed: int, draw: bool
+) -> tuple[Summary, Cost, Core | None]:
+    inputs = common.inputs_for(network, batch=batch, shape=shape, seed=seed)
+    return summary(network, inputs), cost(network, inputs), core_network(network, inputs) if draw else None
