@@ -464,6 +464,23 @@ def parametric_shared() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.PReLU(), nn.Linear(12, 5))
 
 
+class _SquaredReLU(nn.Module):
+    """Elementwise, with a child and numbers of its own, as StarReLU in MetaFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.tensor([0.9])), nn.Parameter(torch.tensor([-0.4]))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.relu(x) ** 2 + self.bias
+
+
+@toy(vector(), half="merged", full="vanished")
+def activation_with_a_child() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), _SquaredReLU(), nn.Linear(12, 5))
+
+
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """A toy in eval mode and inputs for it."""
     torch.manual_seed(len(name))

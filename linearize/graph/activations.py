@@ -42,12 +42,16 @@ class Activation:
 def find_activations(model: nn.Module, captured: Capture) -> list[Activation]:
     """Every elementwise nonlinear activation of the graph, in order of execution.
 
-    A parameter-free module whose ops are all elementwise over its one input is one activation, however many ops it has.
-    Any other activation op stands for itself.
+    A module whose ops, and those of its children, are all elementwise over its one input is one activation, however
+    many ops it has. Any other activation op stands for itself.
     """
     found: list[Activation] = []
     inside: set[fx.Node] = set()
-    for call, ops in captured.ops.items():
+    below = _below(captured)
+    for call in sorted(captured.ops, key=lambda call: call.path.count(".")):  # the outermost module wins
+        ops = below[call]
+        if ops[0] in inside:
+            continue
         module_activation = _module_activation(model, captured, call, ops)
         if module_activation is not None:
             found.append(module_activation)
@@ -68,8 +72,6 @@ def _module_activation(model: nn.Module, captured: Capture, call: Call, ops: lis
     if not all(name in ACTIVATIONS or name in ARITHMETIC or name in _CASTS for name in names):
         return None
     module = model.get_submodule(call.path)
-    if any(True for _ in module.children()) and any(_below(other, call) for other in captured.ops):
-        return None
     members = set(ops)
     outside = {
         source
@@ -86,8 +88,13 @@ def _module_activation(model: nn.Module, captured: Capture, call: Call, ops: lis
     return Activation(type(module).__name__.lower(), source, output, tuple(ops), call, captured.stacks[ops[0]][-2])
 
 
-def _below(other: Call, call: Call) -> bool:
-    return other.path.startswith(f"{call.path}.")
+def _below(captured: Capture) -> dict[Call, list[fx.Node]]:
+    """The ops of every module call: its own, and those of the modules that it calls."""
+    found: dict[Call, list[fx.Node]] = {}
+    for node, stack in captured.stacks.items():
+        for call in stack:
+            found.setdefault(call, []).append(node)
+    return found
 
 
 def _squares(ops: list[fx.Node]) -> bool:
