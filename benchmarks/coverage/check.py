@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def check(row: Row, model: nn.Module, inputs: Inputs, *, export: bool = False) -
     row.parameters, row.flops = before.parameters, before.flops
     if export:
         _, row.seconds_forward = timed(lambda: run(model, inputs))
-        _, row.seconds_export = timed(lambda: capture(model, inputs))
+        with suppress(linearize.CaptureError):  # convert will say so
+            _, row.seconds_export = timed(lambda: capture(model, inputs))
     gated = _converted(row, model, inputs)
     if gated is None:
         return row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import Inputs, fake_inputs, tensors_of, untouched
+
+_log = logging.getLogger(__name__)
 
 
 class Op(NamedTuple):
@@ -123,21 +125,28 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
 
 
 def called_modules(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Paths of the modules that a model calls in eval mode: fast, on the meta device if it runs there.
+    """Paths of the modules that a model calls in eval mode: on the meta device if it runs there, else with its values.
 
-    Raises:
-        Exception: whatever the model's own code raises.
+    All modules, if it does not run either way: a model on the meta device whose control flow depends on values.
     """
-    called: set[str] = set()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     hollow = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    args, kwargs = fake_inputs(inputs)
-    try:
-        with untouched(model), _watched(model, called, frozenset(), []), torch.no_grad(), torch.random.fork_rng([]):
-            torch.func.functional_call(model, hollow, args, kwargs)
-    except Exception:  # code that makes tensors on another device, for one
-        return dry_run(model, inputs).called
-    return called
+    fake = fake_inputs(inputs)
+    runs: tuple[Callable[[], object], ...] = (
+        lambda: torch.func.functional_call(model, hollow, *fake),
+        lambda: dry_run(model, inputs),
+        lambda: model(*inputs[0], **inputs[1]),
+    )
+    for run in runs:
+        called: set[str] = set()
+        try:
+            with untouched(model), _watched(model, called, frozenset(), []), torch.no_grad(), torch.random.fork_rng([]):
+                run()
+        except Exception as error:  # code that makes tensors on another device, or reads their values
+            _log.debug("does not run: %s", error)
+            continue
+        return called
+    return {path for path, _ in model.named_modules(remove_duplicate=False)}
 
 
 @contextmanager
