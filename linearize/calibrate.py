@@ -22,7 +22,7 @@ from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, evaluating
 from linearize.running.progress import progress_bar
 
-__all__ = ["Calibration", "SiteCalibration", "calibrate", "stream"]
+__all__ = ["Calibration", "SiteCalibration", "calibrate", "padding_mask", "stream"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def stream(
 
     def hook(name: str, gate: ChannelGate) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-            watch(name, gate, *_rows(inputs[0], h, gate.axis, _mask(model, name, current)))
+            watch(name, gate, *_rows(inputs[0], h, gate.axis, padding_mask(model, name, current)))
 
         return see
 
@@ -166,7 +166,7 @@ def stream(
     return count
 
 
-def _mask(model: nn.Module, name: str, kwargs: dict[str, Any]) -> Tensor | None:
+def padding_mask(model: nn.Module, name: str, kwargs: dict[str, Any]) -> Tensor | None:
     """The padding mask that belongs to a site, if the batch has one."""
     key = "attention_mask"
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in name.split("."):

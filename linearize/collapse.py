@@ -142,15 +142,16 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     last_use = _last_use(found)
     for planned in reversed(plan.sites):
         gate = found[planned.site]
-        site = gate.site
+        site, carries = gate.site, True
         if planned.form not in (MASKED, UNCHANGED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
             reader.pieces.update(FORMS[planned.form](maps))
+            carries = maps.linear.numel() > 0  # else all others were dropped: an ordinary activation remains
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
             )
             steps += _unfold(result, site)
-        steps += _settle_activation(result, planned, gate)
+        steps += _settle_activation(result, planned, gate, carries=carries)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
     set_record(result, Record((), [*record.steps, *sorted(steps, key=_depth)], record.inputs))
@@ -182,7 +183,7 @@ def _unfold(model: nn.Module, site: Site) -> list[Step]:
     return steps
 
 
-def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate) -> list[Step]:
+def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate, *, carries: bool) -> list[Step]:
     """The activation of a site after collapsing: whole, on the first channels only, masked, or gone."""
     path, linear = _path_of(model, gate), mask_of(plan, gate.channels).to(gate.frozen.device)
     whole = plan.form in (MASKED, UNCHANGED)
@@ -208,8 +209,9 @@ def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate) -> l
         inplace = gate.site is not None and gate.site.direct
         spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
         spec = spec if keep else {"type": "Identity"}
-        activation = build(spec, activation)
-        steps.append({"path": path, "module": spec})
+        if carries or not keep:
+            activation = build(spec, activation)
+            steps.append({"path": path, "module": spec})
     replace_module(model, path, activation)
     return steps
 

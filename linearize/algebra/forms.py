@@ -217,6 +217,11 @@ def _produce(maps: Maps, pieces: Pieces, carried: Affine) -> None:
         raise Infeasible("the maps of the gated unit are convolutions")
     width = carried.weight.shape[0]
     factor = stacked(rows(maps.up, maps.keep), carried) if width else rows(maps.up, maps.keep)
+    if not width:  # nothing is carried: plain layers, only narrower
+        halves = (kept, factor) if maps.packed != "up_first" else (factor, kept)
+        narrow = {path: Piece("plain", kept), maps.up_at[0]: Piece("plain", factor)}
+        pieces.update(narrow if maps.packed is None else {path: Piece("plain", stacked(*halves))})
+        return
     if maps.packed is None:
         empty = kept.weight.shape[0] == 0
         pieces[path] = (

@@ -15,7 +15,7 @@ from linearize.errors import DataError, TrainingError
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.models import device_of, evaluating
 
-__all__ = ["IGNORED", "distillation_loss", "evaluate_batches", "main_output", "task_loss"]
+__all__ = ["IGNORED", "counted", "distillation_loss", "evaluate_batches", "is_logits", "main_output", "task_loss"]
 
 IGNORED = -100  # the label of positions that count for nothing, in PyTorch and transformers alike
 
@@ -80,10 +80,10 @@ def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float
     if student.shape != teacher.shape:
         found = f"found an output {tuple(student.shape)} and a teacher's output {tuple(teacher.shape)}"
         raise TrainingError("finetune", found, "Pass a teacher with the model's outputs.")
-    keep = _counted(student, batch)
+    keep = counted(student, batch)
     if keep is not None:
         student, teacher = student[keep], teacher[keep]
-    if _is_logits(output, batch.labels):
+    if is_logits(output, batch.labels):
         log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
     return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
@@ -118,13 +118,14 @@ def evaluate_batches(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
     return {"eval_loss": losses / counts} | ({"accuracy": hits / seen} if seen else {})
 
 
-def _is_logits(output: Any, labels: Any) -> bool:
+def is_logits(output: Any, labels: Any) -> bool:
+    """Whether the main output holds logits: it is called so, or the labels are class indices."""
     if hasattr(output, "logits") or (isinstance(output, Mapping) and "logits" in output):
         return True
     return isinstance(labels, Tensor) and not labels.is_floating_point()
 
 
-def _counted(output: Tensor, batch: Batch) -> Tensor | None:
+def counted(output: Tensor, batch: Batch) -> Tensor | None:
     """Bool (B, T): positions of an output (B, T, ...) that are not padding; None if all count."""
     for mask in (batch.labels, batch.kwargs.get("attention_mask")):
         if isinstance(mask, Tensor) and mask.dim() == 2 and output.dim() > 2 and output.shape[:2] == mask.shape:

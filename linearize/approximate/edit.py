@@ -1,0 +1,116 @@
+"""Write a fit into a gated model, so that exact collapsing gives the smaller one.
+
+The model keeps its shapes: the consumers get the new columns, and those of removed channels are zero; the gates of
+removed channels are linear, with slope and intercept 0, and collapsing drops them. A linear skip of rank r takes the
+seats of r removed channels: their rows in the producer become the skip's right factor, their columns the left one, and
+their gates are linear with slope 1. `linearize.collapse` then folds it all, exactly, into the cheapest form.
+
+Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank of the skip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from linearize.approximate.editable import bias_of, fold_of, matrix, skip_source, write_bias, write_matrix
+from linearize.approximate.observe import Observation
+from linearize.approximate.regression import Fit
+from linearize.gate import ChannelGate, gates
+
+__all__ = ["Edit", "carry_out", "edit_for"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New values for a site, in float64; its channels are keep, carriers and all others, which are dropped.
+
+    Attributes:
+        site: its name.
+        keep: indices of the channels that stay nonlinear, ascending.
+        carriers: indices of the channels that carry the skip, (r,).
+        weights, biases: of each consumer, (O_j, C * g) and (O_j,).
+        source: the whole weight (outputs, I) of the producer, with the skip's rows in it; None without a skip.
+        slope, intercept: of the gate, (C,).
+    """
+
+    site: str
+    keep: Tensor
+    carriers: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    source: Tensor | None
+    slope: Tensor
+    intercept: Tensor
+    loss: float = field(default=0.0)
+
+    def linear(self) -> Tensor:
+        """Which channels are not nonlinear any more: bool (C,)."""
+        mask = torch.ones_like(self.slope, dtype=torch.bool)
+        mask[self.keep] = False
+        return mask
+
+
+def edit_for(model: nn.Module, observation: Observation, keep: Tensor, found: Fit) -> Edit:
+    """The edit that makes a site compute a fit; nothing is written yet.
+
+    Args:
+        model: gated, with its own weights at this site.
+        observation: of the site.
+        keep: indices of the channels that stay, ascending (K,).
+        found: fitted with the features of these channels.
+    """
+    site, group = observation.site, observation.group
+    channels, rank = site.channels, found.left.shape[1]
+    device = found.weight.device
+    gone = torch.ones(channels, dtype=torch.bool, device=device)
+    gone[keep] = False
+    features = _features(keep, group)
+    weight = found.weight.new_zeros(observation.outputs, channels * group)
+    weight[:, features] = found.weight
+    bias = found.bias.clone()
+    slope, intercept = torch.zeros(2, channels, dtype=torch.float64, device=device).unbind()
+    carriers, source = keep.new_zeros(0), None
+    port = skip_source(model, site)
+    if rank and port is not None:
+        scale, shift = fold_of(model, () if site.gated_unit else site.folds, channels)
+        size = scale.abs().masked_fill(~gone, -1)
+        carriers = size.topk(rank).indices.sort().values
+        own = bias_of(model, port, port.total)[port.start : port.stop]
+        source = matrix(model, port)
+        source[port.start + carriers] = found.right / scale[carriers, None]
+        weight[:, carriers] = found.left
+        if site.gated_unit:  # the carried value is up(x) itself, with its bias: the consumer takes that off again
+            intercept[carriers] = 1
+            bias = bias - found.left @ own[carriers]
+        else:
+            slope[carriers] = 1
+            intercept[carriers] = -(scale * own + shift)[carriers]
+    sizes = [consumer.outputs for consumer in observation.consumers]
+    parts = weight.split(sizes), bias.split(sizes)
+    return Edit(site.name, keep, carriers, *parts, source, slope, intercept, found.loss)
+
+
+def _features(channels: Tensor, group: int) -> Tensor:
+    """Indices of the features of some channels."""
+    return (channels[:, None] * group + torch.arange(group, device=channels.device)).flatten()
+
+
+@torch.no_grad()
+def carry_out(model: nn.Module, edit: Edit) -> None:
+    """Write an edit into a gated model, in place: weights, biases and the gate."""
+    gate: ChannelGate = gates(model)[edit.site]
+    site = gate.site
+    if site is None:
+        return
+    for port, weight, bias in zip(site.consumers, edit.weights, edit.biases, strict=True):
+        write_matrix(model, port, weight)
+        write_bias(model, port, bias)
+    start = skip_source(model, site)
+    if edit.source is not None and start is not None:
+        write_matrix(model, start, edit.source)
+    gate.slope.copy_(edit.slope)
+    gate.intercept.copy_(edit.intercept)
+    gate.linearize_(edit.linear().to(gate.frozen.device))

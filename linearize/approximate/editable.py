@@ -1,0 +1,168 @@
+"""The linear maps around a site, as what they are and where they stand: to observe them, and to write new weights.
+
+Shape letters: I inputs, C channels, g features per channel (the taps of a spatial consumer), O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.algebra.forms import Infeasible
+from linearize.sites import Fold, Port, Site
+from linearize.surgery.probe import has_own_forward, probed
+
+__all__ = ["Consumer", "consumers_of", "fold_of", "matrix", "obstacle_to_refit", "skip_source", "write_matrix"]
+
+# Features of a spatial consumer beyond which the covariance would not fit a sensible memory or time.
+_WIDEST = 6000
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer of a site as a matrix (O, C * g) of what it reads."""
+
+    port: Port
+    module: nn.Module
+    outputs: int
+    group: int
+
+    @property
+    def spatial(self) -> bool:
+        """True if it reads more than one position at a time."""
+        return self.group > 1
+
+
+def matrix(model: nn.Module, port: Port) -> Tensor:
+    """The weight of a map in float64, outputs first and all else flattened: (O, I * g)."""
+    module: Any = model.get_submodule(port.module)
+    weight: Tensor = module.weight.detach().double()
+    return (weight.t() if port.transposed else weight).flatten(1)
+
+
+@torch.no_grad()
+def write_matrix(model: nn.Module, port: Port, value: Tensor) -> None:
+    """Write a whole weight (O, I * g), in the dtype that it has."""
+    weight: Any = model.get_submodule(port.module).weight
+    value = value.t() if port.transposed else value
+    weight.copy_(value.reshape(weight.shape))
+
+
+def bias_of(model: nn.Module, port: Port, outputs: int) -> Tensor:
+    """The bias of a map in float64; zeros where it has none."""
+    module: Any = model.get_submodule(port.module)
+    bias = getattr(module, "bias", None)
+    found: Tensor = module.weight.new_zeros(outputs) if bias is None else bias.detach()
+    return found.double()
+
+
+@torch.no_grad()
+def write_bias(model: nn.Module, port: Port, value: Tensor) -> None:
+    """Write a bias; a layer that has none gets one, if there is anything to write."""
+    module: Any = model.get_submodule(port.module)
+    if module.bias is not None:
+        module.bias.copy_(value)
+    elif bool((value != 0).any()):
+        module.bias = nn.Parameter(value.to(module.weight), requires_grad=module.weight.requires_grad)
+
+
+def consumers_of(model: nn.Module, site: Site) -> tuple[Consumer, ...]:
+    """The consumers of a site."""
+    found = []
+    for port in site.consumers:
+        module: Any = model.get_submodule(port.module)
+        weight = module.weight
+        found.append(Consumer(port, module, weight.shape[1 if port.transposed else 0], math.prod(weight.shape[2:])))
+    return tuple(found)
+
+
+def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
+    """Why the consumers of a site cannot be refitted by least squares; None if they can."""
+    if site is None:
+        return "it was put in by hand"
+    if site.reason is not None or not site.consumers or site.producer is None:
+        return site.reason or "no linear map before or after it"
+    for port in (site.producer, site.up, *site.consumers):
+        if port is not None and not _plain(model, port):
+            return f"the weight of {port.module} is computed, or has a hook"
+        if port is not None and int(getattr(model.get_submodule(port.module), "groups", 1)) > 1:
+            return f"{port.module} has groups"
+    kinds = consumers_of(model, site)
+    if len({consumer.group for consumer in kinds}) > 1:
+        return "its consumers look at different numbers of positions"
+    if kinds[0].spatial and (len(kinds) > 1 or kinds[0].port.dims != 2):
+        return "several consumers, or not of two dimensions, that look at more than one position"
+    if kinds[0].spatial and (isinstance(kinds[0].module.padding, str) or not has_own_forward(kinds[0].module)):
+        return "the padding of its consumer depends on the size, or is given in words"
+    if kinds[0].group * site.channels > _WIDEST:
+        return f"its consumer reads {kinds[0].group * site.channels} features, more than {_WIDEST}"
+    return None
+
+
+def _plain(model: nn.Module, port: Port) -> bool:
+    """True if the map is linear in a weight that can be written."""
+    module: Any = model.get_submodule(port.module)
+    weight = module._parameters.get("weight")
+    if weight is None or "bias" not in module._parameters:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
+        return False
+    if has_own_forward(module):
+        return True
+    if not port.transposed and getattr(module, "padding_mode", "zeros") != "zeros":
+        return False
+    try:
+        found = probed(port, module)
+    except Infeasible:
+        return False
+    own = weight.detach().double()
+    own = own.t() if port.transposed else own
+    return found.weight.shape == own.shape and torch.allclose(found.weight, own, rtol=1e-5, atol=1e-7)
+
+
+def skip_source(model: nn.Module, site: Site) -> Port | None:
+    """The map whose input a linear skip can start from: a matrix at every position, with rows like the consumers'."""
+    port = site.producer if site.up is None else site.up
+    if port is None or site.producer is None or not site.steady:
+        return None
+    kinds = (port, site.producer, *site.consumers)
+    module: Any = model.get_submodule(port.module)
+    weight: Any = module.weight
+    strides = {tuple(getattr(model.get_submodule(p.module), "stride", ())) for p in kinds}
+    pointwise = math.prod(weight.shape[2:]) == 1 and not any(c.spatial for c in consumers_of(model, site))
+    unpadded = all(not any(_numbers(getattr(model.get_submodule(p.module), "padding", 0))) for p in kinds)
+    same = len({p.dims for p in kinds}) == 1 and all(set(stride) <= {1} for stride in strides)
+    return port if pointwise and same and unpadded and not site.up_folds else None
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """Padding in numbers; one in words pads nothing, as the kernel is 1x1."""
+    if isinstance(value, str):
+        return (0,)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def fold_of(model: nn.Module, folds: tuple[Fold, ...], channels: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the constant maps between a producer and its activation, in float64, both (C,)."""
+    from linearize.algebra.affine import norm_scale_shift
+
+    like: Any = next(model.parameters())
+    scale = torch.ones(channels, dtype=torch.float64, device=like.device)
+    shift = torch.zeros_like(scale)
+    for fold in folds:
+        weight, bias, mean, var = (_tensor(model, name) for name in (fold.weight, fold.bias, fold.mean, fold.var))
+        s, t = norm_scale_shift(weight, bias, mean, var, fold.eps, channels)
+        scale, shift = scale * s, shift * s + t
+    return scale, shift
+
+
+def _tensor(model: nn.Module, name: str | None) -> Tensor | None:
+    if name is None:
+        return None
+    path, _, attribute = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), attribute).detach()
+    return found

@@ -1,0 +1,322 @@
+"""One pass over data: the covariance of what each site reads and holds, and what an error in its output costs.
+
+For each site the rows are (x, h): the site's input and its hidden channels as the consumers read them, padding left
+out. Beside them comes the sensitivity of the model's output to an error in the site's: the Gauss-Newton matrix
+`G = E[g g^T]`, with g the gradient, at a row of the site's output, of a random projection of the model's output.
+Errors of rows are taken as independent of each other, and of the gradient (as in K-FAC, Martens and Grosse, ICML 2015).
+
+Shape letters: B samples, T positions, R rows, I inputs, C channels, g features per channel, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from linearize.approximate.covariance import Covariance
+from linearize.approximate.editable import Consumer, bias_of, consumers_of, matrix, obstacle_to_refit, skip_source
+from linearize.approximate.probes import projection
+from linearize.calibrate import padding_mask
+from linearize.errors import DataError
+from linearize.gate import gates
+from linearize.running.batches import read_batch, to_device
+from linearize.running.models import device_of
+from linearize.running.progress import progress_bar
+from linearize.sites import Site
+
+__all__ = ["Observation", "observe"]
+
+_POSITIONS = 64  # sampled per image where a consumer reads patches: neighbours tell the same
+
+
+@dataclass
+class Observation:
+    """What a pass found at a site.
+
+    Attributes:
+        site: the site.
+        inputs: I, or 0 where no skip is possible.
+        group: g.
+        consumers: the maps that read the channels.
+        rows: covariance of (x, h).
+        sensitivity: G, (O, O) float64, summed over the rows of a sample; identity if no gradient came.
+        samples: rows per sample of the sensitivity's unit are `rows.count / samples`.
+        shape: of the site's input in the first batch.
+    """
+
+    site: Site
+    inputs: int
+    group: int
+    consumers: tuple[Consumer, ...]
+    rows: Covariance
+    sensitivity: Tensor
+    samples: float = 0.0
+    seen: int = 0
+    shape: tuple[int, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of all consumers together."""
+        return sum(consumer.outputs for consumer in self.consumers)
+
+    @property
+    def metric(self) -> Tensor:
+        """What an error in the output costs: `loss = tr(metric Cov(error))`, (O, O); a little in every direction.
+
+        Without any gradient: the identity, per row.
+        """
+        if not self.samples or not bool(self.sensitivity.diagonal().sum() > 0):
+            return torch.eye(self.outputs, dtype=torch.float64, device=self.sensitivity.device)
+        found = self.sensitivity / self.samples
+        return found + torch.eye(len(found), dtype=found.dtype, device=found.device) * found.diagonal().mean() * 1e-3
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The consumers' weights under one another, (O, C * g), float64."""
+        return torch.cat([matrix(model, consumer.port) for consumer in self.consumers])
+
+    def bias(self, model: nn.Module) -> Tensor:
+        """The consumers' biases, (O,), float64."""
+        return torch.cat([bias_of(model, consumer.port, consumer.outputs) for consumer in self.consumers])
+
+
+@dataclass
+class _Watch:
+    """What one site shows during one batch."""
+
+    found: Observation
+    x: Tensor | None = None
+    h: Tensor | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(self, mask: Tensor | None, generator: torch.Generator) -> None:
+        """Turn the batch into rows, and forget it."""
+        if self.h is None:
+            return
+        found, consumer = self.found, self.found.consumers[0]
+        gradient = _gradient_rows(found, self.gradients, mask)
+        if consumer.spatial:
+            h, weights = _patches(self.h, consumer.module, generator), None
+        else:
+            h, weights = _rows(self.h, consumer.port.dims, mask), _row_weights(gradient)
+        if found.inputs and self.x is not None:
+            h = torch.cat((_rows(self.x, consumer.port.dims, mask).to(h), h), 1)
+        if weights is not None and len(weights) != len(h):
+            weights = None
+        found.rows.update(h, weights)
+        if gradient is not None:
+            g = gradient.to(found.sensitivity)
+            found.sensitivity.addmm_(g.t(), g)
+        self.x = self.h = None
+        self.gradients.clear()
+
+
+def observe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    sites: Iterable[str] | None = None,
+    sensitivity: bool = True,
+    seed: int = 0,
+    memory: float = 2e9,
+    progress: bool = True,
+) -> dict[str, Observation]:
+    """Stream data through a gated model, and gather the statistics of every site that can be refitted.
+
+    Args:
+        model: with gates; it runs in eval mode and is left as it was.
+        batches: as for `linearize.calibrate`, re-iterable.
+        sites: names of those to observe; None takes all that can be refitted.
+        sensitivity: also run backwards, for the sensitivity of the output.
+        seed: of random projections and of sampled positions.
+        memory: bytes for covariances at a time; sites beyond that wait for another pass over the data.
+        progress: show a bar on a terminal.
+
+    Returns:
+        By site name, in order of execution. A site that no batch reached has `rows.count` 0.
+
+    Raises:
+        DataError: there are no batches, or NaN or infinity turned up at a site.
+
+    Example:
+        >>> import linearize
+        >>> net = linearize.convert(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 3))
+        >>> found = observe(net, [torch.randn(64, 3)], progress=False)["1"]
+        >>> found.rows.count, found.rows.covariance.shape
+        (64, torch.Size([11, 11]))
+    """
+    named = gates(model)
+    wanted = [name for name in named if (sites is None or name in set(sites))]
+    able = [name for name in wanted if obstacle_to_refit(model, named[name].site) is None]
+    result: dict[str, Observation] = {}
+    for some in _in_memory(model, able, memory):
+        found = {name: _empty(model, named[name].site) for name in some}
+        _pass(model, batches, found, sensitivity, seed, progress)
+        result.update(found)
+    return result
+
+
+def _empty(model: nn.Module, site: Site | None) -> Observation:
+    if site is None:
+        raise DataError("observe", "found a gate without a site", "Put gates in with linearize.convert.")
+    consumers = consumers_of(model, site)
+    source = skip_source(model, site)
+    inputs = matrix(model, source).shape[1] if source is not None else 0
+    device = device_of(model)
+    place = torch.device("cpu") if device.type == "mps" else device
+    outputs = sum(consumer.outputs for consumer in consumers)
+    rows = Covariance(inputs + site.channels * consumers[0].group, place)
+    return Observation(
+        site, inputs, consumers[0].group, consumers, rows, torch.zeros(outputs, outputs, dtype=torch.float64).to(place)
+    )
+
+
+def _in_memory(model: nn.Module, names: list[str], memory: float) -> Iterator[list[str]]:
+    """Groups of sites whose covariances fit the memory together; one site at least."""
+    named = gates(model)
+    group, used = list[str](), 0.0
+    for name in names:
+        site = named[name].site
+        if site is None:
+            continue
+        source = skip_source(model, site)
+        features = site.channels * consumers_of(model, site)[0].group
+        features += matrix(model, source).shape[1] if source is not None else 0
+        size = 8.0 * features**2
+        if group and used + size > memory:
+            yield group
+            group, used = [], 0.0
+        group.append(name)
+        used += size
+    if group:
+        yield group
+
+
+def _pass(
+    model: nn.Module,
+    batches: Iterable[Any],
+    found: dict[str, Observation],
+    sensitivity: bool,
+    seed: int,
+    progress: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    watches = {name: _Watch(observation) for name, observation in found.items()}
+    total = len(batches) if isinstance(batches, Sized) else None
+    count = 0
+    with _watching(model, watches, sensitivity) as handle, progress_bar("observe", total, enabled=progress) as advance:
+        for index, raw in enumerate(batches):
+            batch = read_batch(model, to_device(raw, device))
+            output = model(*batch.args, **batch.kwargs)
+            if sensitivity:
+                scalar, positions = projection(output, batch, generator)
+                if scalar.requires_grad:
+                    torch.autograd.grad(scalar, handle, allow_unused=True)
+                for observation in found.values():
+                    observation.samples += positions
+            for name, watch in watches.items():
+                watch.take(padding_mask(model, name, batch.kwargs), generator)
+                if not watch.found.rows.finite:
+                    remedy = "Check this batch, and the weights before this site."
+                    raise DataError(name, f"found NaN or infinity at this activation in batch {index}", remedy)
+                watch.found.seen += batch.size
+            count += 1
+            advance("")
+    if not count:
+        raise DataError("data", "found no batches", "Pass at least one (a generator is empty after its first use).")
+
+
+@contextmanager
+def _watching(model: nn.Module, watches: dict[str, _Watch], gradients: bool) -> Iterator[Tensor]:
+    """Hooks on producers and consumers, eval mode; gives the tensor whose gradient makes the others flow."""
+    modes = [(module, module.training) for module in model.modules()]
+    source = torch.zeros((), device=device_of(model), requires_grad=gradients)
+    handles: list[Any] = []
+    for watch in watches.values():
+        for index, consumer in enumerate(watch.found.consumers):
+            module = model.get_submodule(consumer.port.module)
+            handles.append(module.register_forward_hook(_see_output(watch, index, source if gradients else None)))
+        if watch.found.inputs:
+            port = skip_source(model, watch.found.site)
+            if port is not None:
+                handles.append(model.get_submodule(port.module).register_forward_pre_hook(_see_input(watch)))
+    try:
+        model.eval()
+        with torch.set_grad_enabled(gradients):
+            yield source
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        watch.x = inputs[0].detach()
+        watch.found.shape = watch.found.shape or tuple(inputs[0].shape)
+
+    return see
+
+
+def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if index == 0:
+            watch.h = inputs[0].detach()
+        if source is None or not output.is_floating_point():
+            return None
+        output = output + source.to(output.dtype)
+
+        def keep(gradient: Tensor) -> None:
+            watch.gradients[index] = gradient.detach()
+
+        output.register_hook(keep)
+        return output
+
+    return see
+
+
+def _rows(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
+    """(R, channels), without the rows that a mask (B, T) marks as padding."""
+    x = x.movedim(-1 - dims, -1)
+    if mask is not None:
+        if x.shape[:-1] == mask.shape:
+            return x[mask.bool()]
+        if x.shape[:-1] == (mask.numel(),):
+            return x[mask.flatten().bool()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gradient_rows(found: Observation, gradients: dict[int, Tensor], mask: Tensor | None) -> Tensor | None:
+    """Gradients at the rows of all consumers' outputs, (R, O); None if a consumer got none."""
+    if len(gradients) < len(found.consumers):
+        return None
+    parts = [_rows(gradients[i], consumer.port.dims, mask) for i, consumer in enumerate(found.consumers)]
+    return torch.cat(parts, 1) if len({len(part) for part in parts}) == 1 else None
+
+
+def _row_weights(gradient: Tensor | None) -> Tensor | None:
+    """Half the weight of every row is its own sensitivity: the rows that the output depends on count more."""
+    if gradient is None:
+        return None
+    energy = gradient.double().square().sum(1)
+    mean = float(energy.mean())
+    return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
+
+
+def _patches(h: Tensor, conv: Any, generator: torch.Generator) -> Tensor:
+    """Some of the patches that a spatial consumer reads, (R, C * g): the same random positions of every image."""
+    found, where = [], None
+    for some in h.split(8):
+        patches = functional.unfold(some, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+        if where is None:
+            where = torch.randperm(patches.shape[2], generator=generator)[:_POSITIONS].to(h.device)
+        found.append(patches[:, :, where].transpose(1, 2).flatten(0, 1))
+    return torch.cat(found)

@@ -1,0 +1,206 @@
+"""The best linear replacement of removed channels: kept channels, a linear skip and the bias, refitted together.
+
+With N the channels that stay and x the site's input, minimise over B_N, W and the bias
+
+    E | M^(1/2) (y - B_N h_N - W x - bias) |^2,    y = B h + c,    rank(W) <= r
+
+in closed form from the covariance of (x, h). Without a restriction on the rank the metric M does not matter; with one,
+it is reduced-rank regression (Izenman, 1975) of what h_N leaves, on what h_N leaves of x.
+
+Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.approximate.removal import regularised
+
+__all__ = ["Fit", "conditional", "fit", "rank_losses", "residual_weight", "square_root"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The refitted output `y = weight h_N + left (right x) + bias`; all float64.
+
+    Attributes:
+        weight: (O, K * g).
+        bias: (O,).
+        left, right: (O, r) and (r, I), the skip; r = 0 for none.
+        loss: mean square error in the metric.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    left: Tensor
+    right: Tensor
+    loss: float
+
+
+def square_root(metric: Tensor) -> Tensor:
+    """The symmetric square root of a positive semidefinite matrix.
+
+    Example:
+        >>> square_root(torch.diag(torch.tensor([4.0, 9.0]))).diagonal().tolist()
+        [2.0, 3.0]
+    """
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
+    return root
+
+
+def conditional(covariance: Tensor, given: Tensor, of: Tensor, ridge: float) -> Tensor:
+    """Covariance of the features `of` (indices) after their best linear prediction from the features `given`."""
+    s_of, s_mixed = covariance[of][:, of], covariance[given][:, of]
+    if not len(given):
+        return s_of
+    factor = torch.linalg.cholesky(regularised(covariance[given][:, given], ridge))
+    half: Tensor = torch.linalg.solve_triangular(factor, s_mixed, upper=False)
+    found = s_of - half.t() @ half
+    return (found + found.t()) / 2
+
+
+def residual_weight(covariance: Tensor, weight: Tensor, given: Tensor, of: Tensor, ridge: float) -> Tensor:
+    """Best linear prediction of `weight @ features[of]` from `features[given]`: (O, len(given))."""
+    factor = torch.linalg.cholesky(regularised(covariance[given][:, given], ridge))
+    return torch.cholesky_solve(covariance[given][:, of] @ weight.t(), factor).t()
+
+
+def fit(
+    covariance: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    inputs: int,
+    keep: Tensor,
+    rank: int | None = 0,
+    root: Tensor | None = None,
+    ridge: float = 1e-6,
+) -> Fit:
+    """Refit a site's output on the features that stay.
+
+    Args:
+        covariance: of (x, h), (I + C * g, I + C * g), float64.
+        mean: of (x, h), (I + C * g,).
+        weight: of the consumers, (O, C * g).
+        bias: of the consumers, (O,).
+        inputs: I; 0 where x was not observed.
+        keep: indices of the features of h that stay, ascending.
+        rank: of the skip: 0 for none, None for a full one.
+        root: M^(1/2), (O, O); None is the identity.
+        ridge: relative to each feature's variance; the refitted weights are drawn towards the old ones.
+
+    Example:
+        >>> s = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)  # two channels, no skip
+        >>> one = torch.ones(1, 2, dtype=torch.float64)
+        >>> found = fit(s, torch.zeros(2).double(), one, torch.zeros(1).double(), inputs=0, keep=torch.tensor([0]))
+        >>> round(found.weight.item(), 3), round(found.loss, 3)
+        (1.5, 1.5)
+    """
+    features = weight.shape[1]
+    root = torch.eye(len(weight), dtype=weight.dtype, device=weight.device) if root is None else root
+    gone = torch.ones(features, dtype=torch.bool, device=weight.device)
+    gone[keep] = False
+    dropped = gone.nonzero().flatten()
+    kept = keep + inputs
+    x = torch.arange(inputs, device=weight.device)
+    lost = weight[:, dropped]
+    full = inputs > 0 and rank is None
+    given = torch.cat((x, kept)) if full else kept
+    left, right = weight.new_zeros(len(weight), 0), weight.new_zeros(0, inputs)
+    if full:
+        found = residual_weight(covariance, lost, given, dropped + inputs, ridge)
+        left, right = factors(found[:, :inputs])
+        added = found[:, inputs:]
+    else:
+        if inputs and rank:
+            left, right = _reduced_rank(covariance, lost, kept, dropped + inputs, inputs, rank, root, ridge)
+        added = _beside_skip(covariance, lost, left @ right, kept, dropped + inputs, inputs, ridge)
+    new = weight[:, keep] + added
+    shift = weight @ mean[inputs:] - new @ mean[kept] - left @ (right @ mean[:inputs])
+    loss = _loss(covariance, root, lost, added, left @ right, kept, dropped + inputs, inputs)
+    return Fit(new, bias + shift, left, right, loss)
+
+
+def factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (O, I) as a product without any loss: one of the two factors is the identity."""
+    outputs, inputs = matrix.shape
+    if inputs <= outputs:
+        return matrix, torch.eye(inputs, dtype=matrix.dtype, device=matrix.device)
+    return torch.eye(outputs, dtype=matrix.dtype, device=matrix.device), matrix
+
+
+def rank_losses(
+    covariance: Tensor, weight: Tensor, keep: Tensor, inputs: int, root: Tensor, ridge: float
+) -> tuple[float, Tensor]:
+    """Mean square error with a full skip, and what each dimension less of the skip adds.
+
+    Returns:
+        The error with the full skip, and (min(I, O),) squared singular values, the largest first: the error with rank
+        r is the first plus the sum of the values from index r on.
+    """
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[keep] = False
+    dropped, kept = gone.nonzero().flatten() + inputs, keep + inputs
+    lost = root @ weight[:, gone]
+    x = torch.arange(inputs, device=weight.device)
+    given = torch.cat((x, kept))
+    error = conditional(covariance, given, dropped, ridge)
+    inner = _skip_energy(covariance, lost, kept, dropped, inputs, ridge)
+    values = torch.linalg.eigvalsh(inner).flip(0).clamp(min=0)[: min(inputs, len(weight))]
+    return float((lost @ error * lost).sum()), values
+
+
+def _skip_energy(covariance: Tensor, lost: Tensor, kept: Tensor, dropped: Tensor, inputs: int, ridge: float) -> Tensor:
+    """Covariance (O, O) of the part of `lost @ h_D` that x explains beyond h_N."""
+    together = torch.cat((torch.arange(inputs, device=lost.device), dropped))
+    left = conditional(covariance, kept, together, ridge)
+    s_x, s_xd = left[:inputs, :inputs], left[:inputs, inputs:]
+    factor = torch.linalg.cholesky(regularised(s_x, ridge))
+    half: Tensor = torch.linalg.solve_triangular(factor, s_xd @ lost.t(), upper=False)
+    return half.t() @ half
+
+
+def _reduced_rank(
+    covariance: Tensor, lost: Tensor, kept: Tensor, dropped: Tensor, inputs: int, rank: int, root: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """The factors of the best skip of a rank: project the full one onto the leading directions of its output."""
+    together = torch.cat((torch.arange(inputs, device=lost.device), dropped))
+    left = conditional(covariance, kept, together, ridge)
+    s_x, s_xd = left[:inputs, :inputs], left[:inputs, inputs:]
+    factor = torch.linalg.cholesky(regularised(s_x, ridge))
+    scaled = root @ lost
+    whole = torch.cholesky_solve(s_xd @ scaled.t(), factor).t()  # (O, I), in the metric
+    half = torch.linalg.solve_triangular(factor, s_xd @ scaled.t(), upper=False)
+    vectors = torch.linalg.eigh(half.t() @ half).eigenvectors.flip(1)[:, :rank]
+    return torch.linalg.lstsq(root, vectors).solution, vectors.t() @ whole
+
+
+def _beside_skip(
+    covariance: Tensor, lost: Tensor, skip: Tensor, kept: Tensor, dropped: Tensor, inputs: int, ridge: float
+) -> Tensor:
+    """What the kept features add for `lost @ h_D - skip @ x`: (O, K * g)."""
+    if not len(kept):
+        return lost.new_zeros(len(lost), 0)
+    factor = torch.linalg.cholesky(regularised(covariance[kept][:, kept], ridge))
+    mixed = covariance[kept][:, dropped] @ lost.t()
+    if skip.shape[1]:
+        mixed = mixed - covariance[kept][:, :inputs] @ skip.t()
+    return torch.cholesky_solve(mixed, factor).t()
+
+
+def _loss(
+    covariance: Tensor, root: Tensor, lost: Tensor, added: Tensor, skip: Tensor, kept: Tensor, dropped: Tensor, i: int
+) -> float:
+    """Mean square, in the metric, of `lost h_D - added h_N - skip x`: evaluated, whatever the ridge did."""
+    parts, index = [lost, -added], [dropped, kept]
+    if skip.shape[1]:
+        parts.append(-skip)
+        index.append(torch.arange(i, device=lost.device))
+    error = root @ torch.cat(parts, 1)
+    where = torch.cat(index)
+    return float((error @ covariance[where][:, where] * error).sum().clamp(min=0))

@@ -1,0 +1,1 @@
+"""What could happen to each site, what that costs and loses, and the best choice within a budget."""

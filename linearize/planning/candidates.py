@@ -1,0 +1,121 @@
+"""The groups of sites of a model, and the options of each with their costs and predicted losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from torch import nn
+
+from linearize.algebra.forms import Infeasible
+from linearize.approximate.editable import obstacle_to_refit
+from linearize.gate import ChannelGate, gates
+from linearize.planning.curves import Curve, levels
+from linearize.planning.options import Group, Option, SiteChoice
+from linearize.planning.price import Pricer, ports_of
+
+__all__ = ["candidates", "groups_of"]
+
+# Ranks of a skip between none and the full one.
+_RANKS = (8, 16, 32, 64, 128, 256)
+
+
+def groups_of(model: nn.Module) -> list[list[str]]:
+    """Names of sites that share a map, and so must be priced together; in order of execution.
+
+    Example:
+        >>> import linearize, torch
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> groups_of(linearize.convert(net, torch.randn(1, 2)))
+        [['1', '3']]
+    """
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, gate in gates(model).items():
+        maps = {port.module for port in ports_of(gate.site)} if gate.site is not None else set()
+        names = [name]
+        for group in [g for g in groups if g[1] & maps]:
+            groups.remove(group)
+            names, maps = [*group[0], *names], maps | group[1]
+        groups.append((names, maps))
+    return [names for names, _ in groups]
+
+
+def candidates(
+    model: nn.Module, curves: Mapping[str, Curve], *, round_to: int = 8, uniform: Sequence[Sequence[str]] = ()
+) -> list[Group]:
+    """The options of every group of a gated model.
+
+    Args:
+        model: gated, with its original weights.
+        curves: by site name; a site without one stays as it is.
+        round_to: numbers of channels that stay are multiples of this.
+        uniform: groups of site names that must keep equal numbers of channels.
+    """
+    found = [_group(model, names, curves, round_to) for names in groups_of(model)]
+    for names in uniform:
+        found = _tied(found, set(names))
+    return found
+
+
+def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int) -> Group:
+    named = gates(model)
+    pricer = Pricer(model, [named[name] for name in names])
+    before = pricer.before()
+    choices = tuple(SiteChoice(name, named[name].channels, form="unchanged") for name in names)
+    stay = Option(choices, 0.0, before.flops, before.params, before.activations)
+    missing = next((name for name in names if name not in curves), None)
+    if missing is not None:
+        why = obstacle_to_refit(model, named[missing].site) or "no batch reached it"
+        return Group(tuple(names), (stay,), why)
+    lists = [list(curves[name].choices(levels(named[name].channels, round_to), _RANKS)) for name in names]
+    if len(names) > 1:
+        lists = [_coarse(some, named[name]) for name, some in zip(names, lists, strict=True)]
+    options = [stay]
+    for together in _joined(lists):
+        some = tuple(choice for choice, _ in together)
+        try:
+            price = pricer.after(some)
+        except Infeasible:
+            continue
+        loss = sum(loss for _, loss in together)
+        options.append(Option(some, loss, price.flops, price.params, price.activations))
+    return Group(tuple(names), tuple(options), None if len(options) > 1 else "no form can express any other option")
+
+
+def _coarse(some: list[tuple[SiteChoice, float]], gate: ChannelGate) -> list[tuple[SiteChoice, float]]:
+    """Of a site that shares a map with another: fewer options, and none with a skip (it would need the shared map)."""
+    plain = [(choice, loss) for choice, loss in some if not choice.rank]
+    return [(SiteChoice(plain[0][0].site, gate.channels), 0.0), *plain[1::2]] if plain else []
+
+
+def _joined(lists: list[list[tuple[SiteChoice, float]]]) -> list[tuple[tuple[SiteChoice, float], ...]]:
+    """The options of sites that are priced together: every combination for two, equal shares for more."""
+    if len(lists) <= 2:
+        return list(product(*lists))
+    shortest = min(map(len, lists))
+    return list(zip(*(some[:shortest] for some in lists), strict=True))
+
+
+def _tied(groups: list[Group], names: set[str]) -> list[Group]:
+    """Groups of which every option keeps equal numbers of channels, and has the same form, in all sites named."""
+    inside = [group for group in groups if names & set(group.sites)]
+    if len(inside) < 2:
+        return groups
+    kinds = [{_kind(option): option for option in group.options} for group in inside]
+    common = [kind for kind in kinds[0] if all(kind in other for other in kinds[1:])]
+    options = tuple(_merged([kind[key] for kind in kinds]) for key in common)
+    reason = next((group.reason for group in inside if group.reason), None)
+    tied = Group(tuple(name for group in inside for name in group.sites), options, reason)
+    place = groups.index(inside[0])
+    rest = [group for group in groups if group not in inside]
+    return [*rest[:place], tied, *rest[place:]]
+
+
+def _kind(option: Option) -> tuple[tuple[int, int, str], ...]:
+    return tuple((choice.keep, choice.rank, choice.form) for choice in option.choices)
+
+
+def _merged(options: list[Option]) -> Option:
+    choices = tuple(choice for option in options for choice in option.choices)
+    sums = {name: sum(getattr(o, name) for o in options) for name in ("loss", "flops", "params", "activations")}
+    return Option(choices, **sums)

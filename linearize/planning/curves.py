@@ -1,0 +1,145 @@
+"""What a site loses as channels go: the curve of each kind of replacement, and the edit that carries a choice out.
+
+Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank of the skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from linearize.approximate.edit import Edit, edit_for
+from linearize.approximate.observe import Observation
+from linearize.approximate.regression import conditional, fit, rank_losses, square_root
+from linearize.approximate.removal import Removal, removal_order
+from linearize.planning.options import SiteChoice
+
+__all__ = ["Curve", "curve_of", "levels"]
+
+# Shares of the channels that stay, as options: finer where little is left, since there each channel counts more.
+_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 7 / 16, 3 / 8, 5 / 16, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32)
+_RIDGE = 1e-3  # relative to each feature's variance: held-out data prefers it neither much smaller nor larger
+
+
+@dataclass
+class Curve:
+    """A site's statistics and the weights to refit.
+
+    Attributes:
+        observation: what calibration found.
+        weight, bias: of the consumers, (O, C * g) and (O,), float64.
+        ridge: of every least-squares problem here.
+    """
+
+    observation: Observation
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.observation.site.channels
+
+    @property
+    def largest_rank(self) -> int:
+        """Of a full skip; 0 where none is possible."""
+        return min(self.observation.inputs, len(self.weight))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Square root of the metric, (O, O)."""
+        return square_root(self.observation.metric)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Of (x, h)."""
+        return self.observation.rows.covariance
+
+    @cached_property
+    def dropped(self) -> Removal:
+        """The order in which channels go if the others alone stand in for them."""
+        hidden = self.covariance[self.observation.inputs :, self.observation.inputs :]
+        return removal_order(hidden, self.root @ self.weight, group=self.observation.group, ridge=self.ridge)
+
+    @cached_property
+    def skipped(self) -> Removal:
+        """The order in which channels go beside a full skip: by what a linear prediction from x leaves of them."""
+        inputs = self.observation.inputs
+        given = torch.arange(inputs, device=self.weight.device)
+        of = torch.arange(inputs, len(self.covariance), device=self.weight.device)
+        hidden = conditional(self.covariance, given, of, self.ridge)
+        return removal_order(hidden, self.root @ self.weight, group=self.observation.group, ridge=self.ridge)
+
+    def keep(self, choice: SiteChoice) -> Tensor:
+        """The channels that stay, by index, ascending (K,)."""
+        return (self.skipped if self._full(choice) else self.dropped).keep(choice.keep)
+
+    def _full(self, choice: SiteChoice) -> bool:
+        return choice.rank > 0 and choice.rank == self.largest_rank
+
+    def choices(self, widths: list[int], ranks: tuple[int, ...]) -> Iterator[tuple[SiteChoice, float]]:
+        """Every choice worth pricing, with the error of the model's output that it is predicted to cause."""
+        for width in widths:
+            if width:
+                yield (
+                    SiteChoice(self.observation.site.name, width),
+                    float(self.dropped.loss[self.channels - width]),
+                )
+        name, full = self.observation.site.name, self.largest_rank
+        if not full:
+            return
+        for width in widths:
+            if self.channels - width >= full:
+                loss = float(self.skipped.loss[self.channels - width])
+                for form in ("merged", "factored") if width else ("vanished",):
+                    yield SiteChoice(name, width, full, form), loss
+        for width in [w for w in widths if w <= self.channels // 2]:
+            least, values = rank_losses(
+                self.covariance, self.weight, self.dropped.keep(width), self.observation.inputs, self.root, self.ridge
+            )
+            for rank in ranks:
+                if 0 < rank < full and rank <= self.channels - width:
+                    yield SiteChoice(name, width, rank), least + float(values[rank:].sum())
+
+    def edit(self, model: nn.Module, choice: SiteChoice, keep: Tensor | None = None) -> Edit:
+        """The closed form of a choice; `keep` overrides which channels stay."""
+        kept = self.keep(choice) if keep is None else keep
+        group = self.observation.group
+        features = (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
+        found = fit(
+            self.covariance,
+            self.observation.rows.mean,
+            self.weight,
+            self.bias,
+            inputs=self.observation.inputs,
+            keep=features,
+            rank=None if self._full(choice) else choice.rank,
+            root=self.root,
+            ridge=self.ridge,
+        )
+        return edit_for(model, self.observation, kept, found)
+
+
+def curve_of(model: nn.Module, observation: Observation) -> Curve:
+    """The curve of a site, from one observation of it in `model`."""
+    features = len(observation.rows.mean)
+    scarce = features / max(1, observation.rows.count)
+    ridge = _RIDGE if scarce < 1 else 0.1 * scarce  # the covariance has no full rank: trust it the less
+    return Curve(observation, observation.weight(model), observation.bias(model), ridge)
+
+
+def levels(channels: int, round_to: int) -> list[int]:
+    """Numbers of channels that may stay, fewer than all, falling; 0 for a site that becomes linear as a whole.
+
+    Example:
+        >>> levels(64, 8)
+        [56, 48, 40, 32, 24, 16, 8, 0]
+    """
+    step = max(1, min(round_to, channels // 4))
+    found = {max(step, round(share * channels / step) * step) for share in _SHARES}
+    return [*sorted((width for width in found if width < channels), reverse=True), 0]

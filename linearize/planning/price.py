@@ -1,0 +1,123 @@
+"""What an option costs, exactly: from the shapes of the layers that it would leave behind.
+
+The pieces are made by the very functions that collapse a model, on the meta device: nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from linearize.algebra.forms import FORMS, IDENTITY, Infeasible, Piece, Pieces
+from linearize.gate import ChannelGate
+from linearize.planning.options import SiteChoice
+from linearize.sites import Port, Site
+from linearize.surgery.maps import Reader
+
+__all__ = ["Price", "Pricer", "ports_of"]
+
+
+@dataclass(frozen=True)
+class Price:
+    """Cost of a group's maps and units for the example batch, and the layers themselves (shapes only)."""
+
+    flops: float
+    params: float
+    activations: float
+    pieces: Pieces
+
+
+def ports_of(site: Site) -> list[Port]:
+    """The maps of a site."""
+    return [port for port in (site.producer, site.up, *site.consumers) if port is not None]
+
+
+@dataclass
+class Pricer:
+    """Prices the options of a group of sites.
+
+    Attributes:
+        model: gated; only shapes are read.
+        gates: the gates of the group, in order of execution.
+    """
+
+    model: nn.Module
+    gates: Sequence[ChannelGate]
+
+    def before(self) -> Price:
+        """The group as it is."""
+        ports = {port.module: port for site in self._sites() for port in ports_of(site)}
+        reader = Reader(self.model, "meta")
+        flops = sum(2.0 * port.positions * self._numel(path) for path, port in ports.items())
+        params = sum(_parameters(self.model.get_submodule(path)) for path in ports)
+        folds = {f.module: f for s in self._sites() for f in (*s.folds, *s.up_folds, *s.consumer_folds)}
+        names = {name for fold in folds.values() for name in (fold.weight, fold.bias) if name is not None}
+        tensors = dict(self.model.named_parameters())
+        params += sum(tensors[name].numel() for name in names if name in tensors)
+        units = sum(float(site.positions * site.channels) for site in self._sites())
+        reader.pieces.clear()
+        return Price(flops, float(params), units, {})
+
+    def after(self, choices: Sequence[SiteChoice]) -> Price:
+        """The group after the choices, one per site.
+
+        Raises:
+            Infeasible: a form cannot express a site.
+        """
+        reader = Reader(self.model, "meta")
+        positions: dict[str, int] = {}
+        units = 0.0
+        for gate, choice in reversed(list(zip(self.gates, choices, strict=True))):
+            site = gate.site
+            if site is None:
+                raise Infeasible("a gate without a site")
+            units += float(site.positions * choice.keep)
+            if choice.form in ("unchanged", "line"):
+                raise Infeasible("it stays as it is")
+            mask = torch.zeros(gate.channels, dtype=torch.bool)
+            maps = reader.maps(site, gate, mask, self._fixed(site))
+            index = torch.arange(gate.channels, device="meta")
+            end = choice.keep + choice.rank
+            made = FORMS[choice.form](
+                replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
+            )
+            reader.pieces.update(made)
+            for port in ports_of(site):
+                positions.setdefault(port.module, port.positions)
+                if choice.form == "vanished":
+                    positions[port.module] = site.consumers[0].positions
+        flops = sum(2.0 * positions[path] * _size(piece) for path, piece in reader.pieces.items())
+        params = sum(_size(piece) + _bias(piece) for piece in reader.pieces.values())
+        return Price(flops, float(params), units, dict(reader.pieces))
+
+    def _sites(self) -> list[Site]:
+        return [gate.site for gate in self.gates if gate.site is not None]
+
+    def _fixed(self, site: Site) -> bool:
+        """True if a site before it in the group folds into its producer."""
+        return any(
+            site.producer is not None and port.module == site.producer.module
+            for other in self._sites()
+            if other.order < site.order
+            for port in other.consumers
+        )
+
+    def _numel(self, path: str) -> int:
+        weight = getattr(self.model.get_submodule(path), "weight", None)
+        return 0 if weight is None else int(weight.numel())
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module._parameters.values() if parameter is not None)
+
+
+def _size(piece: Piece) -> int:
+    return 0 if piece is IDENTITY or piece.affine is None else piece.affine.weight.numel()
+
+
+def _bias(piece: Piece) -> int:
+    border = 0 if piece.border is None else piece.border.numel()
+    return border + (0 if piece.affine is None else piece.affine.bias.numel())
