@@ -125,28 +125,50 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
 
 
 def called_modules(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Paths of the modules that a model calls in eval mode: on the meta device if it runs there, else with its values.
+    """Paths of the modules that a model calls in eval mode; all of them, if it does not run.
 
-    All modules, if it does not run either way: a model on the meta device whose control flow depends on values.
+    A model on the meta device does not run if its control flow depends on values.
+    """
+    called: set[str] = set()
+    try:
+        with _watched(model, called, frozenset(), []):
+            run_once(model, inputs, before=called.clear)
+    except Exception as error:  # whatever the model's own code raises
+        _log.debug("does not run: %s", error)
+        return {path for path, _ in model.named_modules(remove_duplicate=False)}
+    return called
+
+
+def run_once(model: nn.Module, inputs: Inputs, *, before: Callable[[], object] = lambda: None) -> None:
+    """Run a model in eval mode as cheaply as it goes: on the meta device, on fake tensors, or else for real.
+
+    Args:
+        model: it stays as it was.
+        inputs: of its forward.
+        before: called before every attempt.
+
+    Raises:
+        Exception: whatever the model's own code raises in the last attempt.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     hollow = {name: tensor.detach().to("meta") for name, tensor in tensors}
     fake = fake_inputs(inputs)
-    runs: tuple[Callable[[], object], ...] = (
+    attempts: tuple[Callable[[], object], ...] = (
         lambda: torch.func.functional_call(model, hollow, *fake),
         lambda: dry_run(model, inputs),
         lambda: model(*inputs[0], **inputs[1]),
     )
-    for run in runs:
-        called: set[str] = set()
+    for number, attempt in enumerate(attempts, 1):
+        before()
         try:
-            with untouched(model), _watched(model, called, frozenset(), []), torch.no_grad(), torch.random.fork_rng([]):
-                run()
+            with untouched(model), torch.no_grad(), torch.random.fork_rng([]):
+                attempt()
         except Exception as error:  # code that makes tensors on another device, or reads their values
-            _log.debug("does not run: %s", error)
-            continue
-        return called
-    return {path for path, _ in model.named_modules(remove_duplicate=False)}
+            if number == len(attempts):
+                raise
+            _log.debug("attempt %d does not run: %s", number, error)
+        else:
+            return
 
 
 @contextmanager
@@ -193,4 +215,4 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-__all__ = ["Trace", "called_modules", "dry_run", "first_line"]
+__all__ = ["Trace", "called_modules", "dry_run", "first_line", "run_once"]

@@ -28,7 +28,7 @@ def make_layer(path: str, piece: Piece, dims: int, old: nn.Module) -> nn.Module:
         raise CollapseError(path, f"a piece of kind {piece.layer} without a map", "Please report this model.")
     weight: Any = old.weight
     kept = getattr(old, "bias", None) is not None and piece.layer != "carry"
-    spec = _layer_spec(piece, piece.affine, dims, bias=kept or bool((piece.affine.bias != 0).any()))
+    spec = layer_spec(piece, piece.affine, dims, bias=kept or bool((piece.affine.bias != 0).any()))
     with torch.device("meta"):
         layer = build(spec, old)
     values = {"weight": piece.affine.weight, "bias": piece.affine.bias, "border": piece.border}
@@ -41,7 +41,7 @@ _MATRIX = {"plain": "Linear", "carry": "CarryLinear", "ones": "OnesLinear"}
 _CONVOLUTION = {"plain": "Conv", "carry": "CarryConv", "input_carry": "InputCarryConv", "border": "BorderConv"}
 
 
-def _layer_spec(piece: Piece, affine: Affine, dims: int, *, bias: bool) -> Spec:
+def layer_spec(piece: Piece, affine: Affine, dims: int, *, bias: bool) -> Spec:
     """The description of the layer that computes a piece."""
     outputs, inputs = affine.weight.shape[:2]
     extra = {

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from linearize.errors import LinearizeError
+from linearize.errors import ConvertError, LinearizeError
 from linearize.graph.capture import Inputs
-from linearize.graph.dryrun import Op, dry_run
+from linearize.graph.dryrun import Op, dry_run, run_once
 from linearize.record import Step
 from linearize.sites import Site
 from linearize.surgery.rewrite import Options, concrete_arguments
+from linearize.surgery.source import Place, noting_methods
 from linearize.surgery.specs import build
 
 _log = logging.getLogger(__name__)
@@ -39,12 +40,12 @@ def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) ->
         }
         rewriting.rewrite({"path": owner, "module": {"type": "Rewrite", **options}})
     rewriting.check()
-    return tuple(
-        replace(site, ungated=rewriting.failed[site.module])
-        if site.call is not None and site.module in rewriting.failed and site.ungated is None
-        else site
-        for site in sites
-    ), rewriting.steps
+    return tuple(_with_reason(site, rewriting) for site in sites), rewriting.steps
+
+
+def _with_reason(site: Site, rewriting: _Rewriting) -> Site:
+    why = rewriting.failed.get(site.module) or rewriting.missed.get(site.name)
+    return replace(site, ungated=why) if why and site.call is not None and site.ungated is None else site
 
 
 @dataclass
@@ -56,17 +57,48 @@ class _Rewriting:
     expected: list[list[Op]] | None
     steps: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    missed: dict[str, str] = field(default_factory=dict)
     originals: dict[str, tuple[type[nn.Module], set[str]]] = field(default_factory=dict)
 
-    def rewrite(self, step: Step) -> None:
-        path = step["path"]
-        module = self.model.get_submodule(path)
-        self.originals[path] = (type(module), set(dict(module.named_children())))
-        try:
-            build(step["module"], module)
-            self.steps.append(step)
-        except LinearizeError as error:
-            self._fail(path, error.found)
+    def rewrite(self, step: Step, *, checked: bool = False) -> None:
+        """From the graph, or else from the source; if `checked`, only so that the model's operations stay the same."""
+        path, module = step["path"], self.model.get_submodule(step["path"])
+        self.originals.setdefault(path, (type(module), set(dict(module.named_children()))))
+        for attempt in (self._in_graph, self._in_source):
+            try:
+                changed = attempt(step)
+                build(changed["module"], module)
+            except LinearizeError as error:
+                self._fail(path, error.found)
+                continue
+            if not checked or operations(self.model, self.inputs) == self.expected:
+                self.steps.append(changed)
+                self.failed.pop(path, None)
+                return
+            self._undo(path)
+            self._fail(path, "its rewritten forward does other things")
+
+    def _in_graph(self, step: Step) -> Step:
+        return step
+
+    def _in_source(self, step: Step) -> Step:
+        """The same step with the place of each call in the source."""
+        calls = step["module"]["calls"]
+        module = self.model.get_submodule(step["path"])
+        places = {target: made_at(self.model, module, target, self.inputs) for target in {c["target"] for c in calls}}
+        placed, missed = [], dict[str, str]()
+        for call in calls:
+            found = places[call["target"]]
+            if len(found) == call["of"] == len(set(found)):
+                placed.append({**call, "place": list(found[call["index"]])})
+                continue
+            seen = f"{len(set(found))} calls of {call['target']} in the source of its methods run {len(found)} times"
+            missed[call["child"]] = f"{seen}, and the captured graph has {call['of']}"
+        if not placed:
+            raise ConvertError(step["path"], next(iter(missed.values())), "")
+        prefix = f"{step['path']}." if step["path"] else ""
+        self.missed |= {f"{prefix}{child}": self._reason(step["path"], why) for child, why in missed.items()}
+        return {**step, "module": {**step["module"], "calls": placed}}
 
     def check(self) -> None:
         """Compare what the model does, op by op, with what it did; look for the culprits if that differs."""
@@ -76,11 +108,7 @@ class _Rewriting:
         for step in tried:
             self._undo(step["path"])
         for step in tried:
-            self.rewrite(step)
-            if operations(self.model, self.inputs) != self.expected:
-                self.steps.pop()
-                self._undo(step["path"])
-                self._fail(step["path"], "symbolic tracing does not see all that it does")
+            self.rewrite(step, checked=True)
 
     def _undo(self, path: str) -> None:
         module = self.model.get_submodule(path)
@@ -89,7 +117,11 @@ class _Rewriting:
             delattr(module, name)
 
     def _fail(self, path: str, why: str) -> None:
-        self.failed[path] = f"the forward of {path or 'the model'} cannot be rewritten: {why}"
+        self.failed[path] = self._reason(path, why)
+
+    @staticmethod
+    def _reason(path: str, why: str) -> str:
+        return f"the forward of {path or 'the model'} cannot be rewritten: {why}"
 
 
 def read_after_write(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[Site, ...]:
@@ -124,6 +156,22 @@ def _out_of_place(model: nn.Module, inputs: Inputs, working: dict[str, list[nn.M
     finally:
         for module in modules:
             module.inplace = True
+
+
+def made_at(model: nn.Module, module: nn.Module, target: str, inputs: Inputs) -> list[Place]:
+    """The places in a module's source that call `target`, as they come in a run in eval mode."""
+    found: list[Place] = []
+    own = type(module)
+    noting = noting_methods(module, target, lambda name, index: found.append((name, index)))
+    try:
+        module.__class__ = type(own.__name__, (own,), noting)
+        run_once(model, inputs, before=found.clear)
+    except Exception as error:  # whatever the model's own code raises
+        _log.debug("no run to note calls in: %s", error)
+        return []
+    finally:
+        module.__class__ = own
+    return found
 
 
 def _call(site: Site, of: int) -> Options:

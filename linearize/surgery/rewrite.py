@@ -1,9 +1,10 @@
-"""Rewrite one module's forward with torch.fx, where a module swap cannot reach an activation.
+"""Rewrite one module's forward, where a module swap cannot reach an activation.
 
 Two cases: the activation is a function call (``F.relu``), or one activation module is called several times. The
-smallest module that makes the call is traced symbolically with all its children as leaves, each call becomes the call
-of a child of its own, and the generated forward goes into a subclass of the module's class. Class checks, attributes,
-other methods, hooks and state-dict names stay as they are.
+smallest module that makes the call is traced symbolically by torch.fx with all its children as leaves, each call
+becomes the call of a child of its own, and the generated forward goes into a subclass of the module's class. Where
+tracing fails, the calls are redirected in the source (`source.py`). Class checks, attributes, other methods, hooks and
+state-dict names stay as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import fx, nn
 
 from linearize.errors import ConvertError
 from linearize.surgery.layers import Elementwise
+from linearize.surgery.source import methods_with
 
 Options = dict[str, Any]
 _REMEDY = "Make the activation a module of its own, called once, and convert again."
@@ -37,12 +39,15 @@ def rewrite_calls(module: nn.Module, options: Options) -> nn.Module:
     Args:
         module: the module whose forward makes the calls; it is changed in place.
         options: ``calls``: for each call the new ``child``, the ``target`` (function, or child that is called), the
-            ``index`` among the ``of`` calls of that target, and for functions the ATen ``function`` with its
-            ``options``. ``concrete``: the arguments of the forward that are no tensors, with their values.
+            ``index`` among the ``of`` calls of that target, for functions the ATen ``function`` with its ``options``,
+            and the ``place`` of a call that is to be redirected in the source of a method. ``concrete``: the
+            arguments of the forward that are no tensors, with their values.
 
     Raises:
         ConvertError: the forward cannot be traced, or does not make the calls. The module is then as it was.
     """
+    if not all(isinstance(call["child"], str) and call["child"].isidentifier() for call in options["calls"]):
+        raise ConvertError(type(module).__name__, "the name of a new child is no identifier", _REMEDY)
     if "forward" in vars(module):
         raise ConvertError(type(module).__name__, "its forward was put on the object, not on its class", _REMEDY)
     rewritten = _rewritten_class(module, type(module), options)
@@ -60,12 +65,8 @@ def _child(module: nn.Module, call: Options) -> nn.Module:
 
 
 def _rewritten_class(module: nn.Module, original: type[nn.Module], options: Options) -> type[nn.Module]:
-    """A subclass of the module's class with the generated forward, one for training and one for evaluation."""
-    in_eval, in_training = (_generated(module, options, training) for training in (False, True))
-
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return in_training(self, *args, **kwargs) if self.training else in_eval(self, *args, **kwargs)
+    """A subclass of the module's class with methods that call the new children."""
+    changed = _from_source(module, options) or {"forward": _from_graph(module, original, options)}
 
     def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         new = type(self).__new__(type(self))
@@ -77,8 +78,25 @@ def _rewritten_class(module: nn.Module, original: type[nn.Module], options: Opti
         return _restore, (original, options, self.__dict__)
 
     namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    methods = {"forward": forward, "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
+    methods = {**changed, "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
     return type(original.__name__, (original,), {**namespace, **methods})
+
+
+def _from_source(module: nn.Module, options: Options) -> dict[str, Callable[..., Any]]:
+    """The methods whose source has the calls; none if the calls have no places there."""
+    placed = [call for call in options["calls"] if "place" in call]
+    return methods_with(module, [(tuple(call["place"]), call["target"], call["child"]) for call in placed])
+
+
+def _from_graph(module: nn.Module, original: type[nn.Module], options: Options) -> Callable[..., Any]:
+    """A forward generated from symbolic graphs, one for training and one for evaluation."""
+    in_eval, in_training = (_generated(module, options, training) for training in (False, True))
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return in_training(self, *args, **kwargs) if self.training else in_eval(self, *args, **kwargs)
+
+    return forward
 
 
 def _restore(original: type[nn.Module], options: Options, state: dict[str, Any]) -> nn.Module:
