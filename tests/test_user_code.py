@@ -83,7 +83,7 @@ def result_of_an_in_place_module_ignored() -> nn.Module:
     return net(forward, **ffn(nn.SiLU(inplace=True)))
 
 
-@case("does not see all")
+@case("does other things")
 def result_of_an_in_place_function_ignored() -> nn.Module:
     def forward(self: Any, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -249,9 +249,9 @@ def only_its_type_and_shape() -> nn.Module:
     return net(forward, **ffn(), c=nn.Linear(6, 12), d=nn.Linear(12, 5))
 
 
-@case("does not see all")
+@case("")
 def asks_for_a_tensor() -> nn.Module:
-    """Symbolic tracing takes the other branch."""
+    """Symbolic tracing takes the other branch; the source does not."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         h = F.relu(self.a(x))
@@ -260,9 +260,9 @@ def asks_for_a_tensor() -> nn.Module:
     return net(forward, a=nn.Linear(6, 12), b=nn.Linear(12, 5))
 
 
-@case("does not see all")
+@case("")
 def draws_random_numbers_in_training() -> nn.Module:
-    """A traced forward would draw them once and for all."""
+    """A traced forward would draw them once and for all; the source does not."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         h = F.relu(self.a(x))

@@ -64,19 +64,21 @@ class _Rewriting:
         """From the graph, or else from the source; if `checked`, only so that the model's operations stay the same."""
         path, module = step["path"], self.model.get_submodule(step["path"])
         self.originals.setdefault(path, (type(module), set(dict(module.named_children()))))
+        why: list[str] = []
         for attempt in (self._in_graph, self._in_source):
             try:
                 changed = attempt(step)
                 build(changed["module"], module)
             except LinearizeError as error:
-                self._fail(path, error.found)
+                why.append(error.found)
                 continue
             if not checked or operations(self.model, self.inputs) == self.expected:
                 self.steps.append(changed)
                 self.failed.pop(path, None)
                 return
             self._undo(path)
-            self._fail(path, "its rewritten forward does other things")
+            why.append("its rewritten forward does other things")
+        self.failed[path] = self._reason(path, "; ".join(dict.fromkeys(why)))
 
     def _in_graph(self, step: Step) -> Step:
         return step
@@ -115,9 +117,6 @@ class _Rewriting:
         module.__class__, children = self.originals[path]
         for name in set(dict(module.named_children())) - children:
             delattr(module, name)
-
-    def _fail(self, path: str, why: str) -> None:
-        self.failed[path] = self._reason(path, why)
 
     @staticmethod
     def _reason(path: str, why: str) -> str:
