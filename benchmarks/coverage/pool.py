@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import resource
 import select
@@ -86,6 +87,7 @@ def _start(name: str, work: Callable[[str], Record], limits: Limits) -> tuple[in
     limit = used + int(limits.gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.alarm(limits.seconds)
+    logging.disable(logging.CRITICAL)  # torch prints whole graphs when it cannot capture a model
     try:
         record = work(name)
     except BaseException as error:  # the parent must hear of everything
