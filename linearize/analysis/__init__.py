@@ -9,7 +9,7 @@ from linearize.analysis.paths import PathGraph, PathLength, average_path_length
 from linearize.analysis.reduce import reduce
 from linearize.analysis.separability import Separability, class_separability
 from linearize.analysis.symmetries import Symmetry, hidden_symmetries, symmetry_table
-from linearize.analysis.tangent import TangentRecorder, kernel_distance, kernel_rank, tangent_kernel
+from linearize.analysis.tangent import TangentRecorder, effective_rank, kernel_distance, kernel_rank, tangent_kernel
 
 __all__ = [
     "Core",
@@ -25,6 +25,7 @@ __all__ = [
     "canonical_distance",
     "class_separability",
     "core_network",
+    "effective_rank",
     "functional_dimension",
     "hidden_symmetries",
     "kernel_distance",

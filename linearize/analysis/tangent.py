@@ -15,7 +15,7 @@ from linearize.analysis.dimension import gram
 from linearize.analysis.jacobian import Differentiable
 from linearize.errors import UsageError
 
-__all__ = ["TangentRecorder", "kernel_distance", "kernel_rank", "tangent_kernel"]
+__all__ = ["TangentRecorder", "effective_rank", "kernel_distance", "kernel_rank", "tangent_kernel"]
 
 
 def tangent_kernel(model: nn.Module, inputs: Any, *, memory: float = 2**30) -> Tensor:
@@ -39,6 +39,21 @@ def kernel_rank(kernel: Tensor, tolerance: float = 1e-7) -> int:
     """How many singular values of the Jacobian behind a kernel exceed `tolerance` times the largest."""
     values = torch.linalg.eigvalsh(kernel.double()).clamp_min(0).sqrt()
     return int((values > tolerance * values.max()).sum()) if values.numel() else 0
+
+
+def effective_rank(kernel: Tensor) -> float:
+    """Over how many directions a kernel is spread: `exp(-sum p log p)` of its eigenvalues `p`, scaled to sum 1.
+
+    R if all eigenvalues are equal, 1 if there is one only; `kernel_rank` counts the smallest like the largest.
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+
+    Example:
+        >>> round(effective_rank(torch.eye(4)), 6), round(effective_rank(torch.ones(4, 4)), 6)
+        (4.0, 1.0)
+    """
+    values = torch.linalg.eigvalsh(kernel.double()).clamp_min(0)
+    shares = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.special.entr(shares).sum().exp()) if bool((values > 0).any()) else 0.0
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -82,12 +97,13 @@ class TangentRecorder:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, model: nn.Module, step: float | None = None, **more: Any) -> dict[str, Any]:
-        """Add a row: the step (by default the number of rows so far), rank, distance from the start, and size."""
+        """Add a row: the step (by default the number of rows so far), ranks, distance from the start, and size."""
         kernel = tangent_kernel(model, self.inputs, memory=self.memory)
         self.reference = kernel if self.reference is None else self.reference
         row = {
             "step": len(self.curve) if step is None else step,
             "rank": kernel_rank(kernel),
+            "effective_rank": effective_rank(kernel),
             "distance": kernel_distance(self.reference, kernel),
             "norm": float(kernel.norm()),
             **more,
