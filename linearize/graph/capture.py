@@ -6,10 +6,12 @@ The graph is for analysis only; what the user gets back is always the eager modu
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
+from linearize.graph.opaque import opaque_layers
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -134,12 +137,27 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
         CaptureError: the model does not run on these inputs, or its control flow depends on the data.
     """
     try:
-        with untouched(model), warnings.catch_warnings(), torch.no_grad():
+        with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), _silent():
             warnings.simplefilter("ignore")
             program = torch.export.export(_TensorsOnly(model), *inputs, strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
         raise CaptureError(*_explain(model, inputs, error)) from error
     return _index(program)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A failed export logs and prints its whole graph; the error says enough."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
