@@ -139,12 +139,15 @@ def called_modules(model: nn.Module, inputs: Inputs) -> set[str]:
     return called
 
 
-def run_once(model: nn.Module, inputs: Inputs, *, before: Callable[[], object] = lambda: None) -> None:
-    """Run a model in eval mode as cheaply as it goes: on the meta device, on fake tensors, or else for real.
+def run_once(
+    model: nn.Module, inputs: Inputs, *, training: bool = False, before: Callable[[], object] = lambda: None
+) -> None:
+    """Run a model as cheaply as it goes: on the meta device, on fake tensors, or else for real.
 
     Args:
         model: it stays as it was.
         inputs: of its forward.
+        training: run in training mode instead of eval mode; never for real then, which would move statistics.
         before: called before every attempt.
 
     Raises:
@@ -155,13 +158,14 @@ def run_once(model: nn.Module, inputs: Inputs, *, before: Callable[[], object] =
     fake = fake_inputs(inputs)
     attempts: tuple[Callable[[], object], ...] = (
         lambda: torch.func.functional_call(model, hollow, *fake),
-        lambda: dry_run(model, inputs),
+        lambda: dry_run(model, inputs, training=training),
         lambda: model(*inputs[0], **inputs[1]),
     )
+    attempts = attempts[:2] if training else attempts
     for number, attempt in enumerate(attempts, 1):
         before()
         try:
-            with untouched(model), torch.no_grad(), torch.random.fork_rng([]):
+            with untouched(model, training=training), torch.no_grad(), torch.random.fork_rng([]):
                 attempt()
         except Exception as error:  # code that makes tensors on another device, or reads their values
             if number == len(attempts):

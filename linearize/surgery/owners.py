@@ -13,6 +13,7 @@ from torch import nn
 from linearize.errors import ConvertError, LinearizeError
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import Op, dry_run, run_once
+from linearize.graph.overwrite import stale_inputs
 from linearize.record import Step
 from linearize.sites import Site
 from linearize.surgery.rewrite import Options, concrete_arguments
@@ -135,26 +136,9 @@ def read_after_write(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) 
         if site.ungated is None
     }
     working = {name: modules for name, modules in working.items() if modules}
-    expected = operations(model, inputs) if working else None
-    if _out_of_place(model, inputs, working) == expected:
-        return sites
-    culprits = {name for name in working if _out_of_place(model, inputs, {name: working[name]}) != expected}
+    culprits = stale_inputs(model, inputs, working)
     why = "it works in place, and the code around it reads what it has overwritten"
     return tuple(replace(site, ungated=why) if site.name in culprits else site for site in sites)
-
-
-def _out_of_place(model: nn.Module, inputs: Inputs, working: dict[str, list[nn.Module]]) -> list[list[Op]] | None:
-    """The operations of the model while some of its modules do not work in place."""
-    if not working:
-        return None
-    modules: list[Any] = [module for group in working.values() for module in group]
-    try:
-        for module in modules:
-            module.inplace = False
-        return operations(model, inputs)
-    finally:
-        for module in modules:
-            module.inplace = True
 
 
 def made_at(model: nn.Module, module: nn.Module, target: str, inputs: Inputs) -> list[Place]:

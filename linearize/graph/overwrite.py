@@ -1,0 +1,106 @@
+"""Who reads what a module that works in place has overwritten: seen in one run in which it does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linearize.graph.capture import Inputs
+from linearize.graph.dryrun import run_once
+
+_log = logging.getLogger(__name__)
+
+
+def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequence[nn.Module]]) -> set[str]:
+    """Names of the modules whose input is read again after they have run, in eval mode or in training mode.
+
+    Code may take the input of a module that works in place for its result. In a captured graph both have one name; here
+    the modules work out of place for a while, so that their inputs and their results are different tensors.
+
+    Args:
+        model: it stays as it was.
+        inputs: of its forward.
+        working: by name, modules with a true attribute ``inplace``.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.act = nn.ReLU(inplace=True)
+        ...     def forward(self, x):
+        ...         h = x + 1
+        ...         self.act(h)
+        ...         return h * 2
+        >>> net = Net()
+        >>> stale_inputs(net, ((torch.ones(2),), {}), {"act": [net.act]})
+        {'act'}
+    """
+    if not working:
+        return set()
+    noter = _Noter()
+    modules: list[Any] = [module for group in working.values() for module in group]
+    hooks = [
+        module.register_forward_hook(noter.hook(name), with_kwargs=True)
+        for name, group in working.items()
+        for module in group
+    ]
+    try:
+        for module in modules:
+            module.inplace = False
+        for training in (False, True):
+            try:
+                with noter:
+                    run_once(model, inputs, training=training, before=noter.overwritten.clear)
+            except Exception as error:  # a batch of one in training mode, for example
+                _log.debug("no run: %s", error)
+    finally:
+        for module in modules:
+            module.inplace = True
+        for hook in hooks:
+            hook.remove()
+    return noter.found
+
+
+class _Noter(TorchDispatchMode):
+    """Holds what would have been overwritten by now, and notes whose input an op reads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.overwritten: dict[int, list[tuple[Tensor, str]]] = {}
+        self.found: set[str] = set()
+
+    def hook(self, name: str) -> Any:
+        def note(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            for value in given[:1]:
+                if not (isinstance(out, Tensor) and _memory(out) == _memory(value)):
+                    self.overwritten.setdefault(_memory(value), []).append((value, name))
+
+        return note
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for value in pytree.tree_leaves((args, kwargs or {})):
+            if isinstance(value, Tensor) and _memory(value) in self.overwritten:
+                self.found.update(n for held, n in self.overwritten[_memory(value)] if _overlap(held, value))
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of one storage have an element in common."""
+    if (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset()):
+        return True
+    seen = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset()).any())
