@@ -92,7 +92,7 @@ def benchmark(
                 for name, model in ready.items():
                     call(name, model, sized)
                 runs = {name: _bound(model, sized, compiled) for name, model in ready.items()}
-                samples = _interleaved(runs, place, rounds, warmup)
+                samples = interleaved(runs, place, rounds, warmup)
                 timings += [Timing.of(name, size, compiled, values) for name, values in samples.items()]
                 ratios += _ratios(samples, size, compiled)
         facts = environment(place, dtype or _dtype_of(named))
@@ -162,7 +162,7 @@ def _bound(model: nn.Module, batch: Inputs, compiled: bool) -> Callable[[], Any]
     return partial(run, *batch[0], **batch[1])
 
 
-def _interleaved(
+def interleaved(
     runs: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, warmup: int
 ) -> dict[str, list[float]]:
     """Seconds per call of each model, one value per round."""

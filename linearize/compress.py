@@ -1,38 +1,38 @@
-"""The main job in one call: gates, calibration, fine-tuning to a target, collapsing, and proof of what came out."""
+"""The main job in one call: gates, calibration, a plan for a budget, fine-tuning, collapsing, and proof of it all."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.calibrate import calibrate
-from linearize.collapse import collapse
 from linearize.convert import convert
 from linearize.cost import cost
 from linearize.errors import DataError, UsageError
 from linearize.finetune import Evaluate
 from linearize.finetune import finetune as train
-from linearize.plan import Plan, When, make_plan
-from linearize.prior import SparsityPrior
+from linearize.plan import Plan, When
+from linearize.planning.budget import check_data, read_budget
+from linearize.planning.by_budget import How, to_budget
+from linearize.planning.by_share import to_share
+from linearize.planning.job import Job
 from linearize.report.compression import Report
-from linearize.running.batches import read_batch
+from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, evaluating
+from linearize.running.steps import Steps
 from linearize.summary import summary
 from linearize.training.losses import evaluate_batches
+from linearize.training.run import Objective
 from linearize.verify import verify
 
 __all__ = ["Result", "compress"]
-
-# The last part of fine-tuning goes on with all gates decided, so that the weights settle around them.
-_DECIDED_AFTER = 0.7
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Result:
     """What `compress` gives back.
 
     Attributes:
-        model: the collapsed model: same class, no gates, in eval mode.
-        plan: what happened to every channel.
-        report: quality, cost and latency before and after.
+        model: the collapsed model: same class, no gates, in eval mode. After a dry run: the model that went in.
+        plan: what happened, or would happen, to every channel.
+        report: quality, cost and latency before and after, and whether the budget is met.
     """
 
     model: nn.Module
@@ -54,107 +54,124 @@ def compress(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    linear: float = 0.6,
-    finetune: int | Mapping[str, Any] | None = 10,
+    latency: float | None = None,
+    flops: float | None = None,
+    params: float | None = None,
+    speedup: float | None = None,
+    activations: float | None = None,
+    linear: float | None = None,
+    plan: Plan | None = None,
+    finetune: int | Mapping[str, Any] | None = None,
     evaluate: Evaluate | None = None,
     distill: bool = True,
     example_inputs: Any = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dry_run: bool = False,
+    sequential: bool = False,
+    uniform: bool | Sequence[str] = False,
+    round_to: int = 8,
     when: When = "cheaper",
     batch_sizes: Sequence[int] | None = None,
     rounds: int = 15,
+    cache: bool | Path = True,
     seed: int = 0,
     progress: bool | Callable[[str], None] = True,
 ) -> Result:
-    """Make a share of a model's channels linear, train the others to cope, and fold the linear ones away.
+    """Make a model cost what a budget allows, at the least loss of its function, and prove what came out.
+
+    For each site the candidates are: stay; drop channels and refit the others by least squares; the same beside a
+    linear skip of some rank; one linear map for the whole. Their cost is counted or measured, their loss predicted from
+    the sensitivity of the model's output, and the best choice within the budget is taken (docs/compress.md). Choice and
+    refit are approximate, and what they lose is measured; what then is folded away is folded exactly.
 
     Args:
         model: a trained model; it is left as it is.
-        data: re-iterable batches as the model takes them, with labels: tuples (inputs, labels) or dicts of keyword
-            arguments. Used for calibration, fine-tuning, verification and timing.
-        linear: share of all gated channels that shall be linear, in (0, 1].
-        finetune: number of epochs, or keyword arguments of `linearize.finetune`; None trains nothing and makes those
-            channels linear whose nonlinearity matters least to their own output.
+        data: re-iterable batches as the model takes them: tensors, tuples (inputs, labels) or dicts of keyword
+            arguments. Labels are needed for fine-tuning only.
+        latency: budget: fraction in (0, 1] of the original's measured latency.
+        flops: budget: fraction of its FLOPs.
+        params: budget: fraction of its parameters.
+        speedup: budget: a factor of at least 1; the same as `latency=1 / speedup`.
+        activations: budget: fraction of its nonlinear unit evaluations.
+        linear: in place of a budget: share of all gated channels that shall be linear, in (0, 1].
+        plan: in place of a budget: a plan that `compress` made for this model, perhaps edited, to carry out again.
+        finetune: number of epochs, or keyword arguments of `linearize.finetune` (and `gradual`, the share of the steps
+            that the way to the plan takes, 0.5 by default; 0 starts in the planned state); None trains nothing.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: imitate the original model in fine-tuning, besides the labels.
         example_inputs: as for `linearize.convert`; None takes the first batch of the data.
-        when: as for `linearize.collapse`.
-        batch_sizes: for the latencies; None takes that of the data.
-        rounds: measurements of each latency; 0 measures none.
-        seed: of dropout and whatever else is random; the global random state is put back afterwards.
+        include: as for `linearize.convert`: glob patterns of the sites that may be changed.
+        exclude: likewise, of those that may not.
+        dry_run: only plan: `Result.model` is the model that went in.
+        sequential: refit each site once more behind those that are compressed already: a pass over the data for each.
+        uniform: keep equal widths in all sites of equal shape, as serving runtimes ask for; or glob patterns of sites.
+        round_to: widths are multiples of this.
+        when: with `linear`, as for `linearize.collapse`.
+        batch_sizes: for latencies; None takes that of the data.
+        rounds: measurements of each latency; 0 measures none, if the budget is no latency.
+        cache: remember ratios of latencies in the user's cache folder, or in this file.
+        seed: of whatever is random; the global random state is put back afterwards.
         progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
 
     Returns:
-        A `Result`: `.model`, `.plan`, `.report`.
+        A `Result`: `.model`, `.plan`, `.report`. If the budget cannot be met, the model is the nearest one, and the
+        report says so and what can be reached.
 
     Raises:
-        LinearizeError: by any of the steps, or for an argument out of range; the model is left as it was.
+        UsageError: no budget or several, or an argument out of range.
+        DataError: no batches, data that can be read once only, NaN, or labels missing for fine-tuning.
+        LinearizeError: by any of the steps; the model is left as it was.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
-        >>> batches = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
-        >>> result = compress(net, batches, linear=0.5, finetune=2, rounds=1, progress=False)
-        >>> result.report.summary.linear, bool(result.report.verification)
-        (32, True)
+        >>> net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
+        >>> result = compress(net, [torch.randn(64, 8) for _ in range(8)], flops=0.5, rounds=0, progress=False)
+        >>> result.report.outcome.met, result.report.after.flops <= 0.5 * result.report.before.flops
+        (True, True)
     """
-    if not 0 < linear <= 1:
-        raise UsageError("linear", f"found {linear}", "Pass a share above 0 and up to 1.")
-    steps = _Steps(progress)
+    budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
+    _check(budget is not None, linear, plan, round_to=round_to, rounds=rounds)
+    options = _options(finetune)
+    check_data(data)
+    steps = Steps(progress)
     batches = _some_batches(model, data)
+    if options["epochs"] and not dry_run:
+        _check_training(model, data, options, distill)
     home = device_of(model)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             with steps("convert"):
-                gated = convert(model, batches[0] if example_inputs is None else example_inputs)
-            with steps("calibrate"):
-                calibration = calibrate(gated, data, progress=steps.bars)
-            options = _options(finetune)
-            total = options["epochs"] * _length(data, options)
-            decided = max(1, int(_DECIDED_AFTER * total))
-            prior = SparsityPrior(gated, kind="target", target=linear, steps=decided, calibration=calibration)
-            with steps("fine-tune"):
-                if total:
-                    teacher = model if distill else None
-                    history = _train(gated, data, steps, prior=prior, teacher=teacher, evaluate=evaluate, **options)
-                else:
-                    history = []
-                    prior.step()
-        with steps("collapse"):
-            plan = make_plan(gated, when=when)
-            small = collapse(gated, when=when).eval()
-        report = _report(
-            {"before": model, "gated": gated, "collapsed": small},
-            batches,
-            evaluate,
-            batch_sizes,
-            rounds,
-            steps,
-            history,
-        )
-        return Result(small, plan, report)
+                example = batches[0] if example_inputs is None else example_inputs
+                gated = convert(model, example, include=include, exclude=exclude)
+            job = Job(model, gated, data, batches[0], steps, options, _trainer(data, steps, evaluate, model, distill))
+            if linear is not None:
+                made = to_share(job, linear, when)
+            else:
+                how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential)
+                made = to_budget(job, budget, plan, how, dry_run=dry_run)
+        if dry_run:
+            costs = cost(model, batches[0])
+            report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
+            return Result(model, made.plan, replace(report, **made.told))
+        models = {"before": model, "gated": made.gated, "collapsed": made.small}
+        report = _report(models, batches, evaluate, batch_sizes, rounds, steps, made.history)
+        return Result(made.small, made.plan, replace(report, **made.told))
     finally:
         model.to(home)
 
 
-class _Steps:
-    """Times the steps and tells about them."""
-
-    def __init__(self, progress: bool | Callable[[str], None]) -> None:
-        self.bars = progress is not False
-        self.say: Callable[[str], None] = progress if callable(progress) else lambda _: None
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.say(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def epoch(self, record: Mapping[str, float]) -> None:
-        """A line about an epoch."""
-        parts = [f"epoch {record['epoch']:.0f}", f"loss {record['loss']:.4f}", f"linear {record['share']:.1%}"]
-        self.say("  " + ", ".join(parts + [f"{n} {record[n]:.4f}" for n in ("accuracy", "score") if n in record]))
+def _check(budget: bool, linear: float | None, plan: Plan | None, *, round_to: int, rounds: int) -> None:
+    given = int(budget) + (linear is not None) + (plan is not None)
+    if given != 1:
+        found = "found no budget" if not given else "found a budget beside linear= or plan="
+        remedy = "Pass exactly one of latency, flops, params, speedup, activations (or linear, or plan)."
+        raise UsageError("compress", found, remedy)
+    if linear is not None and not 0 < linear <= 1:
+        raise UsageError("linear", f"found {linear}", "Pass a share above 0 and up to 1.")
+    for name, value, least in (("round_to", round_to, 1), ("rounds", rounds, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UsageError(name, f"found {value!r}", f"Pass a whole number of at least {least}.")
 
 
 def _some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[Any]:
@@ -184,23 +201,55 @@ def _options(finetune: int | Mapping[str, Any] | None) -> dict[str, Any]:
     if taken:
         found = f"found {taken[0]!r} among the options of fine-tuning"
         raise UsageError("finetune", found, "Use the argument of compress, which sets it.")
-    if not isinstance(options["epochs"], int) or options["epochs"] < 1:
+    unknown = sorted(set(options) - set(inspect.signature(train).parameters) - {"gradual"})
+    if unknown:
+        raise UsageError("finetune", f"found {unknown[0]!r}", "Pass keyword arguments of linearize.finetune.")
+    if isinstance(options["epochs"], bool) or not isinstance(options["epochs"], int) or options["epochs"] < 1:
         remedy = "Pass a number of epochs, a dict of options, or None."
         raise UsageError("finetune", f"found {options['epochs']!r} epochs", remedy)
+    if not 0 <= options.get("gradual", 0.5) <= 1:
+        raise UsageError("finetune", f"found gradual={options['gradual']}", "Pass a share of the steps, from 0 to 1.")
     return options
 
 
-def _length(data: Iterable[Any], options: Mapping[str, Any]) -> int:
-    """Steps of an epoch."""
-    if options.get("steps_per_epoch"):
-        return int(options["steps_per_epoch"])
-    return len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+def _check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], distill: bool) -> None:
+    """Whether a loss comes out of the first batch at all, before minutes are spent on the plan.
+
+    Raises:
+        DataError: labels are missing.
+        TrainingError: the loss is no scalar.
+    """
+    weight = options.get("distill_weight", 0.5) if distill else 0.0
+    if weight >= 1:
+        return
+    with evaluating(model):
+        batch = read_batch(model, to_device(next(iter(data)), device_of(model)))
+        Objective(options.get("loss"))(model(*batch.args, **batch.kwargs), batch)
 
 
-def _train(model: nn.Module, data: Iterable[Any], steps: _Steps, **options: Any) -> list[dict[str, float]]:
-    if not isinstance(data, Sized):
-        options.setdefault("steps_per_epoch", _length(data, options))
-    return train(model, data, progress=steps.bars, on_epoch=steps.epoch, **options).history
+def _trainer(
+    data: Iterable[Any], steps: Steps, evaluate: Evaluate | None, model: nn.Module, distill: bool
+) -> Callable[..., list[dict[str, float]]]:
+    """A function that fine-tunes a gated model with a prior, and gives the history."""
+
+    def run(gated: nn.Module, prior: Any, options: Mapping[str, Any]) -> list[dict[str, float]]:
+        chosen = {name: value for name, value in options.items() if name != "gradual"}
+        if not isinstance(data, Sized):
+            chosen.setdefault("steps_per_epoch", sum(1 for _ in data))
+        teacher = model if distill else None
+        found = train(
+            gated,
+            data,
+            prior=prior,
+            teacher=teacher,
+            evaluate=evaluate,
+            progress=steps.bars,
+            on_epoch=steps.epoch,
+            **chosen,
+        )
+        return found.history
+
+    return run
 
 
 def _report(
@@ -209,7 +258,7 @@ def _report(
     evaluate: Evaluate | None,
     batch_sizes: Sequence[int] | None,
     rounds: int,
-    steps: _Steps,
+    steps: Steps,
     history: list[dict[str, float]],
 ) -> Report:
     """Everything measured about the three models, all on the device of the gated one."""

@@ -18,6 +18,7 @@ from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 from linearize.training import state as trainstate
 from linearize.training.losses import evaluate_batches
+from linearize.training.path import PlannedPath
 from linearize.training.run import Loss, Objective, Run
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def finetune(
     *,
     epochs: int = 1,
     loss: Loss | None = None,
-    prior: SparsityPrior | None = None,
+    prior: SparsityPrior | PlannedPath | None = None,
     teacher: nn.Module | None = None,
     distill_weight: float = 0.5,
     temperature: float = 2.0,
@@ -197,12 +198,13 @@ def _check_options(*, epochs: int, distill_weight: float, warmup: float, keep: i
             raise UsageError("finetune", f"found {name}={value}", f"{name} must be {expected}.")
 
 
-def _check_prior(prior: SparsityPrior | None, model: nn.Module, total: int) -> None:
+def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, total: int) -> None:
     if prior is None:
         return
     if not set(prior.gates) <= set(model.modules()):
         raise UsageError("finetune", "found a prior on gates of another model", "Make the prior for this model.")
-    steps = prior.competition.steps if prior.competition is not None else 0
+    competes = prior.competition.steps if prior.competition is not None else 0
+    steps = prior.steps if isinstance(prior, PlannedPath) else competes
     if prior.steps_taken + total < steps:
         found = f"found a prior that reaches its target at step {steps}, but {total} steps of training"
         raise UsageError("finetune", found, f"Make the prior with steps={total} or fewer, or train longer.")

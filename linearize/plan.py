@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,12 @@ class SitePlan:
     Attributes:
         site: its name.
         form: "vanished", "merged", "merged (input)", "factored", "partial activation" or "unchanged".
-        linear: the channels that are linear, by index.
+        linear: the channels that are linear, by index; those that are dropped among them.
         before, after: multiply-adds of its maps in one forward of the example inputs.
         reason: why its channels are not collapsed, if they are not.
+        dropped: the channels of which nothing but a constant remains, where `compress` chose them.
+        rank: of the linear skip that was fitted in their place; 0 for none.
+        loss: the error of the model's output that `compress` predicted for this site.
     """
 
     site: str
@@ -41,6 +44,9 @@ class SitePlan:
     before: float = 0.0
     after: float = 0.0
     reason: str | None = None
+    dropped: tuple[int, ...] = ()
+    rank: int = 0
+    loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,17 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            return cls(tuple(SitePlan(**{**site, "linear": tuple(site["linear"])}) for site in data["sites"]))
+            return cls(tuple(_site(site) for site in data["sites"]))
         except (ValueError, TypeError, KeyError) as error:
             found = f"found no plan ({type(error).__name__}: {error})"
             raise UsageError("Plan.from_json", found, "Pass what Plan.to_json gave.") from error
 
     def __getitem__(self, name: str) -> SitePlan:
         return next(site for site in self.sites if site.site == name)
+
+
+def _site(data: dict[str, Any]) -> SitePlan:
+    return SitePlan(**{**data, "linear": tuple(data["linear"]), "dropped": tuple(data.get("dropped", ()))})
 
 
 def make_plan(

@@ -78,6 +78,7 @@ def test_options_of_fine_tuning_and_a_function_that_judges(model: nn.Module, dat
     result = compress(
         model,
         iter_without_length(data),
+        linear=0.6,
         finetune={"epochs": 2, "lr": 1e-2},
         evaluate=lambda m: 0.5,
         distill=False,
@@ -111,6 +112,7 @@ def test_keyword_batches(data: Batches) -> None:
 
     batches = [{"x": x, "labels": y} for x, y in data]
     result = compress(Keyword(), batches, linear=0.5, finetune=1, evaluate=batches, **QUIET)
+    assert result.report.verification is not None
     assert result.report.verification.outputs[0].name == "logits"
     assert "accuracy" in result.report.quality
 
@@ -121,9 +123,24 @@ def test_keyword_batches(data: Batches) -> None:
         ({"linear": 0.0}, "linear"),
         ({"linear": 1.5}, "linear"),
         ({"linear": float("nan")}, "linear"),
-        ({"finetune": 0}, "finetune"),
-        ({"finetune": {"epochs": "many"}}, "finetune"),
-        ({"finetune": {"prior": None}}, "finetune"),
+        ({"linear": 0.5, "finetune": 0}, "finetune"),
+        ({"linear": 0.5, "finetune": {"epochs": "many"}}, "finetune"),
+        ({"linear": 0.5, "finetune": {"prior": None}}, "finetune"),
+        ({"linear": 0.5, "finetune": {"epochs": 1, "nonsense": 2}}, "nonsense"),
+        ({"linear": 0.5, "flops": 0.5}, "exactly one"),
+        ({}, "exactly one"),
+        ({"latency": 0.5, "speedup": 2}, "2 budgets"),
+        ({"flops": 0}, "flops"),
+        ({"flops": 1.2}, "flops"),
+        ({"params": float("nan")}, "params"),
+        ({"activations": -0.1}, "activations"),
+        ({"latency": "half"}, "latency"),
+        ({"flops": True}, "flops"),
+        ({"speedup": 0.9}, "speedup"),
+        ({"speedup": float("inf")}, "speedup"),
+        ({"flops": 0.5, "round_to": 0}, "round_to"),
+        ({"flops": 0.5, "rounds": -1}, "rounds"),
+        ({"flops": 0.5, "finetune": {"epochs": 1, "gradual": 2}}, "gradual"),
     ],
 )
 def test_arguments_out_of_range(model: nn.Module, data: Batches, options: dict[str, Any], where: str) -> None:
@@ -133,11 +150,11 @@ def test_arguments_out_of_range(model: nn.Module, data: Batches, options: dict[s
 
 def test_no_data(model: nn.Module) -> None:
     with pytest.raises(DataError, match="no batches"):
-        compress(model, [], **QUIET)
+        compress(model, [], flops=0.5, **QUIET)
 
 
 def test_report_as_table_json_and_picture(model: nn.Module, data: Batches, tmp_path: Path) -> None:
-    report = compress(model, data, finetune=None, evaluate=data, rounds=2, progress=False).report
+    report = compress(model, data, linear=0.6, evaluate=data, rounds=2, progress=False).report
     assert "latency ratio, batch 16" in str(report)
     assert "accuracy collapsed" in outcome_table({"one": report, "two": report})
     report.save(tmp_path / "report.json")

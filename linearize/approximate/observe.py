@@ -31,7 +31,7 @@ from linearize.running.models import device_of
 from linearize.running.progress import progress_bar
 from linearize.sites import Site
 
-__all__ = ["Observation", "observe"]
+__all__ = ["Observation", "observe", "rows_of"]
 
 _POSITIONS = 64  # sampled per image where a consumer reads patches: neighbours tell the same
 
@@ -104,9 +104,9 @@ class _Watch:
         if consumer.spatial:
             h, weights = _patches(self.h, consumer.module, generator), None
         else:
-            h, weights = _rows(self.h, consumer.port.dims, mask), _row_weights(gradient)
+            h, weights = rows_of(self.h, consumer.port.dims, mask), _row_weights(gradient)
         if found.inputs and self.x is not None:
-            h = torch.cat((_rows(self.x, consumer.port.dims, mask).to(h), h), 1)
+            h = torch.cat((rows_of(self.x, consumer.port.dims, mask).to(h), h), 1)
         if weights is not None and len(weights) != len(h):
             weights = None
         found.rows.update(h, weights)
@@ -243,10 +243,9 @@ def _watching(model: nn.Module, watches: dict[str, _Watch], gradients: bool) -> 
         for index, consumer in enumerate(watch.found.consumers):
             module = model.get_submodule(consumer.port.module)
             handles.append(module.register_forward_hook(_see_output(watch, index, source if gradients else None)))
-        if watch.found.inputs:
-            port = skip_source(model, watch.found.site)
-            if port is not None:
-                handles.append(model.get_submodule(port.module).register_forward_pre_hook(_see_input(watch)))
+        producer = watch.found.site.producer
+        if producer is not None:
+            handles.append(model.get_submodule(producer.module).register_forward_pre_hook(_see_input(watch)))
     try:
         model.eval()
         with torch.set_grad_enabled(gradients):
@@ -260,7 +259,7 @@ def _watching(model: nn.Module, watches: dict[str, _Watch], gradients: bool) -> 
 
 def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        watch.x = inputs[0].detach()
+        watch.x = inputs[0].detach() if watch.found.inputs else None
         watch.found.shape = watch.found.shape or tuple(inputs[0].shape)
 
     return see
@@ -283,7 +282,7 @@ def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[n
     return see
 
 
-def _rows(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
+def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
     """(R, channels), without the rows that a mask (B, T) marks as padding."""
     x = x.movedim(-1 - dims, -1)
     if mask is not None:
@@ -298,7 +297,7 @@ def _gradient_rows(found: Observation, gradients: dict[int, Tensor], mask: Tenso
     """Gradients at the rows of all consumers' outputs, (R, O); None if a consumer got none."""
     if len(gradients) < len(found.consumers):
         return None
-    parts = [_rows(gradients[i], consumer.port.dims, mask) for i, consumer in enumerate(found.consumers)]
+    parts = [rows_of(gradients[i], consumer.port.dims, mask) for i, consumer in enumerate(found.consumers)]
     return torch.cat(parts, 1) if len({len(part) for part in parts}) == 1 else None
 
 

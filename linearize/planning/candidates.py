@@ -69,7 +69,7 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
         return Group(tuple(names), (stay,), why)
     lists = [list(curves[name].choices(levels(named[name].channels, round_to), _RANKS)) for name in names]
     if len(names) > 1:
-        lists = [_coarse(some, named[name]) for name, some in zip(names, lists, strict=True)]
+        lists = [_without_skip(some, named[name]) for name, some in zip(names, lists, strict=True)]
     options = [stay]
     for together in _joined(lists):
         some = tuple(choice for choice, _ in together)
@@ -82,10 +82,10 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
     return Group(tuple(names), tuple(options), None if len(options) > 1 else "no form can express any other option")
 
 
-def _coarse(some: list[tuple[SiteChoice, float]], gate: ChannelGate) -> list[tuple[SiteChoice, float]]:
-    """Of a site that shares a map with another: fewer options, and none with a skip (it would need the shared map)."""
+def _without_skip(some: list[tuple[SiteChoice, float]], gate: ChannelGate) -> list[tuple[SiteChoice, float]]:
+    """Of a site that shares a map with another: all channels, or fewer, but no skip (it would need the shared map)."""
     plain = [(choice, loss) for choice, loss in some if not choice.rank]
-    return [(SiteChoice(plain[0][0].site, gate.channels), 0.0), *plain[1::2]] if plain else []
+    return [(SiteChoice(plain[0][0].site, gate.channels), 0.0), *plain] if plain else []
 
 
 def _joined(lists: list[list[tuple[SiteChoice, float]]]) -> list[tuple[tuple[SiteChoice, float], ...]]:

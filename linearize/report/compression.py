@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from linearize.cost import Cost
+from linearize.report.budget import Outcome
 from linearize.report.table import render, render_markdown
 from linearize.report.timing import BenchmarkResult, write_json
 from linearize.report.verification import Verification
@@ -24,20 +25,26 @@ class Report:
         quality: for each metric the values "before", "gated" and "collapsed"; empty if nothing was evaluated.
         summary: the sites of the gated model after fine-tuning, with their linear channels.
         before, after: parameters and FLOPs of the original and the collapsed model, for one batch of the data.
-        verification: collapsed against gated model.
+        verification: collapsed against gated model; None after a dry run.
         timing: latency of the original and the collapsed model.
         history: a record per epoch of fine-tuning.
         seconds: how long each step took.
+        outcome: the budget and what became of it; None for a share of linear channels.
+        options: for each group of sites, its best options, as a table; empty for a share of linear channels.
+        notes: what else a reader should know.
     """
 
     quality: Mapping[str, Mapping[str, float]]
     summary: Summary
     before: Cost
     after: Cost
-    verification: Verification
+    verification: Verification | None
     timing: BenchmarkResult | None
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def metric(self) -> str | None:
@@ -51,10 +58,12 @@ class Report:
             "metric": self.metric,
             **self.summary.to_dict(),
             "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
-            "verification": self.verification.to_dict(),
+            "verification": None if self.verification is None else self.verification.to_dict(),
             "timing": None if self.timing is None else self.timing.to_dict(),
             "history": self.history,
             "seconds": dict(self.seconds),
+            "budget": None if self.outcome is None else self.outcome.to_dict(),
+            "notes": list(self.notes),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -66,7 +75,8 @@ class Report:
         write_json(path, self.to_dict())
 
     def __str__(self) -> str:
-        return outcome_table({"": self})
+        lines = [outcome_table({"": self}), *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
 
 
 def outcome_table(reports: Mapping[str, Report], *, markdown: bool = False) -> str:
@@ -93,8 +103,12 @@ def _figures(report: Report) -> dict[str, str]:
     found["FLOPs per batch"] = _change(report.before.flops, report.after.flops)
     for ratio in report.timing.ratios if report.timing is not None else ():
         found[f"latency ratio, batch {ratio.batch_size} [quartiles]"] = str(ratio)
+    if report.outcome is not None:
+        found["budget"] = str(report.outcome)
+        found["predicted error, before fine-tuning"] = f"{report.outcome.loss:.3g}"
     check = report.verification
-    found["collapsed against gated, max relative error"] = f"{check.max_error:.1e} ({'ok' if check else 'TOO FAR'})"
+    if check is not None:
+        found["collapsed against gated, max relative error"] = f"{check.max_error:.1e} ({'ok' if check else 'TOO FAR'})"
     return found
 
 

@@ -17,6 +17,7 @@ from linearize.gate import gates
 from linearize.prior import SparsityPrior
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.training.losses import distillation_loss, task_loss
+from linearize.training.path import PlannedPath
 from linearize.training.state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Objective:
     teacher: nn.Module | None = None
     distill_weight: float = 0.0
     temperature: float = 2.0
-    prior: SparsityPrior | None = None
+    prior: SparsityPrior | PlannedPath | None = None
 
     def __call__(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """The terms that are in use, by name, each with its weight."""

@@ -1,0 +1,169 @@
+"""A budget: survey, choose, carry out, and, if asked, walk there gradually while the model trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.bench import benchmark
+from linearize.collapse import collapse
+from linearize.errors import UsageError
+from linearize.gate import gates
+from linearize.plan import MASKED, UNCHANGED, Plan
+from linearize.planning.budget import Budget
+from linearize.planning.choose import choose, uniform
+from linearize.planning.job import Job, Made
+from linearize.planning.latency import cache_file
+from linearize.planning.options import SiteChoice
+from linearize.planning.sequential import edited_in_order
+from linearize.planning.settle import Settled, edited, planned, settle, site_choices
+from linearize.planning.survey import Survey, describe, survey
+from linearize.planning.tune import path_to
+from linearize.report.budget import Outcome
+
+__all__ = ["How", "to_budget"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class How:
+    """Options of a budget, as `linearize.compress` describes them."""
+
+    seed: int = 0
+    rounds: int = 15
+    batch_sizes: Sequence[int] | None = None
+    round_to: int = 8
+    uniform: bool | Sequence[str] = False
+    cache: bool | Path = True
+    sequential: bool = False
+
+    @property
+    def table(self) -> Path | None:
+        """The file of latencies."""
+        if isinstance(self.cache, bool):
+            return cache_file() if self.cache else None
+        return Path(self.cache)
+
+
+def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, dry_run: bool) -> Made:
+    """Compress to a budget, or by a plan that was made before."""
+    steps = job.steps
+    with steps("survey"):
+        found = survey(
+            job.original,
+            job.gated,
+            job.data,
+            job.batch,
+            measure="flops" if budget is None else budget.measure,
+            batch_sizes=how.batch_sizes,
+            round_to=how.round_to,
+            uniform=how.uniform,
+            seed=how.seed,
+            rounds=min(how.rounds, 9),
+            cache=how.table,
+            progress=steps.bars,
+            say=lambda text: steps.say(f"  {text}"),
+        )
+    if plan is not None:
+        return _replayed(job, found, plan)
+    if budget is None:
+        raise UsageError("compress", "found no budget", "Pass exactly one.")
+    if dry_run:
+        return _dry(found, budget)
+
+    def time_ratio(small: nn.Module) -> float:
+        pair = {"original": job.original, "collapsed": small}
+        timed = benchmark(pair, job.batch, rounds=how.rounds, batch_sizes=how.batch_sizes)
+        return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
+
+    with steps("plan"):
+        settled = settle(found, budget, job.batch, time_ratio=time_ratio, say=steps.say)
+    told = _told(found, budget, settled)
+    if not settled.met:
+        _log.warning("%s", told["outcome"])
+    goal, small = settled.gated, settled.small
+    if how.sequential and found.curves:
+        with steps("refit"):
+            choices = site_choices(settled.choice)
+            goal = edited_in_order(found, choices, job.data, seed=how.seed, progress=steps.bars, say=steps.say)
+            small = collapse(goal, plan=settled.plan).eval()
+    gated, small, history = _trained(job, found, goal, settled.plan, small)
+    return Made(gated, small, settled.plan, history, told)
+
+
+def _dry(found: Survey, budget: Budget) -> Made:
+    choice = choose(found.groups, found.measure, budget.fraction * found.total - found.fixed)
+    choices = site_choices(choice)
+    gated = edited(found, choices)
+    predicted = (found.fixed + choice.cost) / found.total
+    outcome = _outcome(found, budget, predicted, None, choice.loss, None)
+    told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
+    return Made(found.gated, found.gated, planned(gated, choices, choice), told=told)
+
+
+def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
+    outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, settled.met)
+    return {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
+
+
+def _outcome(
+    found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, met: bool | None
+) -> Outcome:
+    same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
+    least = found.least
+    other = None if same is None else same.loss
+    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met)
+
+
+def _trained(
+    job: Job, found: Survey, goal: nn.Module, plan: Plan, small: nn.Module
+) -> tuple[nn.Module, nn.Module, list[dict[str, float]]]:
+    """The planned model after fine-tuning, collapsed; as it is if none is asked for."""
+    total = job.training_steps
+    if not total:
+        return goal, small, []
+    with job.steps("fine-tune"):
+        way = int(job.options.get("gradual", 0.5) * total)
+        model, path = path_to(found.gated, goal, steps=way)
+        history = job.train(model, path, job.options)
+    with job.steps("collapse"):
+        return model, collapse(model, plan=plan).eval(), history
+
+
+def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
+    """Carry out a plan that was made before: the same channels, refitted on the data at hand."""
+    named = gates(job.gated)
+    choices: dict[str, SiteChoice] = {}
+    keep: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for site in plan.sites:
+        if site.site not in named:
+            raise UsageError(site.site, "is in the plan, but not in the model", "Make the plan from this model.")
+        if site.form == UNCHANGED or not site.linear:
+            continue
+        channels = named[site.site].channels
+        if max(site.linear) >= channels:
+            found_text = f"found channel {max(site.linear)} of {channels} in the plan"
+            raise UsageError(site.site, found_text, "Make the plan from this model.")
+        mask = torch.zeros(channels, dtype=torch.bool)
+        mask[list(site.linear)] = True
+        if site.site in found.curves and (site.dropped or site.rank) and site.form != MASKED:
+            choices[site.site] = SiteChoice(site.site, int((~mask).sum()), site.rank, site.form)
+            keep[site.site] = (~mask).nonzero().flatten()
+        else:
+            masks[site.site] = mask
+    with job.steps("plan"):
+        gated = edited(found, choices, keep)
+        for name, mask in masks.items():
+            gates(gated)[name].linearize_(mask)
+        again = planned(gated, choices)
+        small = collapse(gated, plan=again).eval()
+    gated, small, history = _trained(job, found, gated, again, small)
+    return Made(gated, small, again, history, {"notes": tuple(found.notes)})

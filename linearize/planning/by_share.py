@@ -1,0 +1,34 @@
+"""A share of linear channels: they compete, the most linear win, and training goes on around them."""
+
+from __future__ import annotations
+
+from linearize.calibrate import calibrate
+from linearize.collapse import collapse
+from linearize.plan import When, make_plan
+from linearize.planning.job import Job, Made
+from linearize.prior import SparsityPrior
+
+__all__ = ["to_share"]
+
+# The last part of fine-tuning goes on with all gates decided, so that the weights settle around them.
+_DECIDED_AFTER = 0.7
+
+
+def to_share(job: Job, linear: float, when: When) -> Made:
+    """Make a share of all gated channels linear, with or without training, and collapse."""
+    steps, gated = job.steps, job.gated
+    with steps("calibrate"):
+        calibration = calibrate(gated, job.data, progress=steps.bars)
+    total = job.training_steps
+    decided = max(1, int(_DECIDED_AFTER * total))
+    prior = SparsityPrior(gated, kind="target", target=linear, steps=decided, calibration=calibration)
+    history: list[dict[str, float]] = []
+    with steps("fine-tune"):
+        if total:
+            history = job.train(gated, prior, job.options)
+        else:
+            prior.step()
+    with steps("collapse"):
+        plan = make_plan(gated, when=when)
+        small = collapse(gated, when=when).eval()
+    return Made(gated, small, plan, history)

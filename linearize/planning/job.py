@@ -1,0 +1,66 @@
+"""What the ways of compressing share: the job, and what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from linearize.plan import Plan
+from linearize.running.steps import Steps
+
+__all__ = ["Job", "Made"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be compressed, on what, and how it is trained.
+
+    Attributes:
+        original: the model as it came.
+        gated: the same, converted.
+        data: re-iterable batches.
+        batch: one of them, without labels.
+        steps: tells and times.
+        options: of fine-tuning; 0 epochs for none.
+        train: fine-tunes a gated model with a prior and these options, and gives the history.
+    """
+
+    original: nn.Module
+    gated: nn.Module
+    data: Iterable[Any]
+    batch: Any
+    steps: Steps
+    options: Mapping[str, Any]
+    train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
+
+    @property
+    def training_steps(self) -> int:
+        """Optimizer steps in all."""
+        if not self.options["epochs"]:
+            return 0
+        length = self.options.get("steps_per_epoch")
+        if length is None:
+            length = len(self.data) if isinstance(self.data, Sized) else sum(1 for _ in self.data)
+        return int(self.options["epochs"]) * int(length)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of it.
+
+    Attributes:
+        gated: the model in its final state, before collapsing.
+        small: collapsed.
+        plan: what happened to every channel.
+        history: of fine-tuning.
+        told: fields of the report that only this way of compressing fills.
+    """
+
+    gated: nn.Module
+    small: nn.Module
+    plan: Plan
+    history: list[dict[str, float]] = field(default_factory=list)
+    told: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,44 @@
+"""Sites carried out in order, each observed anew behind those that are compressed: errors do not pile up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from linearize.approximate.edit import carry_out
+from linearize.approximate.observe import observe
+from linearize.duplicate import duplicate
+from linearize.errors import CollapseError
+from linearize.gate import gates
+from linearize.planning.curves import curve_of
+from linearize.planning.options import SiteChoice
+from linearize.planning.survey import Survey
+
+__all__ = ["edited_in_order"]
+
+
+def edited_in_order(
+    found: Survey,
+    choices: Mapping[str, SiteChoice],
+    data: Iterable[Any],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> nn.Module:
+    """A copy of the surveyed model with the choices carried out, one site after the other.
+
+    Which channels stay is decided already; the weights are refitted on what reaches the site now. One pass over the
+    data for each site.
+    """
+    model = duplicate(found.gated, CollapseError)
+    for name in gates(model):
+        choice = choices.get(name)
+        if choice is None or name not in found.curves or choice.keep >= found.curves[name].channels:
+            continue
+        say(f"  refit {name}")
+        seen = observe(model, data, sites=[name], seed=seed, progress=progress)[name]
+        carry_out(model, curve_of(model, seen).edit(model, choice, found.curves[name].keep(choice)))
+    return model

@@ -1,0 +1,175 @@
+"""From a survey and a budget to the smaller model: choose, carry out, collapse, measure, and choose again if it missed.
+
+Predicted costs are exact for FLOPs and parameters but for what only collapsing shows (a bias that a layer gets, a norm
+that is folded away), and approximate for latency. So the outcome is measured, and a miss tightens the next choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.approximate.edit import carry_out
+from linearize.collapse import collapse
+from linearize.cost import cost
+from linearize.duplicate import duplicate
+from linearize.errors import CollapseError
+from linearize.gate import gates
+from linearize.plan import Plan, make_plan
+from linearize.planning.budget import Budget
+from linearize.planning.choose import Choice, choose
+from linearize.planning.options import SiteChoice
+from linearize.planning.survey import Survey
+
+__all__ = ["Settled", "edited", "fraction_of", "planned", "settle", "site_choices"]
+
+# A latency within this of the target counts as met: measurements differ by as much.
+_LATENCY_TOLERANCE = 0.02
+_ROUNDS = 4
+
+
+@dataclass
+class Settled:
+    """What came out.
+
+    Attributes:
+        choice: the options chosen.
+        gated: the model in its planned state, gates and all.
+        small: the same, collapsed.
+        plan: of the collapsing.
+        predicted, reached: fractions of the original's cost; `reached` is counted, or measured for latency.
+        met: whether the budget is met.
+    """
+
+    choice: Choice
+    gated: nn.Module
+    small: nn.Module
+    plan: Plan
+    predicted: float
+    reached: float
+    met: bool
+
+
+def settle(
+    found: Survey,
+    budget: Budget,
+    batch: Any,
+    *,
+    time_ratio: Callable[[nn.Module], float],
+    say: Callable[[str], None] = lambda _: None,
+) -> Settled:
+    """The model of least predicted loss within a budget, one-shot.
+
+    Args:
+        found: the survey.
+        budget: what may remain.
+        batch: for which costs are counted.
+        time_ratio: latency of a model over the original's, measured.
+        say: told what is going on.
+    """
+    aim = budget.fraction
+    best: Settled | None = None
+    for _ in range(_ROUNDS):
+        choice = choose(found.groups, found.measure, aim * found.total - found.fixed)
+        settled = _try(found, budget, choice, batch, time_ratio)
+        say(f"  predicted {settled.predicted:.3f}, reached {settled.reached:.3f} of the original's {budget.measure}")
+        if best is None or (settled.met, -settled.reached) > (best.met, -best.reached):
+            best = settled
+        if settled.met or not choice.reachable:
+            break
+        aim = _tightened(aim, budget, settled)
+        if aim <= 0:
+            break
+    if best is None:
+        raise CollapseError("compress", "no option was tried", "Please report this model.")
+    return best
+
+
+def _tightened(aim: float, budget: Budget, settled: Settled) -> float:
+    """What to ask of the plan next, after this one missed the budget."""
+    if budget.measure == "latency":  # so much of the gain that was promised came true
+        came = (1 - settled.reached) / max(1e-6, 1 - settled.predicted)
+        return min(aim - 0.01, 1 - (1 - budget.fraction) / min(1.0, max(0.2, came)))
+    return aim - (settled.reached - budget.fraction) * 1.1 - 1e-4
+
+
+def _try(
+    found: Survey, budget: Budget, choice: Choice, batch: Any, time_ratio: Callable[[nn.Module], float]
+) -> Settled:
+    choices = site_choices(choice)
+    gated = edited(found, choices)
+    plan = planned(gated, choices, choice)
+    try:
+        small = collapse(gated, plan=plan).eval()
+    except CollapseError:  # the forms chosen do not go together: let collapsing choose
+        plan = make_plan(gated)
+        small = collapse(gated).eval()
+    predicted = (found.fixed + choice.cost) / found.total
+    reached = fraction_of(found, budget, gated, small, batch, time_ratio)
+    slack = _LATENCY_TOLERANCE if budget.measure == "latency" else 1e-12
+    return Settled(choice, gated, small, plan, predicted, reached, reached <= budget.fraction * (1 + slack))
+
+
+def fraction_of(
+    found: Survey,
+    budget: Budget,
+    gated: nn.Module,
+    small: nn.Module,
+    batch: Any,
+    time_ratio: Callable[[nn.Module], float],
+) -> float:
+    """What remains of the cost: counted, or measured for latency."""
+    if budget.measure == "latency":
+        return time_ratio(small)
+    if budget.measure == "activations":
+        units = 0.0
+        for gate in gates(gated).values():
+            positions = float(gate.site.positions) if gate.site is not None else 1.0
+            units += positions * (gate.channels - int(gate.linear.sum()))
+        return units / found.total
+    after = cost(small, batch)
+    return (after.flops if budget.measure == "flops" else after.parameters) / found.total
+
+
+def site_choices(choice: Choice) -> dict[str, SiteChoice]:
+    """What happens to each site, by name, where anything does."""
+    each = [c for option in choice.options for c in option.choices]
+    return {c.site: c for c in each if c.form != "unchanged"}
+
+
+def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of the gated model with the choices carried out; `keep` overrides which channels stay."""
+    model = duplicate(found.gated, CollapseError)
+    named = gates(model)
+    for name, choice in choices.items():
+        if choice.form == "line":
+            order = found.unit_costs[name].argsort(stable=True)
+            mask = torch.zeros(named[name].channels, dtype=torch.bool)
+            mask[order[: named[name].channels - choice.keep]] = True
+            named[name].linearize_(mask)
+        elif choice.keep < named[name].channels:
+            carry_out(model, found.curves[name].edit(found.gated, choice, None if keep is None else keep.get(name)))
+    return model
+
+
+def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice | None = None) -> Plan:
+    """The plan of collapsing a model in its planned state, in the forms chosen."""
+    losses: dict[str, float] = {}
+    for option in choice.options if choice is not None else ():
+        for c in option.choices:
+            losses[c.site] = option.loss / len(option.choices)
+    named = gates(gated)
+    sites = []
+    for site in make_plan(gated).sites:
+        chosen = choices.get(site.site)
+        if chosen is not None and chosen.form in ("factored", "merged", "vanished") and site.linear and not site.reason:
+            gate = named[site.site]
+            nothing = (gate.slope == 0) & ((gate.intercept == 0) if gate.gated_unit else True)
+            dropped = tuple(i for i in site.linear if bool(nothing[i]))
+            site = replace(site, form=chosen.form, dropped=dropped, rank=chosen.rank)  # noqa: PLW2901
+        sites.append(replace(site, loss=losses.get(site.site, 0.0)))
+    return Plan(tuple(sites))

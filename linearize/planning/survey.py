@@ -1,0 +1,211 @@
+"""Everything known about a model before anything is decided: statistics, options with costs and losses, totals."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.approximate.observe import observe
+from linearize.bench import benchmark
+from linearize.calibrate import Calibration, calibrate
+from linearize.collapse import collapse
+from linearize.cost import Cost, cost
+from linearize.gate import gates
+from linearize.planning.candidates import candidates
+from linearize.planning.curves import Curve, curve_of
+from linearize.planning.latency import LatencyTable, with_latencies
+from linearize.planning.options import Group, Measure
+from linearize.planning.units import sensitivities, unit_costs, unit_groups
+from linearize.surgery.layers import MaskedActivation
+
+__all__ = ["Survey", "survey"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Survey:
+    """What could be done to a model.
+
+    Attributes:
+        gated: the converted model with its original weights and fitted lines.
+        measure: what the budget limits.
+        groups: options with costs and losses.
+        total: the whole original model's cost in that measure, for the example batch; 1 for latency.
+        before: parameters and FLOPs of the original.
+        curves: by site name; empty for budgets in units.
+        unit_costs: by site name, for budgets in units.
+        notes: what a reader should know, such as too little data.
+    """
+
+    gated: nn.Module
+    measure: Measure
+    groups: list[Group]
+    total: float
+    before: Cost
+    curves: dict[str, Curve] = field(default_factory=dict)
+    unit_costs: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fixed(self) -> float:
+        """The part of the total that no option changes."""
+        return self.total - sum(group.stay.cost(self.measure) for group in self.groups)
+
+    @property
+    def least(self) -> float:
+        """The smallest fraction of the total that the options can reach, as predicted."""
+        cheapest = sum(min(o.cost(self.measure) for o in group.options) for group in self.groups)
+        return (self.fixed + cheapest) / self.total
+
+
+def survey(
+    original: nn.Module,
+    gated: nn.Module,
+    data: Iterable[Any],
+    batch: Any,
+    *,
+    measure: Measure,
+    batch_sizes: Sequence[int] | None = None,
+    round_to: int = 8,
+    uniform: bool | Sequence[str] = False,
+    seed: int = 0,
+    rounds: int = 9,
+    cache: Path | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Survey:
+    """Observe a model on data, and list what could be done to each site.
+
+    Args:
+        original: the model as it came.
+        gated: the same, converted.
+        data: re-iterable batches.
+        batch: one of them, without labels: costs are for this batch.
+        measure: what the budget will limit.
+        batch_sizes: for measured latency; None takes that of the batch.
+        round_to: widths are multiples of this.
+        uniform: True keeps equal numbers of channels in all sites of the same shape; or glob patterns of site names,
+            each a group of its own.
+        seed: of random projections.
+        rounds: measurements of each latency.
+        cache: file of latencies; None remembers none.
+        progress: show bars.
+        say: told what is going on.
+    """
+    before = cost(original, batch)
+    say("calibrate")
+    calibration = calibrate(gated, data, progress=progress)
+    if measure == "activations":
+        return _units(gated, data, calibration, before, seed)
+    barred = _uncollapsible(gated)
+    say("observe")
+    observations = observe(
+        gated, data, seed=seed, progress=progress, sites=[n for n in gates(gated) if n not in barred]
+    )
+    observations = {name: found for name, found in observations.items() if found.rows.count}
+    notes = [note for name, found in observations.items() if (note := _too_few(name, found.rows, found.seen))]
+    for note in notes[:1]:
+        more = f" (and {len(notes) - 1} more sites)" if len(notes) > 1 else ""
+        warnings.warn(note + more, stacklevel=4)
+    curves = {name: curve_of(gated, found) for name, found in observations.items()}
+    say("options")
+    groups = candidates(gated, curves, round_to=round_to, uniform=_ties(gated, uniform))
+    total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
+    if measure == "latency":
+        say("measure")
+        shapes = {name: found.shape for name, found in observations.items()}
+        size = _batch_size(batch)
+        whole = _whole(original, batch, batch_sizes or [size], rounds)
+        table = LatencyTable.open(cache)
+        groups = with_latencies(gated, groups, shapes, whole, batch=size, table=table, rounds=rounds)
+    return Survey(gated, measure, groups, total, before, curves, notes=notes)
+
+
+def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, before: Cost, seed: int) -> Survey:
+    found = sensitivities(gated, data, seed=seed)
+    costs = {name: unit_costs(gate, calibration.sites[name], found[name]) for name, gate in gates(gated).items()}
+    groups = unit_groups(gated, costs)
+    total = sum(group.stay.activations for group in groups)
+    return Survey(gated, "activations", groups, total, before, unit_costs=costs)
+
+
+def _uncollapsible(gated: nn.Module) -> set[str]:
+    """Sites whose width the code around them does not let change: found by trying, on a copy."""
+    from linearize.duplicate import duplicate
+    from linearize.errors import CollapseError
+
+    trial = duplicate(gated, CollapseError)
+    for gate in gates(trial).values():
+        if gate.site is not None and gate.site.reason is None:
+            gate.slope.zero_()
+            gate.intercept.zero_()
+            gate.linearize_(torch.arange(gate.channels) >= max(1, gate.channels // 2))
+    named = {
+        name: path for path, module in trial.named_modules() for name, gate in gates(trial).items() if gate is module
+    }
+    level = logging.getLogger("linearize.collapse").level
+    logging.getLogger("linearize.collapse").setLevel(logging.ERROR)
+    try:
+        small = collapse(trial)
+    except CollapseError as error:
+        _log.debug("no trial: %s", error)
+        return set()
+    finally:
+        logging.getLogger("linearize.collapse").setLevel(level)
+    modules = dict(small.named_modules())
+    return {name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)}
+
+
+def _too_few(name: str, rows: Any, samples: int) -> str | None:
+    """A covariance of F features needs more than F rows to have full rank."""
+    features = len(rows.mean)
+    if rows.count > features:
+        return None
+    needed = -(-(features + 1) * max(1, samples) // max(1, rows.count))
+    return (
+        f"{name}: found {rows.count} rows for {features} features: the covariance has no full rank and is regularised. "
+        f"Pass at least {needed} samples (there were {samples}), better ten times as many."
+    )
+
+
+def _ties(gated: nn.Module, uniform: bool | Sequence[str]) -> list[list[str]]:
+    """Groups of site names that must keep equal widths."""
+    import fnmatch
+
+    names = list(gates(gated))
+    if uniform is True:
+        shapes: dict[Any, list[str]] = {}
+        for name, gate in gates(gated).items():
+            site = gate.site
+            ports = () if site is None else tuple(p.total for p in (site.producer, site.up, *site.consumers) if p)
+            shapes.setdefault((site and site.activation, gate.channels, ports), []).append(name)
+        return list(shapes.values())
+    if uniform is False:
+        return []
+    patterns = [uniform] if isinstance(uniform, str) else list(uniform)
+    return [fnmatch.filter(names, pattern) for pattern in patterns]
+
+
+def _batch_size(batch: Any) -> int:
+    from torch.utils import _pytree as pytree
+
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def _whole(original: nn.Module, batch: Any, sizes: Sequence[int], rounds: int) -> dict[int, float]:
+    """Seconds of the whole model, by batch size."""
+    found = benchmark({"original": original}, batch, rounds=rounds, batch_sizes=list(sizes))
+    return {timing.batch_size: timing.median for timing in found.timings}
+
+
+def describe(groups: Sequence[Group], measure: Measure) -> Mapping[str, str]:
+    """Per group, its best options as a table."""
+    return {", ".join(group.sites): str(group.pareto(measure)) for group in groups}

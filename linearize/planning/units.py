@@ -1,0 +1,113 @@
+"""Budgets in nonlinear units: which channels may go to their own line, whether that collapses or not.
+
+A channel whose line leaves the residual e_c, mean square, costs the model's output `e_c G_cc`, with G_cc the
+Gauss-Newton sensitivity to an error in that channel. Channels of a site all free equally many units, so that within a
+site they go in the order of that product.
+
+Source of the measure: Cho et al., "Selective Network Linearization for Efficient Private Inference", ICML 2022.
+
+Shape letters: C channels, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.algebra.moments import SiteCalibration
+from linearize.approximate.observe import rows_of
+from linearize.approximate.probes import projection
+from linearize.calibrate import padding_mask
+from linearize.gate import ChannelGate, gates
+from linearize.planning.options import Group, Option, SiteChoice
+from linearize.running.batches import read_batch, to_device
+from linearize.running.models import device_of
+
+__all__ = ["sensitivities", "unit_costs", "unit_groups"]
+
+_LEVELS = 64  # options per site, at most
+
+
+def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Tensor]:
+    """For every gate, what an error in each channel costs, summed over rows, per sample: (C,) float64, on the CPU."""
+    named = gates(model)
+    sums = {name: torch.zeros(gate.channels, dtype=torch.float64) for name, gate in named.items()}
+    generator, samples, device = torch.Generator().manual_seed(seed), 0, device_of(model)
+    seen: dict[str, list[Tensor]] = {}
+    with _gradients(model, seen) as source:
+        for raw in batches:
+            batch = read_batch(model, to_device(raw, device))
+            seen.clear()
+            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+            if scalar.requires_grad:
+                torch.autograd.grad(scalar, source, allow_unused=True)
+            samples += positions
+            for name, gradients in seen.items():
+                mask = padding_mask(model, name, batch.kwargs)
+                for gradient in gradients:
+                    g = rows_of(gradient, -named[name].axis - 1, mask)
+                    sums[name] += g.float().square().sum(0).double().cpu()
+    return {name: total / max(1, samples) for name, total in sums.items()}
+
+
+@contextmanager
+def _gradients(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[Tensor]:
+    modes = [(module, module.training) for module in model.modules()]
+    source = torch.zeros((), device=device_of(model), requires_grad=True)
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            output = output + source.to(output.dtype)
+            output.register_hook(lambda gradient: seen.setdefault(name, []).append(gradient.detach()))
+            return output
+
+        return see
+
+    handles = [gate.register_forward_hook(hook(name)) for name, gate in gates(model).items()]
+    try:
+        model.eval()
+        with torch.enable_grad():
+            yield source
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Tensor) -> Tensor:
+    """What each channel costs the output if it goes to its line: (C,) float64.
+
+    A gate that nothing tells anything about costs infinitely much.
+    """
+    if not calibration.count:
+        return torch.full((gate.channels,), torch.inf, dtype=torch.float64)
+    total = sensitivity if bool(sensitivity.sum() > 0) else torch.zeros_like(sensitivity)
+    return calibration.residual * total
+
+
+def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
+    """A group per gate, with options for how many of its channels stay nonlinear."""
+    groups = []
+    for name, gate in gates(model).items():
+        positions = float(gate.site.positions) if gate.site is not None else 1.0
+        channels, ordered = gate.channels, costs[name].sort().values
+        loss = torch.cat((torch.zeros(1, dtype=torch.float64), ordered.cumsum(0)))
+        steps = sorted({round(channels * i / _LEVELS) for i in range(_LEVELS + 1)}) if channels > _LEVELS else None
+        options = [
+            Option(
+                (SiteChoice(name, channels - gone, form="line" if gone else "unchanged"),),
+                float(loss[gone]),
+                0.0,
+                0.0,
+                positions * (channels - gone),
+            )
+            for gone in (steps or range(channels + 1))
+            if bool(torch.isfinite(loss[gone]))
+        ]
+        groups.append(Group((name,), tuple(options), None if len(options) > 1 else "no batch reached it"))
+    return groups

@@ -1,0 +1,52 @@
+"""What was asked of `compress`, and what came of it, in a sentence and as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Outcome"]
+
+_NAMES = {"flops": "FLOPs", "params": "parameters", "activations": "nonlinear units", "latency": "latency"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A budget and what became of it; fractions are of the original's cost.
+
+    Attributes:
+        measure: "latency", "flops", "params" or "activations".
+        asked: the fraction that may remain.
+        predicted: what the plan promised.
+        reached: what remains: counted, or measured for latency; None after a dry run.
+        least: the smallest fraction that any plan here can reach, as predicted.
+        loss: predicted error of the model's output, before any fine-tuning.
+        uniform_loss: the same of the best single choice for all sites alike; None if none meets the budget.
+        met: whether the budget is met; None after a dry run.
+    """
+
+    measure: str
+    asked: float
+    predicted: float
+    reached: float | None
+    least: float
+    loss: float
+    uniform_loss: float | None
+    met: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        name = _NAMES.get(self.measure, self.measure)
+        if self.reached is None:
+            if self.predicted > self.asked * (1 + 1e-9):
+                return f"CANNOT BE MET: {name} at {self.asked:.3g}; the least that can be reached is {self.least:.3g}"
+            return f"{name} at {self.asked:.3g} of the original's: {self.predicted:.3g} predicted"
+        if self.met:
+            return f"{name} at {self.asked:.3g} of the original's: {self.reached:.3g} reached"
+        return (
+            f"NOT MET: {name} at {self.asked:.3g} of the original's asked, {self.reached:.3g} reached "
+            f"(least that can be reached, as predicted: {self.least:.3g})"
+        )
