@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linearize.analysis.canonical import canonical, canonical_distance
+from linearize.analysis.charts import draw_symmetries
 from linearize.analysis.core import Core, CoreRecorder, core_network
 from linearize.analysis.dimension import FunctionalDimension, functional_dimension
 from linearize.analysis.paths import PathGraph, PathLength, average_path_length
@@ -25,6 +26,7 @@ __all__ = [
     "canonical_distance",
     "class_separability",
     "core_network",
+    "draw_symmetries",
     "effective_rank",
     "functional_dimension",
     "hidden_symmetries",

@@ -197,6 +197,16 @@ class CoreRecorder:
         self.curve.append(row)
         return row
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"weighting": self.weighting, "curve": self.curve}
+
+    def __str__(self) -> str:
+        rows = [
+            (row["step"], f"{row['depth']:.2f}", f"{row['width']:.1f}", f"{row['share']:.1%}") for row in self.curve
+        ]
+        return render(("step", "depth", "width", "nonlinear"), rows)
+
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture of effective depth and width over the steps."""
         from linearize.analysis.pictures import draw_curve

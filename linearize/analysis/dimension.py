@@ -6,6 +6,7 @@ outputs of a sample, R = N * O rows of the Jacobian, P parameters.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,6 +87,12 @@ class FunctionalDimension:
             "spectrum": self.spectrum.tolist(),
         }
 
+    def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write a picture of the rank over the samples and of the singular values."""
+        from linearize.analysis.charts import draw_dimension
+
+        draw_dimension(self, path, title)
+
     def __str__(self) -> str:
         table = render(("samples", "rank"), self.batches)
         last, first = self.gap
@@ -123,6 +130,7 @@ def functional_dimension(
 
     Raises:
         UsageError: the inputs do not fit the model, or the matrix does not fit in memory (the message says how large).
+        DataError: the Jacobian holds NaN or infinity.
 
     Example:
         >>> _ = torch.manual_seed(0)

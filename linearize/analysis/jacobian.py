@@ -17,7 +17,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
 from linearize.convert import unwrapped
-from linearize.errors import UsageError
+from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate
 from linearize.graph.capture import Inputs, normalize_inputs, tensors_of
 from linearize.running.models import device_of, move
@@ -100,7 +100,22 @@ class Differentiable:
         return torch.cat([t.reshape(t.shape[0], -1) for t in floating], dim=1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The Jacobian of some samples: ((stop - start) * O, P)."""
+        """The Jacobian of some samples: ((stop - start) * O, P).
+
+        Raises:
+            DataError: it holds NaN or infinity.
+        """
+        found = self._rows(start, stop)
+        if not bool(found.isfinite().all()):
+            remedy = "Check these samples, and the weights."
+            raise DataError(
+                type(self.model).__name__,
+                f"has NaN or infinity in its Jacobian on samples {start} to {stop - 1}",
+                remedy,
+            )
+        return found
+
+    def _rows(self, start: int, stop: int) -> Tensor:
         if self.vectorized:
             try:
                 return self._vectorized(start, stop)

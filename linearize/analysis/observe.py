@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from linearize.errors import DataError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, tensors_of
 from linearize.running.models import call
@@ -71,7 +72,11 @@ class Observation:
 
 @torch.no_grad()
 def observe(model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequence[Inputs]) -> dict[str, Observation]:
-    """Run a model in eval mode and watch the inputs of its gates."""
+    """Run a model in eval mode and watch the inputs of its gates.
+
+    Raises:
+        DataError: NaN or infinity turns up there.
+    """
     seen: dict[str, Observation] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -91,6 +96,9 @@ def observe(model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequenc
             stack.callback(gate.register_forward_pre_hook(watch(name)).remove)
         for batch in batches:
             call("model", model, batch)
+    for name, what in seen.items():
+        if not bool((what.low.isfinite() & what.high.isfinite()).all()):
+            raise DataError(name, "found NaN or infinity at this activation", "Check the samples, and the weights.")
     return seen
 
 

@@ -7,6 +7,7 @@ Think", ICML 2023. Shape letters: C output channels, K lengths 0 .. K - 1.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,6 +98,12 @@ class PathLength:
             "outputs": [output.to_dict() for output in self.outputs],
             "opaque": list(self.opaque),
         }
+
+    def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write a picture of the share of paths of each length."""
+        from linearize.analysis.charts import draw_lengths
+
+        draw_lengths(self, path, title)
 
     def __str__(self) -> str:
         rows = [

@@ -15,10 +15,10 @@ from linearize.errors import UsageError
 if TYPE_CHECKING:
     from linearize.analysis.core import Core, CoreLayer
 
-__all__ = ["draw_core", "draw_curve"]
+__all__ = ["draw_core", "draw_curve", "new_figure", "write_picture"]
 
 # Two hues that differ for every kind of colour vision, and one grey for what is not there any more.
-_NONLINEAR, _SECOND, _LINEAR, _INK = "#2166ac", "#e08214", "#dcdcdc", "#333333"
+FIRST, SECOND, _LINEAR, INK = "#2166ac", "#e08214", "#dcdcdc", "#333333"
 _BINS = 256  # more channels than a picture has room for share a bin, coloured by their nonlinear share
 _NAMES = 40
 
@@ -29,17 +29,17 @@ def draw_core(core: Core, path: str | os.PathLike[str], title: str = "") -> None
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
-    figure, (axes,) = _figure((8, 1.4 + 0.26 * min(len(core.layers), _NAMES)), 1)
+    figure, (axes,) = new_figure((8, 1.4 + 0.26 * min(len(core.layers), _NAMES)), 1)
     from matplotlib.colors import LinearSegmentedColormap
 
-    colors = LinearSegmentedColormap.from_list("core", [_LINEAR, _NONLINEAR])
+    colors = LinearSegmentedColormap.from_list("core", [_LINEAR, FIRST])
     widest = max((layer.channels for layer in core.layers), default=1)
     for place, layer in enumerate(core.layers):
         edges, values = _row(layer, widest)
         axes.pcolormesh(edges, [place - 0.42, place + 0.42], [values], cmap=colors, vmin=0, vmax=1)
         if len(core.layers) <= _NAMES:
             text = f" {layer.width} of {layer.channels}"
-            axes.text(layer.channels, place, text, va="center", fontsize=7, color=_INK)
+            axes.text(layer.channels, place, text, va="center", fontsize=7, color=INK)
     if len(core.layers) <= _NAMES:
         axes.set_yticks(range(len(core.layers)), [layer.name for layer in core.layers], fontsize=7)
     else:
@@ -50,7 +50,7 @@ def draw_core(core: Core, path: str | os.PathLike[str], title: str = "") -> None
     text = f"effective depth {core.depth:.2f}, {core.share:.0%} of the channels nonlinear"
     axes.set_title(f"{title}: {text}" if title else text, loc="left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    _write(figure, path)
+    write_picture(figure, path)
 
 
 def _row(layer: CoreLayer, widest: int) -> tuple[list[float], list[float]]:
@@ -69,25 +69,30 @@ def draw_curve(curve: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
     """
     if not curve:
         raise UsageError("curve", "found no row", "Call record() at least once.")
-    figure, (left, right) = _figure((9, 3), 2)
+    figure, (left, right) = new_figure((9, 3), 2)
     steps = [row["step"] for row in curve]
     for axes, key, label in ((left, "depth", "effective depth, units"), (right, "width", "effective width, channels")):
-        axes.plot(steps, [row[key] for row in curve], color=_NONLINEAR, marker=".", markersize=3)
+        axes.plot(steps, [row[key] for row in curve], color=FIRST, marker=".", markersize=3)
         axes.set_xlabel("step")
-        axes.set_ylabel(label, color=_NONLINEAR)
+        axes.set_ylabel(label, color=FIRST)
         axes.set_ylim(bottom=0)
         axes.spines["top"].set_visible(False)
         share = axes.twinx()
-        share.plot(steps, [100 * row["share"] for row in curve], color=_SECOND, linestyle="--", linewidth=1)
+        share.plot(steps, [100 * row["share"] for row in curve], color=SECOND, linestyle="--", linewidth=1)
         share.set_ylim(0, 105)
-        share.set_ylabel("nonlinear channels, %" if axes is right else "", color=_SECOND)
+        share.set_ylabel("nonlinear channels, %" if axes is right else "", color=SECOND)
         share.spines["top"].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=10)
-    _write(figure, path)
+    write_picture(figure, path)
 
 
-def _figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
+    """A figure and its row of axes, without a window.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -98,7 +103,12 @@ def _figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _write(figure: Any, path: str | os.PathLike[str]) -> None:
+def write_picture(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure; the ending of the path chooses the format.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     try:
         figure.savefig(Path(path), dpi=160)
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ Shape letters: N samples, D features, K classes.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.convert import convert, unwrapped
-from linearize.errors import UsageError
+from linearize.errors import DataError, UsageError
 from linearize.gate import gates
 from linearize.graph.capture import normalize_inputs, tensors_of
 from linearize.report.table import render
@@ -64,6 +65,12 @@ class Separability:
         """JSON-able form."""
         return {"layers": [asdict(layer) for layer in self.layers]}
 
+    def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write a picture of accuracy and separable classes, layer by layer."""
+        from linearize.analysis.charts import draw_separability
+
+        draw_separability(self, path, title)
+
     def __str__(self) -> str:
         rows = [
             (
@@ -104,6 +111,7 @@ def class_separability(
     Raises:
         UsageError: labels do not fit the samples, scikit-learn is missing, or the model does not run on the inputs.
         CaptureError: the model cannot be captured.
+        DataError: NaN or infinity turns up.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -123,6 +131,8 @@ def class_separability(
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for name, points in places.items():
+        if not bool(points.isfinite().all()):
+            raise DataError(name, "found NaN or infinity here", "Check the samples, and the weights before this place.")
         if points.shape[1] > limit:
             projection = torch.randn(points.shape[1], limit, generator=generator, dtype=points.dtype)
             points = points @ projection / limit**0.5  # noqa: PLW2901

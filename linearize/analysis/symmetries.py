@@ -85,6 +85,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
     Raises:
         CaptureError: the model cannot be captured.
         UsageError: the model does not run on the inputs, or the box does not fit them.
+        DataError: NaN or infinity turns up.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

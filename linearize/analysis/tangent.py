@@ -5,6 +5,7 @@ Shape letters: N samples, O outputs of a sample, R = N * O rows.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from linearize.analysis.dimension import gram
 from linearize.analysis.jacobian import Differentiable
 from linearize.errors import UsageError
+from linearize.report.table import render
 
 __all__ = ["TangentRecorder", "effective_rank", "kernel_distance", "kernel_rank", "tangent_kernel"]
 
@@ -23,6 +25,7 @@ def tangent_kernel(model: nn.Module, inputs: Any, *, memory: float = 2**30) -> T
 
     Raises:
         UsageError: the inputs do not fit the model, or the kernel does not fit in `memory` (bytes).
+        DataError: the kernel holds NaN or infinity.
 
     Example:
         >>> net = nn.Linear(3, 1)
@@ -110,3 +113,20 @@ class TangentRecorder:
         }
         self.curve.append(row)
         return row
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"curve": self.curve}
+
+    def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write a picture of distance and ranks over the steps."""
+        from linearize.analysis.charts import draw_kernel
+
+        draw_kernel(self.curve, path, title)
+
+    def __str__(self) -> str:
+        rows = [
+            (row["step"], row["rank"], f"{row['effective_rank']:.1f}", f"{row['distance']:.4f}", f"{row['norm']:.3g}")
+            for row in self.curve
+        ]
+        return render(("step", "rank", "effective rank", "distance", "norm"), rows)
