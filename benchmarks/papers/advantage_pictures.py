@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.papers.findings import LOST, MIDDLE, RULES, cores_at, measure, of
-from benchmarks.papers.moments import CONTROL, MOMENTS
+from benchmarks.papers.moments import CROSSED, MOMENTS
 from benchmarks.papers.pictures import COLORS, INK, MARKS, new_figure
 from benchmarks.papers.runs import Plain
 from benchmarks.papers.statistics import mean_interval
@@ -69,7 +69,7 @@ def draw_moments(runs: list[Plain], path: Path) -> None:
         axes.set_title(name, loc="left", fontsize=9, fontweight="bold")
     for axes in list(grid.flat)[len(names) :]:
         axes.set_visible(False)
-    figure.legend(*legend_of(grid.flat), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(*legend_of(grid.flat), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=160)
 
 
@@ -92,9 +92,11 @@ def draw_network(axes: Any, runs: Sequence[Plain], look: dict[float, tuple[str, 
         places = [list(MOMENTS).index(name) for name in moments]
         values = [found[name] for name in moments]
         with_spread(axes, places, values, color=color, marker=mark, label=f"{share:.0%} linear")
-        if CONTROL in found:
-            style = {"color": color, "marker": mark, "markerfacecolor": "white", "linestyle": "none"}
-            with_spread(axes, [0.25], [found[CONTROL]], label=f"{share:.0%}, late choice", **style)
+        for name, (moment, _) in CROSSED.items():
+            if name in found:
+                style = {"color": color, "marker": mark, "markerfacecolor": "white", "linestyle": "none"}
+                place = list(MOMENTS).index(moment) + (0.22 if moment == "at the start" else -0.22)
+                with_spread(axes, [place], [found[name]], label=f"{share:.0%}, the other's choice", **style)
     axes.set_xticks(range(len(MOMENTS)), ["start", *list(MOMENTS)[1:]], fontsize=8)
     axes.set_xlim(-0.3, len(MOMENTS) - 0.7)
     axes.set_ylabel(f"{measure(runs[0])}, %", fontsize=8)

@@ -38,7 +38,7 @@ def parallel_text(language: str, folder: Path | None = None, most_words: int = 1
 
 
 def _messages(path: Path) -> Iterator[Pair]:
-    import polib  # type: ignore[import-untyped]
+    import polib
 
     for entry in polib.pofile(str(path)).translated_entries():
         pairs = [(entry.msgid, entry.msgstr)]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.papers.cores import at_most_lost
-from benchmarks.papers.moments import CONTROL
+from benchmarks.papers.moments import CROSSED
 from benchmarks.papers.runs import Plain
 from benchmarks.papers.statistics import mean_interval
 
@@ -90,11 +90,14 @@ def late_beats_early(runs: Sequence[Plain]) -> Plain:
 
 
 def choice_or_moment(runs: Sequence[Plain]) -> Plain:
-    """What the trained network's choice of channels is worth to a network that has them linear from the start."""
-    values = gains(runs, CONTROL, "at the start")
-    numbers = f"late choice minus own choice, both from the start, points: {points(values)}" if values else "no run"
-    verdict = sign(values) if len(values) > 1 else "undecided"
-    return finding("Which channels a trained network gives up helps from the start, too", verdict, numbers)
+    """Is the trained network's choice of channels better, whenever they become linear?"""
+    late, first = CROSSED
+    pairs = {"from the start": (late, "at the start"), "when trained": ("trained", first)}
+    values = {text: gains(runs, *pair) for text, pair in pairs.items()}
+    every = [value for each in values.values() for value in each]
+    verdict = sign(every) if len(every) > 1 else "undecided"
+    text = "; ".join(f"{name} {points(each)}" for name, each in values.items() if each)
+    return finding("A trained network chooses its channels better", verdict, f"late minus first choice, points: {text}")
 
 
 def many_can_go(runs: Sequence[Plain]) -> Plain:

@@ -9,11 +9,15 @@ from torch import Tensor
 from benchmarks.papers.runs import Plain
 from benchmarks.papers.training import TRAINED, Task, Trainer, apply_masks, fitted, impose
 
-__all__ = ["CONTROL", "MOMENTS", "moments"]
+__all__ = ["CROSSED", "MOMENTS", "moments"]
 
 # Share of the training steps that is over when channels become linear.
 MOMENTS = {"at the start": 0.0, "early": 0.15, "midway": 0.4, "trained": TRAINED}
-CONTROL = "late choice, at the start"
+# Channels chosen at another moment than the one at which they become linear: moment, and moment of the choice.
+CROSSED = {
+    "late choice, at the start": ("at the start", "trained"),
+    "first choice, trained": ("trained", "at the start"),
+}
 
 
 def moments(task: Task, steps: int, shares: Sequence[float], names: Sequence[str], *, control: bool) -> Plain:
@@ -24,8 +28,8 @@ def moments(task: Task, steps: int, shares: Sequence[float], names: Sequence[str
         steps: of training in all, for every network.
         shares: of linear channels.
         names: keys of `MOMENTS`.
-        control: also the channels that the trained network would choose, but from the start on: whether it is the
-            choice that matters, or the moment.
+        control: also the channels that the trained network would choose from the start on, and those of the start
+            when it is trained: is it the choice that matters, or the moment?
 
     Returns:
         "dense": scores of the network that stays nonlinear, "trained": its scores when it counts as trained, "rows":
@@ -39,23 +43,23 @@ def moments(task: Task, steps: int, shares: Sequence[float], names: Sequence[str
     trained = task.score(task.model)
     trainer.until(steps)
     result: Plain = {"trained": trained, "dense": task.score(task.model), "rows": []}
-    late: dict[float, dict[str, Tensor]] = {}
-    for name in sorted(names, key=lambda name: -MOMENTS[name]):  # the trained network's choice first: the control's
+    chosen: dict[tuple[str, float], dict[str, Tensor]] = {}
+    for name in names:
         for share in shares:
             trainer.restore(taken[name])
-            masks = impose(task, share)
-            late.setdefault(share, masks)
-            at_once = _first(task.score(task.model)) if name == "trained" else None
-            trainer.until(steps)
-            result["rows"].append({"moment": name, "share": share, "at once": at_once, **task.score(task.model)})
-    for share in shares if control else ():
-        trainer.restore(taken["at the start"])
-        fitted(task)
-        apply_masks(task.model, late[share])
-        trainer.until(steps)
-        result["rows"].append({"moment": CONTROL, "share": share, "at once": None, **task.score(task.model)})
+            chosen[name, share] = impose(task, share)
+            result["rows"].append(_row(trainer, name, share))
+    for name, (moment, choice) in CROSSED.items() if control else ():
+        for share in shares:
+            trainer.restore(taken[moment])
+            fitted(task)
+            apply_masks(task.model, chosen[choice, share])
+            result["rows"].append(_row(trainer, name, share))
     return result
 
 
-def _first(scores: dict[str, float]) -> float:
-    return next(iter(scores.values()))
+def _row(trainer: Trainer, moment: str, share: float) -> Plain:
+    """The score now, and the scores when the budget is spent."""
+    at_once = next(iter(trainer.task.score(trainer.task.model).values()))
+    trainer.until(trainer.steps)
+    return {"moment": moment, "share": share, "at once": at_once, **trainer.task.score(trainer.task.model)}

@@ -25,7 +25,7 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     share, square = hits / total, _NORMAL**2
     middle = (share + square / (2 * total)) / (1 + square / total)
     half = _NORMAL / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if hits else 0.0, middle + half if hits < total else 1.0  # exact, whatever the rounding
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

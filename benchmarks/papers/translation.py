@@ -90,7 +90,8 @@ def translation_task(text: Corpus, seed: int, *, lr: float, width: int = 64, bat
     def score(trained: nn.Module) -> dict[str, float]:
         return quality(translate(trained, text), [target for _, target in text.test])
 
-    calibration = [collate(text.train[start : start + 128]) for start in range(0, 512, 128)]
+    known = text.train[:512]
+    calibration = [collate(known[start : start + 128]) for start in range(0, len(known), 128)]
     return Task(model, pick, loss, score, calibration, lr)
 
 
