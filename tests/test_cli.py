@@ -119,6 +119,22 @@ def test_compress_then_use_the_files(capsys: pytest.CaptureFixture[str], idx: st
     assert json.loads(shown)["share"] == 0.5
 
 
+def test_compress_to_a_budget_and_a_dry_run(capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path) -> None:
+    arguments = ["compress", "timm:test_vit", *TINY, "--data", idx, "--batch", "8", "--train", "1", "--epochs", "0"]
+    shown = good(capsys, *arguments, "--flops", "0.7", "--dry-run")
+    assert "predicted" in shown
+    assert "keep 192" in shown
+    out = tmp_path / "out"
+    data = json.loads(good(capsys, *arguments, "--flops", "0.7", "--uniform", "--json", "--out", str(out)))
+    assert data["budget"]["met"] is True
+    assert data["cost"]["after"]["flops"] <= 0.7 * data["cost"]["before"]["flops"]
+    assert len({len(site["linear"]) for site in json.loads((out / "plan.json").read_text())["sites"]}) == 1
+    assert run([*arguments, "--flops", "0.7"]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert run([*arguments, "--flops", "0.7", "--params", "0.5", "--dry-run"]) == 2
+    assert "2 budgets" in capsys.readouterr().err
+
+
 def test_compress_a_transformers_folder(capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(

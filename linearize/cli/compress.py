@@ -1,4 +1,4 @@
-"""`linearize compress MODEL --data DATA --linear 0.6 --out DIR`."""
+"""`linearize compress MODEL --data DATA --flops 0.5 --out DIR`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,31 @@ from linearize.compress import compress as compress_model
 from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
+from linearize.planning.budget import read_budget
 from linearize.running.models import evaluating
 from linearize.training.losses import main_output
 
 __all__ = ["compress"]
 
+_SHARE = 0.6  # of linear channels, where nothing else is asked for
 _TRAIN_FIRST = 15  # epochs for a model that comes with random weights
 
 
 def compress(
     model: common.Model,
     data: Annotated[str, typer.Option(metavar="DATA", help="digits, a folder of idx .gz files, or of images.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the models and the report.")],
-    linear: Annotated[float, typer.Option(help="Share of channels that shall be linear.")] = 0.6,
-    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 makes channels linear without any.")] = 10,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the models and the report.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Budget: fraction of the measured latency.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Budget: how many times as fast, measured.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget: fraction of the FLOPs.")] = None,
+    params: Annotated[float | None, typer.Option(help="Budget: fraction of the parameters.")] = None,
+    activations: Annotated[float | None, typer.Option(help="Budget: fraction of the nonlinear units.")] = None,
+    linear: Annotated[
+        float | None, typer.Option(help="In place of a budget: share of channels that shall be linear; 0.6 without.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 for the closed form alone.")] = 10,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: show the options and what is chosen.")] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Equal widths in all sites of equal shape.")] = False,
     train: Annotated[
         int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
     ] = None,
@@ -42,15 +53,22 @@ def compress(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
-    """Make a share of a model's channels linear, fold them away, and save the smaller model.
+    """Compress a model to a budget, and save the smaller model, the plan and a report.
 
     A model with random weights is trained on the data first.
 
-    Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --linear 0.6 --out runs/vit[/bold]
+    Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --flops 0.6 --out runs/vit[/bold]
     """
-    if not 0 < linear <= 1:
+    budget = read_budget(latency=latency, speedup=speedup, flops=flops, params=params, activations=activations)
+    if linear is None and budget is None:
+        linear = _SHARE
+    if linear is not None and not 0 < linear <= 1:
         raise UsageError("--linear", f"found {linear}", "Pass a share above 0 and up to 1.")
-    folder = _folder(out)
+    if linear is not None and dry_run:
+        raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
+    if out is None and not dry_run:
+        raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
+    folder = None if out is None else _folder(out)
     network, source = _open(model, data, model_arg, pretrained, batch=batch, size=size, limit=limit, seed=seed)
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
     if first:
@@ -61,17 +79,30 @@ def compress(
         network,
         source.train,
         linear=linear,
+        latency=latency,
+        speedup=speedup,
+        flops=flops,
+        params=params,
+        activations=activations,
         finetune={"epochs": epochs, "lr": lr} if epochs else None,
         evaluate=source.test,
+        dry_run=dry_run,
+        uniform=uniform,
         seed=seed,
         progress=common.say,
     )
-    _write(folder, network, result)
+    if folder is not None:
+        _write(folder, network, result, dry_run=dry_run)
     if json:
-        common.print_json({"model": str(folder / "compressed.safetensors"), **result.report.to_dict()})
-    else:
-        typer.echo(str(result.report))
-        typer.echo(f"written: {folder / 'original.safetensors'}, compressed.safetensors, plan.json, report.json")
+        where = {} if folder is None or dry_run else {"model": str(folder / "compressed.safetensors")}
+        common.print_json({**where, **result.report.to_dict()})
+        return
+    for table in result.report.options.values() if dry_run else ():
+        typer.echo(f"{table}\n")
+    typer.echo(str(result.report))
+    if folder is not None:
+        names = ["plan.json", "report.json", *([] if dry_run else ["original.safetensors", "compressed.safetensors"])]
+        typer.echo(f"written to {folder}: {', '.join(names)}")
 
 
 def _folder(out: Path) -> Path:
@@ -117,8 +148,9 @@ def _tell(record: dict[str, float]) -> None:
     common.say(f"  epoch {record['epoch']:.0f}, loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}")
 
 
-def _write(folder: Path, original: nn.Module, result: Result) -> None:
-    save(original, folder / "original.safetensors")
-    save(result.model, folder / "compressed.safetensors")
+def _write(folder: Path, original: nn.Module, result: Result, *, dry_run: bool) -> None:
+    if not dry_run:
+        save(original, folder / "original.safetensors")
+        save(result.model, folder / "compressed.safetensors")
     (folder / "plan.json").write_text(result.plan.to_json() + "\n", encoding="utf-8")
     result.report.save(folder / "report.json")
