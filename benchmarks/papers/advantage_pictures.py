@@ -167,6 +167,7 @@ def draw_kernel(runs: list[Plain], moments: Sequence[Plain], path: Path) -> None
     figure, ((left, right),) = new_figure((10, 3.3), 1, 2)
     ranks = left.twinx()
     ranks.spines["top"].set_visible(False)
+    ranks.tick_params(labelsize=8)
     for run in runs:
         steps = [100 * row["step"] for row in run["curve"]]
         left.plot(steps, [row["distance"] for row in run["curve"]], color=COLORS[0], marker="o", markersize=3)

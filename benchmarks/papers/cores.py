@@ -10,14 +10,13 @@ import torch
 import linearize
 from benchmarks.papers.networks import settle_norms
 from benchmarks.papers.runs import Plain
-from benchmarks.papers.training import TRAINED, Task, Trainer, descend
+from benchmarks.papers.training import GATE_RATE, TRAINED, Task, Trainer, descend
 from linearize.analysis import CoreRecorder, TangentRecorder
 
-__all__ = ["GATE_RATE", "PRESSURE", "RATE", "at_most_lost", "decay", "kernels"]
+__all__ = ["PRESSURE", "RATE", "at_most_lost", "decay", "kernels", "smooth"]
 
 PRESSURE = (2e-3, 0.5)  # weight of the prior, at the start and at the end; it rises by the same factor at each step
 RATE = 0.1  # learning rate while the prior acts, relative to the largest
-GATE_RATE = 0.02
 
 
 def decay(task: Task, steps: int, under_prior: int, every: int) -> Plain:
@@ -73,10 +72,16 @@ def kernels(task: Task, steps: int, places: Sequence[float], samples: int) -> Pl
 
 
 def at_most_lost(curve: Sequence[dict[str, Any]], measure: str, lost: float) -> dict[str, Any]:
-    """The last row up to which the measure has never been more than `lost` below that of the first row."""
+    """The last row up to which the measure, `smooth`, has never been more than `lost` below that of the first row."""
     kept = curve[0]
-    for row in curve[1:]:
-        if row[measure] < curve[0][measure] - lost:
+    for place, row in enumerate(curve[1:], start=1):
+        if smooth(curve, measure, place) < curve[0][measure] - lost:
             break
         kept = row
     return kept
+
+
+def smooth(curve: Sequence[dict[str, Any]], measure: str, place: int) -> float:
+    """The mean of the five rows around a row: the measure of a single one jumps by a point or two."""
+    around = [float(row[measure]) for row in curve[max(0, place - 2) : place + 3]]
+    return sum(around) / len(around)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.papers.cores import at_most_lost
+from benchmarks.papers.cores import at_most_lost, smooth
 from benchmarks.papers.moments import CROSSED
 from benchmarks.papers.runs import Plain
 from benchmarks.papers.statistics import mean_interval
@@ -125,9 +125,10 @@ def slow_then_sudden(runs: Sequence[Plain]) -> Plain:
         if run["classes"] != 10:
             continue
         curve = run["curve"]
-        half = next((row for row in curve if row["share"] <= 0.5), curve[-1])
-        whole = curve[0]["accuracy"] - curve[-1]["accuracy"]
-        each.setdefault(run["depth"], []).append((curve[0]["accuracy"] - half["accuracy"]) / whole if whole else 0.0)
+        half = next((place for place, row in enumerate(curve) if row["share"] <= 0.5), len(curve) - 1)
+        lost = [curve[0]["accuracy"] - smooth(curve, "accuracy", place) for place in (half, len(curve) - 1)]
+        each.setdefault(run["depth"], []).append(lost[0] / lost[1] if lost[1] else 0.0)
+    each = dict(sorted(each.items()))
     shares = [sum(values) / len(values) for values in each.values()]
     verdict = "confirmed" if max(shares) < 0.25 else "refuted" if min(shares) >= 0.5 else "mixed"
     text = ", ".join(f"{share:.0%} at depth {depth}" for depth, share in zip(each, shares, strict=True))
@@ -191,7 +192,7 @@ def grows_with_classes(runs: Sequence[Plain]) -> Plain:
     for rule, row_of in RULES.items():
         held = cores_at(chosen, "classes", row_of)
         few, many = min(held), max(held)
-        changes = [zip(held[few][size], held[many][size], strict=True) for size in ("depth", "width")]
+        changes = [zip(held[few][size], held[many][size], strict=False) for size in ("depth", "width")]
         verdicts += [sign([b - a for a, b in change]) for change in changes]
         texts.append(_text(rule, {place: _means(values) for place, values in held.items()}))
     verdict = verdicts[0] if len(set(verdicts)) == 1 else "mixed"

@@ -20,7 +20,9 @@ CROSSED = {
 }
 
 
-def moments(task: Task, steps: int, shares: Sequence[float], names: Sequence[str], *, control: bool) -> Plain:
+def moments(
+    task: Task, steps: int, shares: Sequence[float], names: Sequence[str], *, control: bool, led: bool = False
+) -> Plain:
     """Train once without linear channels, then from each moment on with each share of them.
 
     Args:
@@ -30,6 +32,7 @@ def moments(task: Task, steps: int, shares: Sequence[float], names: Sequence[str
         names: keys of `MOMENTS`.
         control: also the channels that the trained network would choose from the start on, and those of the start
             when it is trained: is it the choice that matters, or the moment?
+        led: a prior leads the channels to their lines, instead of at once.
 
     Returns:
         "dense": scores of the network that stays nonlinear, "trained": its scores when it counts as trained, "rows":
@@ -47,7 +50,10 @@ def moments(task: Task, steps: int, shares: Sequence[float], names: Sequence[str
     for name in names:
         for share in shares:
             trainer.restore(taken[name])
-            chosen[name, share] = impose(task, share)
+            if led:
+                trainer.lead(share)
+            else:
+                chosen[name, share] = impose(task, share)
             result["rows"].append(_row(trainer, name, share))
     for name, (moment, choice) in CROSSED.items() if control else ():
         for share in shares:

@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.papers.catalogues import parallel_text
-from benchmarks.papers.cores import GATE_RATE, PRESSURE, RATE, decay, kernels
+from benchmarks.papers.cores import PRESSURE, RATE, decay, kernels
 from benchmarks.papers.images import FOLDER, SIZE, image_set, image_task
 from benchmarks.papers.moments import MOMENTS, moments
 from benchmarks.papers.networks import ResNet, vision_transformer
 from benchmarks.papers.runs import Job, Plain, arguments, machine, publish, run_all
-from benchmarks.papers.training import Task
+from benchmarks.papers.training import GATE_RATE, Task
 from benchmarks.papers.translation import Corpus, corpus, translation_task
 from linearize.report.timing import write_json
 
@@ -76,6 +76,7 @@ class Case:
         depth: of a ResNet.
         post_sum: a ResNet's activations behind its sums.
         longer: factor on the steps.
+        led: a prior leads the channels to their lines over 15% of the steps, instead of at once.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Case:
     post_sum: bool = True
     control: bool = False
     longer: int = 1
+    led: bool = False
 
 
 CASES = (
@@ -97,6 +99,7 @@ CASES = (
     Case("resnet-20-plain-sums", (0.8,), ENDS, depth=20, post_sum=False),
     Case("resnet-32", (0.8,), ENDS, depth=32),
     Case("resnet-32-plain-sums", (0.8,), ENDS, depth=32, post_sum=False),
+    Case("resnet-8-led", (0.8,), ENDS, depth=8, led=True),
     Case("resnet-8-longer", (0.8,), ENDS, depth=8, longer=4),
 )
 
@@ -138,7 +141,7 @@ def moment_jobs(size: Size, options: argparse.Namespace) -> list[Job]:
 
             def work(case: Case = case, seed: int = seed, steps: int = steps) -> Plain:
                 task = make_task(case, size, seed, options)
-                return moments(task, steps, case.shares, case.moments, control=case.control)
+                return moments(task, steps, case.shares, case.moments, control=case.control, led=case.led)
 
             made.append(Job(f"moments-{case.name}-{seed}", asked, work))
     return made
@@ -178,6 +181,13 @@ def kernel_jobs(size: Size, options: argparse.Namespace) -> list[Job]:
     return made
 
 
+def without_widths(run: Plain) -> Plain:
+    """A run without the width of every single site, which the files of the runs keep."""
+    if "curve" not in run:
+        return run
+    return {**run, "curve": [{key: value for key, value in row.items() if key != "widths"} for row in run["curve"]]}
+
+
 def main() -> None:
     """Measure, judge, draw."""
     parser = arguments("When may a network lose its nonlinearity?", NAME)
@@ -196,7 +206,8 @@ def main() -> None:
     from benchmarks.papers.findings import findings
 
     found = findings(results)
-    write_json(out / f"{NAME}.json", {"machine": machine(), "size": asdict(size), "findings": found, "runs": results})
+    short = [without_widths(run) for run in results]
+    write_json(out / f"{NAME}.json", {"machine": machine(), "size": asdict(size), "findings": found, "runs": short})
     pictures = draw_all(results, out)
     for finding in found:
         print(f"{finding['claim']}: {finding['verdict']}. {finding['numbers']}")

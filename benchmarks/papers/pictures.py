@@ -43,6 +43,7 @@ def draw_probabilities(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
             spread = [[max(0.0, value) for value in side] for side in (below, above)]
             axes.errorbar(places, middle, yerr=spread, color=color, marker=mark, markersize=4, capsize=2, linewidth=1.2)
             axes.plot([], [], color=color, marker=mark, markersize=4, label=line["title"])
+        axes.set_xticks(sorted({row[axis] for line in shown for row in line["rows"]}))
         axes.set_xlabel(label, fontsize=9)
         axes.set_ylim(-0.03, 1.03)
         axes.legend(fontsize=8, frameon=False)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import linearize
 from benchmarks.papers.networks import settle_norms
 
-__all__ = ["Snapshot", "Task", "Trainer", "impose", "pace"]
+__all__ = ["GATE_RATE", "TRAINED", "Snapshot", "Task", "Trainer", "apply_masks", "descend", "fitted", "impose", "pace"]
 
 TRAINED = 0.75  # share of the steps after which a network counts as trained; the rest is for recovery
+GATE_RATE = 0.02  # learning rate of the gates
 _WARMUP = 0.05
+_LED = 0.15  # share of the steps that a prior takes to lead channels to their lines
 _SECOND = 0.5  # learning rate at the start of the second cosine, relative to the first
 
 
@@ -91,6 +93,31 @@ class Trainer:
                 group["lr"] = self.task.lr * pace(step, self.steps)
             descend(self.task, self.optimizer, step)
         self.step = max(self.step, stop)
+
+    def lead(self, share: float) -> None:
+        """Train a few steps while a prior leads the share of channels to their lines, and leave them linear.
+
+        The gates learn meanwhile: loss and prior decide together which channels go.
+        """
+        steps = round(_LED * self.steps)
+        calibration = fitted(self.task)
+        model = self.task.model
+        prior = linearize.SparsityPrior(
+            model, kind="target", target=share, steps=steps, weight=1e-2, schedule="linear", calibration=calibration
+        )
+        alphas = [gate.alpha.requires_grad_() for gate in prior.gates]
+        optimizer = torch.optim.Adam(alphas, lr=GATE_RATE)
+        for step in range(self.step, self.step + steps):
+            model.train()
+            optimizer.zero_grad()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.task.lr * pace(step, self.steps)
+            descend(self.task, self.optimizer, step, prior())
+            optimizer.step()
+            prior.step()
+        self.step += steps
+        for alpha in alphas:
+            alpha.requires_grad_(False)
 
     def snapshot(self) -> Snapshot:
         """Everything that training goes on from."""
