@@ -150,7 +150,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
             )
-            steps += _unfold(result, site)
+            steps += unfold(result, site)
         steps += _settle_activation(result, planned, gate, carries=carries)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
@@ -173,7 +173,7 @@ def _last_use(found: dict[str, ChannelGate]) -> dict[str, str]:
     return last
 
 
-def _unfold(model: nn.Module, site: Site) -> list[Step]:
+def unfold(model: nn.Module, site: Site) -> list[Step]:
     """Take away the constant maps that now live in their neighbours; their children stay."""
     steps: list[Step] = []
     for fold in (*site.folds, *site.up_folds, *site.consumer_folds):
@@ -262,14 +262,18 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
 
 
 def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """The sites that cannot be collapsed on their own, with what happens if they are."""
+    """The sites that cannot be collapsed on their own, with what happens if they are: found by halving."""
+    names = [planned.site for planned in plan.sites]
+    waiting = [[planned.site for planned in plan.sites if planned.form not in (MASKED, UNCHANGED)]]
     barred: dict[str, str] = {}
-    for planned in plan.sites:
-        if planned.form in (MASKED, UNCHANGED):
+    while waiting:
+        group = waiting.pop()
+        others = {name: "" for name in names if name not in group}
+        _, failure = _try(model, make_plan(model, when="always", barred=others)) if group else (None, None)
+        if failure is None:
             continue
-        others = {other.site: "" for other in plan.sites if other.site != planned.site}
-        alone = make_plan(model, when="always", barred=others)
-        _, failure = _try(model, alone)
-        if failure is not None:
-            barred[planned.site] = f"the code around it does not take another width ({failure})"
+        if len(group) == 1:
+            barred[group[0]] = f"the code around it does not take another width ({failure})"
+        else:
+            waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
     return barred
