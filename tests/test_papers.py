@@ -93,6 +93,15 @@ def test_imposing_makes_exactly_the_share_linear() -> None:
     assert all(torch.equal(gate.linear, masks[name]) for name, gate in gates.items())
 
 
+def test_a_prior_leads_exactly_the_share() -> None:
+    made = task()
+    found = moments(made, 20, (0.8,), ENDS, control=False, led=True)
+    gates = linearize.gates(made.model).values()
+    assert [row["moment"] for row in found["rows"]] == list(ENDS)
+    assert sum(int(gate.linear.sum()) for gate in gates) == round(0.8 * sum(gate.channels for gate in gates))
+    assert not any(gate.alpha.requires_grad for gate in gates)
+
+
 def test_sites_go_where_activations_behind_sums_go() -> None:
     assert len(linearize.gates(task().model)) == 7
     assert len(linearize.gates(task(post_sum=False).model)) == 4
