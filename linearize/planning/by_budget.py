@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from linearize.bench import benchmark
-from linearize.collapse import collapse
 from linearize.errors import UsageError
 from linearize.gate import gates
 from linearize.plan import MASKED, UNCHANGED, Plan
@@ -22,7 +21,7 @@ from linearize.planning.job import Job, Made
 from linearize.planning.latency import cache_file
 from linearize.planning.options import SiteChoice
 from linearize.planning.sequential import edited_in_order
-from linearize.planning.settle import Settled, edited, planned, settle, site_choices
+from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
 from linearize.planning.survey import Survey, describe, survey
 from linearize.planning.tune import path_to
 from linearize.report.budget import Outcome
@@ -93,8 +92,8 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
         with steps("refit"):
             choices = site_choices(settled.choice)
             goal = edited_in_order(found, choices, job.data, seed=how.seed, progress=steps.bars, say=steps.say)
-            small = collapse(goal, plan=settled.plan).eval()
-    gated, small, history = _trained(job, found, goal, settled.plan, small)
+            small = collapsed(goal, settled.plan)
+    gated, small, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
     return Made(gated, small, settled.plan, history, told)
 
 
@@ -123,7 +122,7 @@ def _outcome(
 
 
 def _trained(
-    job: Job, found: Survey, goal: nn.Module, plan: Plan, small: nn.Module
+    job: Job, found: Survey, choices: Mapping[str, SiteChoice], goal: nn.Module, plan: Plan, small: nn.Module
 ) -> tuple[nn.Module, nn.Module, list[dict[str, float]]]:
     """The planned model after fine-tuning, collapsed; as it is if none is asked for."""
     total = job.training_steps
@@ -131,10 +130,11 @@ def _trained(
         return goal, small, []
     with job.steps("fine-tune"):
         way = int(job.options.get("gradual", 0.5) * total)
-        model, path = path_to(found.gated, goal, steps=way)
+        start = edited(found, {name: c for name, c in choices.items() if c.form == "block"})
+        model, path = path_to(start, goal, steps=way)
         history = job.train(model, path, job.options)
     with job.steps("collapse"):
-        return model, collapse(model, plan=plan).eval(), history
+        return model, collapsed(model, plan), history
 
 
 def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
@@ -146,6 +146,8 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     for site in plan.sites:
         if site.site not in named:
             raise UsageError(site.site, "is in the plan, but not in the model", "Make the plan from this model.")
+        if site.form == "block" and found.blocks:
+            choices[site.site] = SiteChoice(site.site, 0, site.rank, "block")
         if site.form == UNCHANGED or not site.linear:
             continue
         channels = named[site.site].channels
@@ -164,6 +166,6 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
         for name, mask in masks.items():
             gates(gated)[name].linearize_(mask)
         again = planned(gated, choices)
-        small = collapse(gated, plan=again).eval()
-    gated, small, history = _trained(job, found, gated, again, small)
+        small = collapsed(gated, again)
+    gated, small, history = _trained(job, found, choices, gated, again, small)
     return Made(gated, small, again, history, {"notes": tuple(found.notes)})

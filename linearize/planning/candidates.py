@@ -8,6 +8,7 @@ from itertools import product
 from torch import nn
 
 from linearize.algebra.forms import Infeasible
+from linearize.approximate.blocks import Block
 from linearize.approximate.editable import obstacle_to_refit
 from linearize.gate import ChannelGate, gates
 from linearize.planning.curves import Curve, levels
@@ -41,17 +42,25 @@ def groups_of(model: nn.Module) -> list[list[str]]:
 
 
 def candidates(
-    model: nn.Module, curves: Mapping[str, Curve], *, round_to: int = 8, uniform: Sequence[Sequence[str]] = ()
+    model: nn.Module,
+    curves: Mapping[str, Curve],
+    *,
+    blocks: Mapping[str, Block] | None = None,
+    round_to: int = 8,
+    uniform: Sequence[Sequence[str]] = (),
 ) -> list[Group]:
     """The options of every group of a gated model.
 
     Args:
         model: gated, with its original weights.
         curves: by site name; a site without one stays as it is.
+        blocks: by the name of their first site: chains for which one convolution could stand.
         round_to: numbers of channels that stay are multiples of this.
         uniform: groups of site names that must keep equal numbers of channels.
     """
-    found = [_group(model, names, curves, round_to) for names in groups_of(model)]
+    found = [
+        _with_block(_group(model, names, curves, round_to), (blocks or {}).get(names[0])) for names in groups_of(model)
+    ]
     for names in uniform:
         found = _tied(found, set(names))
     return found
@@ -80,6 +89,18 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
         loss = sum(loss for _, loss in together)
         options.append(Option(some, loss, price.flops, price.params, price.activations))
     return Group(tuple(names), tuple(options), None if len(options) > 1 else "no form can express any other option")
+
+
+def _with_block(group: Group, block: Block | None) -> Group:
+    """The group with one convolution in the place of all of it, in each size of kernel that was observed."""
+    if block is None or not block.rows:
+        return group
+    more = []
+    for kernel in block.rows:
+        choices = tuple(SiteChoice(name, 0, kernel, "block") for name in group.sites)
+        weights = block.outputs * (block.inputs * kernel**2 + 1)
+        more.append(Option(choices, block.fit(kernel).loss, block.flops(kernel), weights, 0.0))
+    return Group(group.sites, (*group.options, *more))
 
 
 def _without_skip(some: list[tuple[SiteChoice, float]], gate: ChannelGate) -> list[tuple[SiteChoice, float]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.algebra.forms import Piece
+from linearize.approximate.blocks import Block
 from linearize.approximate.editable import fold_of
 from linearize.bench import interleaved
 from linearize.gate import ChannelGate, gates
@@ -89,6 +90,7 @@ class _Bench:
     batch: int
     sizes: Sequence[int]
     rounds: int
+    blocks: Mapping[str, Block]
 
     @property
     def like(self) -> Tensor:
@@ -103,6 +105,7 @@ def with_latencies(
     *,
     batch: int,
     table: LatencyTable,
+    blocks: Mapping[str, Block] | None = None,
     rounds: int = 7,
 ) -> list[Group]:
     """The groups with measured latencies, as shares of the whole model's.
@@ -113,12 +116,13 @@ def with_latencies(
         shapes: of each site's input in a batch of size `batch`; a site without one is not measured.
         whole: seconds of the whole original model, by batch size.
         batch: size of the batch in which the shapes were seen.
+        blocks: by the name of their first site.
         table: where ratios are looked up and noted.
         rounds: measurements of each.
 
     Options whose layers cannot be run by themselves are given the share of time that their FLOPs would take.
     """
-    bench = _Bench(model, shapes, batch, list(whole), rounds)
+    bench = _Bench(model, shapes, batch, list(whole), rounds, blocks or {})
     with evaluating(model):
         measured = [_measured(bench, group, whole, table) for group in groups]
     table.save()
@@ -158,7 +162,7 @@ def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tupl
         runs: dict[str, Run] = {"stay": lambda: present(x)}
         keys = ["stay"]
         for option in group.options[1:]:
-            layers, text = _option(bench.model, chain, pricer, option)
+            layers, text = _option(bench.model, chain, pricer, option, bench.blocks)
             key = _key(bench, chain, shape, text)
             keys.append(key)
             if key not in table.entries and key not in runs:
@@ -208,9 +212,12 @@ def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> Callable[[Tensor
 
 
 def _option(
-    model: nn.Module, chain: Sequence[ChannelGate], pricer: Pricer, option: Option
+    model: nn.Module, chain: Sequence[ChannelGate], pricer: Pricer, option: Option, blocks: Mapping[str, Block]
 ) -> tuple[dict[str, nn.Module], str]:
     """Layers of an option with random weights, and a text that tells their shapes."""
+    block = blocks.get(option.choices[0].site)
+    if block is not None and option.choices[0].form == "block":
+        return _block_layers(model, block, option.choices[0].rank)
     price = pricer.after(option.choices)
     dims = {port.module: port.dims for gate in chain if gate.site is not None for port in ports_of(gate.site)}
     like = next(p for p in model.parameters() if p.is_floating_point())
@@ -230,6 +237,16 @@ def _option(
             layers[f"{gate.site.name} activation"] = inner
             texts.append(f"{choice.keep} {choice.rank} {choice.form}")
     return layers, "; ".join(texts)
+
+
+def _block_layers(model: nn.Module, block: Block, kernel: int) -> tuple[dict[str, nn.Module], str]:
+    """One convolution, and nothing after it."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    spec = block.spec(kernel)
+    layers: dict[str, nn.Module] = {path: nn.Identity() for path in block.maps}
+    layers[block.first.module] = build(spec, nn.Identity()).to(like.device, like.dtype).eval()
+    layers |= {f"{site.name} activation": nn.Identity() for site in block.sites}
+    return layers, json.dumps(spec, sort_keys=True)
 
 
 def _spec(piece: Piece, dims: int, old: nn.Module) -> dict[str, Any]:

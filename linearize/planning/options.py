@@ -24,7 +24,8 @@ class SiteChoice:
         site: its name.
         keep: K.
         rank: r of the linear skip; 0 for none.
-        form: "unchanged", "factored", "merged" or "vanished"; "line" for channels that go to their own line in place.
+        form: "unchanged", "factored", "merged" or "vanished"; "line" for channels that go to their own line in place;
+            "block" for one dense convolution in the place of all sites of the group, with `rank` for its kernel.
     """
 
     site: str
@@ -35,6 +36,8 @@ class SiteChoice:
     def __str__(self) -> str:
         if self.form in ("unchanged", "line"):
             return f"keep {self.keep}" if self.form == "unchanged" else f"keep {self.keep}, lines"
+        if self.form == "block":
+            return f"one {self.rank}x{self.rank} convolution"
         skip = "" if not self.rank else f" + skip of rank {self.rank}"
         return f"keep {self.keep}{skip}" if self.keep else f"one linear map of rank {self.rank}"
 

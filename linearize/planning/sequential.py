@@ -9,11 +9,10 @@ from torch import nn
 
 from linearize.approximate.edit import carry_out
 from linearize.approximate.observe import observe
-from linearize.duplicate import duplicate
-from linearize.errors import CollapseError
 from linearize.gate import gates
 from linearize.planning.curves import curve_of
 from linearize.planning.options import SiteChoice
+from linearize.planning.settle import edited
 from linearize.planning.survey import Survey
 
 __all__ = ["edited_in_order"]
@@ -33,7 +32,8 @@ def edited_in_order(
     Which channels stay is decided already; the weights are refitted on what reaches the site now. One pass over the
     data for each site.
     """
-    model = duplicate(found.gated, CollapseError)
+    blocks = {name: choice for name, choice in choices.items() if choice.form == "block"}
+    model = edited(found, blocks)
     for name in gates(model):
         choice = choices.get(name)
         if choice is None or name not in found.curves or choice.keep >= found.curves[name].channels:

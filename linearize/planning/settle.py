@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.approximate.blocks import replace_block
 from linearize.approximate.edit import carry_out
 from linearize.collapse import collapse
 from linearize.cost import cost
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import gates
-from linearize.plan import Plan, make_plan
+from linearize.plan import Plan, SitePlan, make_plan
 from linearize.planning.budget import Budget
 from linearize.planning.choose import Choice, choose
 from linearize.planning.options import SiteChoice
 from linearize.planning.survey import Survey
+from linearize.record import Record, record_of, set_record
 
-__all__ = ["Settled", "edited", "fraction_of", "planned", "settle", "site_choices"]
+__all__ = ["Settled", "collapsed", "edited", "fraction_of", "planned", "settle", "site_choices"]
 
 # A latency within this of the target counts as met: measurements differ by as much.
 _LATENCY_TOLERANCE = 0.02
@@ -104,10 +106,10 @@ def _try(
     gated = edited(found, choices)
     plan = planned(gated, choices, choice)
     try:
-        small = collapse(gated, plan=plan).eval()
+        small = collapsed(gated, plan)
     except CollapseError:  # the forms chosen do not go together: let collapsing choose
-        plan = make_plan(gated)
-        small = collapse(gated).eval()
+        plan = planned(gated, {name: c for name, c in choices.items() if c.form == "block"})
+        small = collapsed(gated, plan)
     predicted = (found.fixed + choice.cost) / found.total
     reached = fraction_of(found, budget, gated, small, batch, time_ratio)
     slack = _LATENCY_TOLERANCE if budget.measure == "latency" else 1e-12
@@ -151,9 +153,24 @@ def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, 
             mask = torch.zeros(named[name].channels, dtype=torch.bool)
             mask[order[: named[name].channels - choice.keep]] = True
             named[name].linearize_(mask)
+        elif choice.form == "block":
+            if name in found.blocks:
+                block = found.blocks[name]
+                replace_block(model, block, choice.rank, block.fit(choice.rank))
         elif choice.keep < named[name].channels:
             carry_out(model, found.curves[name].edit(found.gated, choice, None if keep is None else keep.get(name)))
     return model
+
+
+def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
+    """The model in its planned state, collapsed as planned, in eval mode; sites whose block was replaced are done."""
+    named = gates(gated)
+    if not named:
+        small = duplicate(gated, CollapseError).eval()
+        record = record_of(gated) or Record()
+        set_record(small, Record((), record.steps, record.inputs))
+        return small
+    return collapse(gated, plan=Plan(tuple(site for site in plan.sites if site.site in named))).eval()
 
 
 def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice | None = None) -> Plan:
@@ -163,8 +180,9 @@ def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice 
         for c in option.choices:
             losses[c.site] = option.loss / len(option.choices)
     named = gates(gated)
-    sites = []
-    for site in make_plan(gated).sites:
+    blocks = (c for c in choices.values() if c.form == "block")
+    sites = [SitePlan(c.site, c.form, (), rank=c.rank, loss=losses.get(c.site, 0.0)) for c in blocks]
+    for site in make_plan(gated).sites if named else ():
         chosen = choices.get(site.site)
         if chosen is not None and chosen.form in ("factored", "merged", "vanished") and site.linear and not site.reason:
             gate = named[site.site]

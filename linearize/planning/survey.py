@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.approximate.blocks import Block, blocks_of, observe_blocks
 from linearize.approximate.observe import observe
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.collapse import collapse
 from linearize.cost import Cost, cost
 from linearize.gate import gates
-from linearize.planning.candidates import candidates
+from linearize.planning.candidates import candidates, groups_of
 from linearize.planning.curves import Curve, curve_of
 from linearize.planning.latency import LatencyTable, with_latencies
 from linearize.planning.options import Group, Measure
@@ -41,6 +42,7 @@ class Survey:
         total: the whole original model's cost in that measure, for the example batch; 1 for latency.
         before: parameters and FLOPs of the original.
         curves: by site name; empty for budgets in units.
+        blocks: by the name of their first site.
         unit_costs: by site name, for budgets in units.
         notes: what a reader should know, such as too little data.
     """
@@ -51,6 +53,7 @@ class Survey:
     total: float
     before: Cost
     curves: dict[str, Curve] = field(default_factory=dict)
+    blocks: dict[str, Block] = field(default_factory=dict)
     unit_costs: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -117,16 +120,20 @@ def survey(
         warnings.warn(note + more, stacklevel=4)
     curves = {name: curve_of(gated, found) for name, found in observations.items()}
     say("options")
-    groups = candidates(gated, curves, round_to=round_to, uniform=_ties(gated, uniform))
+    blocks = {block.name: block for block in blocks_of(gated, groups_of(gated))}
+    if blocks:
+        observe_blocks(gated, data, list(blocks.values()), seed=seed)
+    groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=_ties(gated, uniform))
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "latency":
         say("measure")
-        shapes = {name: found.shape for name, found in observations.items()}
+        shapes = {name: block.shape for name, block in blocks.items() if block.shape}
+        shapes |= {name: found.shape for name, found in observations.items() if found.shape}
         size = _batch_size(batch)
         whole = _whole(original, batch, batch_sizes or [size], rounds)
         table = LatencyTable.open(cache)
-        groups = with_latencies(gated, groups, shapes, whole, batch=size, table=table, rounds=rounds)
-    return Survey(gated, measure, groups, total, before, curves, notes=notes)
+        groups = with_latencies(gated, groups, shapes, whole, batch=size, table=table, blocks=blocks, rounds=rounds)
+    return Survey(gated, measure, groups, total, before, curves, blocks, notes=notes)
 
 
 def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, before: Cost, seed: int) -> Survey:

@@ -83,7 +83,7 @@ class PlannedPath:
 
     def __call__(self) -> Tensor:
         """The penalty: none."""
-        return torch.zeros((), device=self.gates[0].alpha.device)
+        return torch.zeros((), device=self.gates[0].alpha.device if self.gates else None)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -110,7 +110,7 @@ class PlannedPath:
     def share(self) -> float:
         """Share of channels that are linear now."""
         linear = sum(int(gate.linear.sum()) for gate in self.gates)
-        return linear / sum(gate.channels for gate in self.gates)
+        return linear / max(1, sum(gate.channels for gate in self.gates))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model."""

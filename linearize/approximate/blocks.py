@@ -1,0 +1,296 @@
+"""Whole blocks as one convolution: expand, depthwise, project, with both activations, become a dense k x k kernel.
+
+On most hardware one dense convolution outruns a chain of thin ones of fewer FLOPs (Fu et al., "DepthShrinker", ICML
+2022). The kernel is that of least squares from the patches of the block's input to the output that the block gives on
+data; it may be smaller than the block's own. This is approximate; what it loses is predicted like every other option.
+
+Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from linearize.algebra.affine import same_padding
+from linearize.algebra.forms import Infeasible
+from linearize.approximate.covariance import Covariance
+from linearize.approximate.probes import projection
+from linearize.approximate.removal import regularised
+from linearize.gate import gates
+from linearize.record import Record, Step, record_of, set_record
+from linearize.running.batches import read_batch, to_device
+from linearize.running.models import device_of
+from linearize.sites import Port, Site
+from linearize.surgery.specs import Spec, build, replace_module
+
+__all__ = ["Block", "BlockFit", "blocks_of", "observe_blocks", "replace_block"]
+
+_POSITIONS = 64  # sampled per image
+_WIDEST = 4000  # features of a patch
+
+
+@dataclass
+class Block:
+    """A chain of sites between two maps, and what a pass over data found about it.
+
+    Attributes:
+        sites: of the chain, in order.
+        first, last: the map that the block begins with, and the one it ends with.
+        maps: paths of all its maps, in order.
+        kernel, stride: of the dense convolution with the block's own reach.
+        same: padding by the "SAME" rule.
+        rows: covariance of (patches, output), by kernel size.
+        sensitivity: G of the output, (O, O).
+        shape: of the block's input in the first batch.
+        positions: of the output, in the example batch.
+    """
+
+    sites: tuple[Site, ...]
+    first: Port
+    last: Port
+    maps: tuple[str, ...]
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    same: bool
+    rows: dict[int, Covariance] = field(default_factory=dict)
+    sensitivity: Tensor | None = None
+    samples: float = 0.0
+    shape: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its first site."""
+        return self.sites[0].name
+
+    @property
+    def kernels(self) -> list[int]:
+        """Sizes to try: its own, and a smaller one."""
+        own = max(self.kernel)
+        return [k for k in dict.fromkeys((own, 3)) if k <= own and k * k * self.inputs <= _WIDEST]
+
+    def spec(self, kernel: int) -> Spec:
+        """The layer that would stand for the block."""
+        padding = [0, 0] if self.same else [kernel // 2] * 2
+        sizes = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [kernel] * 2}
+        rest = {"stride": list(self.stride), "padding": padding, "dilation": [1, 1], "groups": 1, "bias": True}
+        return {"type": "SameConv2d" if self.same else "Conv2d", **sizes, **rest}
+
+    def flops(self, kernel: int) -> float:
+        """Of that layer, for the example batch."""
+        return 2.0 * self.last.positions * self.inputs * self.outputs * kernel**2
+
+    def fit(self, kernel: int, ridge: float = 1e-3) -> BlockFit:
+        """The best kernel of a size."""
+        found = self.rows[kernel]
+        features = self.inputs * kernel**2
+        covariance, mean = found.covariance, found.mean
+        ridge = ridge if found.count > features else 0.1 * features / max(1, found.count)
+        factor = torch.linalg.cholesky(regularised(covariance[:features, :features], ridge))
+        weight = torch.cholesky_solve(covariance[:features, features:], factor).t()
+        bias = mean[features:] - weight @ mean[:features]
+        error = torch.cat((-weight, torch.eye(self.outputs, dtype=weight.dtype, device=weight.device)), 1)
+        left = error @ covariance @ error.t()
+        metric = torch.eye(self.outputs, dtype=weight.dtype, device=weight.device)
+        if self.sensitivity is not None and self.samples:
+            metric = self.sensitivity / self.samples
+        return BlockFit(weight.view(self.outputs, self.inputs, kernel, kernel), bias, float((metric * left).sum()))
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """Weight (O, I, k, k) and bias (O,) of a block's convolution, float64, and the predicted loss."""
+
+    weight: Tensor
+    bias: Tensor
+    loss: float
+
+
+def blocks_of(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Block]:
+    """The groups of sites that one convolution could stand for: a chain of plain maps, one of them spatial at least."""
+    found = []
+    for names in groups:
+        named = gates(model)
+        sites = [named[name].site for name in names]
+        try:
+            block = _block(model, [site for site in sites if site is not None])
+        except Infeasible:
+            continue
+        if block.kernels:
+            found.append(block)
+    return found
+
+
+def _block(model: nn.Module, sites: list[Site]) -> Block:
+    ports: list[Port] = []
+    for site in sites:
+        if site.reason is not None or site.producer is None or site.up is not None or len(site.consumers) != 1:
+            raise Infeasible("no chain of plain maps")
+        if not ports:
+            ports.append(site.producer)
+        if site.producer.module != ports[-1].module:
+            raise Infeasible("its sites do not follow each other")
+        ports.append(site.consumers[0])
+    if not ports or len({port.module for port in ports}) != len(ports):
+        raise Infeasible("a map comes twice")
+    modules: list[Any] = [model.get_submodule(port.module) for port in ports]
+    for port, module in zip(ports, modules, strict=True):
+        if port.dims != 2 or not isinstance(module, nn.Conv2d) or set(module.dilation) != {1}:
+            raise Infeasible("not convolutions of two dimensions")
+        if module._forward_pre_hooks or module._forward_hooks or module.padding_mode != "zeros":
+            raise Infeasible("a hook, or padding of another kind")
+    kernel = tuple(max(int(m.kernel_size[axis]) for m in modules) for axis in range(2))
+    if max(kernel) == 1 or kernel[0] != kernel[1]:
+        raise Infeasible("pointwise throughout, or not square")
+    stride = tuple(math.prod(int(m.stride[axis]) for m in modules) for axis in range(2))
+    spatial = [m for m in modules if max(m.kernel_size) > 1]
+    same = any(type(m).forward is not nn.Conv2d.forward for m in spatial)
+    if not same and any(m.padding != (m.kernel_size[0] // 2,) * 2 for m in spatial):
+        raise Infeasible("padding that does not keep the size")
+    inputs = int(modules[0].weight.shape[1]) * int(modules[0].groups)
+    outputs = int(modules[-1].weight.shape[0])
+    maps = tuple(port.module for port in ports)
+    return Block(tuple(sites), ports[0], ports[-1], maps, inputs, outputs, kernel, stride, same)
+
+
+def observe_blocks(
+    model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], *, seed: int = 0, memory: float = 2e9
+) -> None:
+    """Fill in what data tells about blocks; one that turns out to be of another shape has no rows afterwards."""
+    group, used = list[Block](), 0.0
+    for block in blocks:
+        size = sum(8.0 * (block.inputs * k * k + block.outputs) ** 2 for k in block.kernels)
+        if group and used + size > memory:
+            _observe(model, batches, group, seed)
+            group, used = [], 0.0
+        group.append(block)
+        used += size
+    if group:
+        _observe(model, batches, group, seed)
+
+
+def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:
+    generator, device = torch.Generator().manual_seed(seed), device_of(model)
+    seen: dict[str, dict[str, Tensor]] = {block.name: {} for block in blocks}
+    with _watching(model, blocks, seen) as source:
+        for raw in batches:
+            batch = read_batch(model, to_device(raw, device))
+            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+            if scalar.requires_grad:
+                torch.autograd.grad(scalar, source, allow_unused=True)
+            for block in blocks:
+                _take(block, seen[block.name], generator, positions)
+                seen[block.name].clear()
+
+
+@torch.no_grad()
+def _take(block: Block, seen: dict[str, Tensor], generator: torch.Generator, positions: int) -> None:
+    if "x" not in seen or "y" not in seen:
+        return
+    x, y = seen["x"], seen["y"]
+    block.shape = block.shape or tuple(x.shape)
+    place = torch.randperm(math.prod(y.shape[2:]), generator=generator)[:_POSITIONS].to(x.device)
+    target = y.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1)
+    for kernel in block.kernels:
+        rows = [_patches(block, some, kernel, tuple(y.shape[2:]), place) for some in x.split(8)]
+        if any(part is None for part in rows):
+            block.rows.pop(kernel, None)
+            continue
+        features = torch.cat([part for part in rows if part is not None])
+        if kernel not in block.rows:
+            block.rows[kernel] = Covariance(features.shape[1] + block.outputs, x.device)
+        block.rows[kernel].update(torch.cat((features, target.to(features)), 1))
+    if "g" in seen:
+        g = seen["g"].transpose(0, 1).flatten(1).double()
+        total = (g @ g.t()).to(block.rows[block.kernels[0]].mean) if block.rows else (g @ g.t())
+        block.sensitivity = total if block.sensitivity is None else block.sensitivity + total
+        block.samples += positions
+
+
+def _patches(block: Block, x: Tensor, kernel: int, size: tuple[int, ...], place: Tensor) -> Tensor | None:
+    """Patches (R, I * k * k) at some positions of the output; None if the sizes do not fit."""
+    if block.same:
+        x = functional.pad(x, same_padding(tuple(x.shape[2:]), (kernel, kernel), block.stride, (1, 1)))
+    unfolded = functional.unfold(x, kernel, padding=0 if block.same else kernel // 2, stride=block.stride)
+    if unfolded.shape[2] != math.prod(size):
+        return None
+    return unfolded[:, :, place].transpose(1, 2).flatten(0, 1)
+
+
+@contextmanager
+def _watching(model: nn.Module, blocks: Sequence[Block], seen: dict[str, dict[str, Tensor]]) -> Iterator[Tensor]:
+    modes = [(module, module.training) for module in model.modules()]
+    source = torch.zeros((), device=device_of(model), requires_grad=True)
+
+    def begin(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name]["x"] = inputs[0].detach()
+
+        return see
+
+    def end(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            seen[name]["y"] = output.detach()
+            output = output + source.to(output.dtype)
+            output.register_hook(lambda gradient: seen[name].__setitem__("g", gradient.detach()))
+            return output
+
+        return see
+
+    handles: list[Any] = []
+    for block in blocks:
+        handles.append(model.get_submodule(block.first.module).register_forward_pre_hook(begin(block.name)))
+        handles.append(model.get_submodule(block.last.module).register_forward_hook(end(block.name)))
+    try:
+        model.eval()
+        with torch.enable_grad():
+            yield source
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def replace_block(model: nn.Module, block: Block, kernel: int, found: BlockFit) -> None:
+    """Put one convolution in the place of a block of a gated model; its sites have no gates any more."""
+    from linearize.collapse import unfold
+
+    steps: list[Step] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    named = gates(model)
+    taken = [paths[id(named[site.name])] for site in block.sites]
+    for site in block.sites:
+        steps += unfold(model, site)
+    for path in taken:
+        steps.append(_put(model, path, {"type": "Identity"}))
+    old: Any = model.get_submodule(block.first.module)
+    spec = block.spec(kernel)
+    steps.append(_put(model, block.first.module, spec))
+    layer: Any = model.get_submodule(block.first.module)
+    layer.to(old.weight.device, old.weight.dtype)
+    layer.weight.copy_(found.weight)
+    layer.bias.copy_(found.bias)
+    layer.weight.requires_grad_(old.weight.requires_grad)
+    layer.bias.requires_grad_(old.weight.requires_grad)
+    steps += [_put(model, path, {"type": "Identity"}) for path in block.maps[1:]]
+    record = record_of(model) or Record()
+    gone = {site.name for site in block.sites}
+    why = "its block became one convolution"
+    sites = tuple(replace(site, ungated=why) if site.name in gone else site for site in record.sites)
+    set_record(model, Record(sites, [*record.steps, *steps], record.inputs))
+
+
+def _put(model: nn.Module, path: str, spec: Spec) -> Step:
+    replace_module(model, path, build(spec, model.get_submodule(path)))
+    return {"path": path, "module": spec}
