@@ -21,7 +21,7 @@ from benchmarks.papers.images import ImageSet, image_task
 from benchmarks.papers.moments import CROSSED, moments
 from benchmarks.papers.networks import ResNet, vision_transformer
 from benchmarks.papers.pictures import draw_probabilities
-from benchmarks.papers.runs import Job, Plain, run_all
+from benchmarks.papers.runs import Job, Plain, finished, run_all
 from benchmarks.papers.statistics import mean_interval, trend, wilson
 from benchmarks.papers.training import Task, Trainer, impose, pace
 
@@ -138,6 +138,7 @@ def test_runs_go_on_where_they_stopped(tmp_path: Path) -> None:
 
     first = run_all([job(0, 1), job(1, 1)], tmp_path, "test")
     again = run_all([job(0, 1), job(1, 2), job(2, 1)], tmp_path, "test")
+    assert finished([job(0, 1), job(1, 1), job(2, 1)], tmp_path) == [again[0], again[2]]
     assert calls == [0, 1, 1, 2]  # what was asked anew is computed anew
     assert first[0] == again[0]
     assert json.loads((tmp_path / "run-1.json").read_text())["asked"] == 2

@@ -176,7 +176,7 @@ def main() -> None:
     options = arguments("Functional dimension at initialisation.", NAME).parse_args()
     torch.set_num_threads(options.threads)
     out: Path = options.out or Path("runs/papers") / NAME
-    seeds, points = (10, 2**13) if options.quick else (400, 2**18) if options.full else (100, 2**17)
+    seeds, points = (10, 2**13) if options.quick else (400, 2**18) if options.full else (60, 2**17)
     chosen = lines(quick=options.quick, full=options.full)
     shapes = sorted({shape for line in chosen for shape in line.shapes}, key=lambda s: (s.depth, s.width, s.inputs))
 

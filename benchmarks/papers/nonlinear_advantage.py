@@ -32,7 +32,7 @@ from benchmarks.papers.cores import PRESSURE, RATE, decay, kernels
 from benchmarks.papers.images import FOLDER, SIZE, image_set, image_task
 from benchmarks.papers.moments import MOMENTS, moments
 from benchmarks.papers.networks import ResNet, vision_transformer
-from benchmarks.papers.runs import Job, Plain, arguments, machine, publish, run_all
+from benchmarks.papers.runs import Job, Plain, arguments, finished, machine, publish, run_all
 from benchmarks.papers.training import GATE_RATE, Task
 from benchmarks.papers.translation import Corpus, corpus, translation_task
 from linearize.report.timing import write_json
@@ -194,12 +194,16 @@ def main() -> None:
     parser.add_argument("--catalogues", type=Path, help="folder of wheels' contents with gettext catalogues")
     parser.add_argument("--images", type=Path, default=FOLDER, help="folder with the idx files of Fashion-MNIST")
     parser.add_argument("--only", help="only runs whose names begin like this, without pictures")
+    parser.add_argument("--report", action="store_true", help="run nothing: judge and draw what has been done so far")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = QUICK if options.quick else FULL if options.full else Size()
     out: Path = options.out or Path("runs/papers") / NAME
     jobs = [*kernel_jobs(size, options), *core_jobs(size, options), *moment_jobs(size, options)]
-    results = run_all([job for job in jobs if job.name.startswith(options.only or "")], out / "runs", NAME)
+    if options.report:
+        results = finished(jobs, out / "runs")
+    else:
+        results = run_all([job for job in jobs if job.name.startswith(options.only or "")], out / "runs", NAME)
     if options.only:
         return
     from benchmarks.papers.advantage_pictures import draw_all

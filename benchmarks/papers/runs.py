@@ -21,7 +21,7 @@ import torch
 from linearize.report.timing import environment, write_json
 from linearize.running.progress import progress_bar
 
-__all__ = ["Job", "arguments", "machine", "publish", "run_all"]
+__all__ = ["Job", "arguments", "finished", "machine", "publish", "run_all"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Plain = dict[str, Any]
@@ -62,6 +62,12 @@ def run_all(jobs: Sequence[Job], folder: Path, label: str) -> list[Plain]:
             found.append(known)
             advance(job.name)
     return found
+
+
+def finished(jobs: Sequence[Job], folder: Path) -> list[Plain]:
+    """The results of those jobs that have been done."""
+    found = (_read(folder / f"{job.name}.json", job.asked) for job in jobs)
+    return [result for result in found if result is not None]
 
 
 def _read(path: Path, asked: Plain) -> Plain | None:
