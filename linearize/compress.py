@@ -70,6 +70,7 @@ def compress(
     dry_run: bool = False,
     sequential: bool = False,
     uniform: bool | Sequence[str] = False,
+    stock: bool = False,
     round_to: int = 8,
     when: When = "cheaper",
     batch_sizes: Sequence[int] | None = None,
@@ -106,6 +107,8 @@ def compress(
         dry_run: only plan: `Result.model` is the model that went in.
         sequential: refit each site once more behind those that are compressed already: a pass over the data for each.
         uniform: keep equal widths in all sites of equal shape, as serving runtimes ask for; or glob patterns of sites.
+        stock: take only options that leave ordinary layers: equal widths, no skip, no new bias; a transformers model
+            then has a true config again (`linearize.zoo.stock_copy`).
         round_to: widths are multiples of this.
         when: with `linear`, as for `linearize.collapse`.
         batch_sizes: for latencies; None takes that of the data.
@@ -148,7 +151,7 @@ def compress(
             if linear is not None:
                 made = to_share(job, linear, when)
             else:
-                how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential)
+                how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock)
                 made = to_budget(job, budget, plan, how, dry_run=dry_run)
         if dry_run:
             costs = cost(model, batches[0])

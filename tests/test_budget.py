@@ -365,6 +365,37 @@ def test_timm_models(name: str) -> None:
     assert result.report.outcome.met
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Bert", "GPT2"])
+def test_a_stock_model_with_a_true_config(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from linearize.zoo import stock_copy
+
+    sizes = {
+        "Llama": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "Bert": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=99, **sizes)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    data = [{"input_ids": torch.randint(1, 99, (8, 32))} for _ in range(3)]
+    result = compress(model, data, flops=0.8, stock=True, exclude="pooler*" if kind == "Bert" else None, **QUIET)
+    assert result.report.outcome is not None
+    assert result.report.outcome.met
+    stock = stock_copy(result.model)
+    assert type(stock) is type(model)
+    stock.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    width = again.config.n_inner if kind == "GPT2" else again.config.intermediate_size
+    assert width == (128 if kind == "GPT2" else 96) - len(result.plan.sites[0].linear)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**data[0])[0], result.model(**data[0])[0])
+    free = compress(model, data, flops=0.6, exclude="pooler*" if kind == "Bert" else None, **QUIET).model
+    with pytest.raises(linearize.CheckpointError, match="stock=True"):
+        stock_copy(free)
+    with pytest.raises(linearize.CheckpointError, match="no transformers config"):
+        stock_copy(nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_tiny_transformers(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -9,6 +9,7 @@ import torch
 import typer
 from torch import nn
 
+from linearize import zoo
 from linearize.checkpoint import save
 from linearize.cli import common
 from linearize.compress import Result
@@ -41,6 +42,10 @@ def compress(
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 for the closed form alone.")] = 10,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: show the options and what is chosen.")] = False,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal widths in all sites of equal shape.")] = False,
+    stock: Annotated[
+        bool,
+        typer.Option("--stock", help="Ordinary layers only; a transformers model is also saved as a stock folder."),
+    ] = False,
     train: Annotated[
         int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
     ] = None,
@@ -88,11 +93,14 @@ def compress(
         evaluate=source.test,
         dry_run=dry_run,
         uniform=uniform,
+        stock=stock,
         seed=seed,
         progress=common.say,
     )
     if folder is not None:
         _write(folder, network, result, dry_run=dry_run)
+        if stock and not dry_run and hasattr(result.model, "save_pretrained"):
+            zoo.stock_copy(result.model).save_pretrained(folder / "stock")  # type: ignore[operator]
     if json:
         where = {} if folder is None or dry_run else {"model": str(folder / "compressed.safetensors")}
         common.print_json({**where, **result.report.to_dict()})

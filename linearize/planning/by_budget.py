@@ -42,6 +42,7 @@ class How:
     uniform: bool | Sequence[str] = False
     cache: bool | Path = True
     sequential: bool = False
+    stock: bool = False
 
     @property
     def table(self) -> Path | None:
@@ -64,6 +65,7 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
             batch_sizes=how.batch_sizes,
             round_to=how.round_to,
             uniform=how.uniform,
+            stock=how.stock,
             seed=how.seed,
             rounds=min(how.rounds, 9),
             cache=how.table,

@@ -33,12 +33,14 @@ class Curve:
         observation: what calibration found.
         weight, bias: of the consumers, (O, C * g) and (O,), float64.
         ridge: of every least-squares problem here.
+        stock: only what ordinary layers of narrower widths can do: no skip, and no bias that was not there.
     """
 
     observation: Observation
     weight: Tensor
     bias: Tensor
     ridge: float
+    stock: bool = False
 
     @property
     def channels(self) -> int:
@@ -48,7 +50,7 @@ class Curve:
     @property
     def largest_rank(self) -> int:
         """Of a full skip; 0 where none is possible."""
-        return min(self.observation.inputs, len(self.weight))
+        return 0 if self.stock else min(self.observation.inputs, len(self.weight))
 
     @cached_property
     def root(self) -> Tensor:
@@ -56,9 +58,20 @@ class Curve:
         return square_root(self.observation.metric)
 
     @cached_property
+    def _unbiased(self) -> bool:
+        """True if no constant may be fitted: then moments about zero take the place of the covariance."""
+        return self.stock and any(c.module._parameters.get("bias") is None for c in self.observation.consumers)
+
+    @cached_property
     def covariance(self) -> Tensor:
         """Of (x, h)."""
-        return self.observation.rows.covariance
+        rows = self.observation.rows
+        return rows.covariance + rows.mean.outer(rows.mean) if self._unbiased else rows.covariance
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of (x, h)."""
+        return self.observation.rows.mean * (0.0 if self._unbiased else 1.0)
 
     @cached_property
     def dropped(self) -> Removal:
@@ -113,7 +126,7 @@ class Curve:
         features = (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
         found = fit(
             self.covariance,
-            self.observation.rows.mean,
+            self.mean,
             self.weight,
             self.bias,
             inputs=self.observation.inputs,
@@ -125,12 +138,12 @@ class Curve:
         return edit_for(model, self.observation, kept, found)
 
 
-def curve_of(model: nn.Module, observation: Observation) -> Curve:
+def curve_of(model: nn.Module, observation: Observation, *, stock: bool = False) -> Curve:
     """The curve of a site, from one observation of it in `model`."""
     features = len(observation.rows.mean)
     scarce = features / max(1, observation.rows.count)
     ridge = _RIDGE if scarce < 1 else 0.1 * scarce  # the covariance has no full rank: trust it the less
-    return Curve(observation, observation.weight(model), observation.bias(model), ridge)
+    return Curve(observation, observation.weight(model), observation.bias(model), ridge, stock)
 
 
 def levels(channels: int, round_to: int) -> list[int]:

@@ -40,5 +40,8 @@ def edited_in_order(
             continue
         say(f"  refit {name}")
         seen = observe(model, data, sites=[name], seed=seed, progress=progress)[name]
-        carry_out(model, curve_of(model, seen).edit(model, choice, found.curves[name].keep(choice)))
+        carry_out(
+            model,
+            curve_of(model, seen, stock=found.curves[name].stock).edit(model, choice, found.curves[name].keep(choice)),
+        )
     return model

@@ -79,6 +79,7 @@ def survey(
     batch_sizes: Sequence[int] | None = None,
     round_to: int = 8,
     uniform: bool | Sequence[str] = False,
+    stock: bool = False,
     seed: int = 0,
     rounds: int = 9,
     cache: Path | None = None,
@@ -97,6 +98,7 @@ def survey(
         round_to: widths are multiples of this.
         uniform: True keeps equal numbers of channels in all sites of the same shape; or glob patterns of site names,
             each a group of its own.
+        stock: only options that leave ordinary layers, all of one width.
         seed: of random projections.
         rounds: measurements of each latency.
         cache: file of latencies; None remembers none.
@@ -118,9 +120,11 @@ def survey(
     for note in notes[:1]:
         more = f" (and {len(notes) - 1} more sites)" if len(notes) > 1 else ""
         warnings.warn(note + more, stacklevel=4)
-    curves = {name: curve_of(gated, found) for name, found in observations.items()}
+    curves = {name: curve_of(gated, found, stock=stock) for name, found in observations.items()}
     say("options")
     blocks = {block.name: block for block in blocks_of(gated, groups_of(gated))}
+    if stock:
+        blocks, uniform = {}, uniform or True
     if blocks:
         observe_blocks(gated, data, list(blocks.values()), seed=seed)
     groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=_ties(gated, uniform))

@@ -13,6 +13,7 @@ from torch import nn
 from linearize.errors import CaptureError, UsageError
 from linearize.zoo import timm_models, transformers_inputs, transformers_models
 from linearize.zoo.resolve import create
+from linearize.zoo.stock import stock_copy
 from linearize.zoo.structure import (
     NO_LIMIT,
     Limit,
@@ -23,7 +24,7 @@ from linearize.zoo.structure import (
     put_tensor,
 )
 
-__all__ = ["Limit", "candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "unwrap"]
+__all__ = ["Limit", "candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "stock_copy", "unwrap"]
 
 Recipe = dict[str, Any]
 """How to build a model again: plain data for JSON, with the key ``library``."""
