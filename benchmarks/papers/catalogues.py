@@ -22,7 +22,7 @@ def catalogues(language: str, folder: Path | None) -> list[Path]:
     return [path for root in roots for path in sorted(root.glob(f"**/{language}/LC_MESSAGES/*.po"))]
 
 
-def parallel_text(language: str, folder: Path | None = None, most_words: int = 12) -> list[Pair]:
+def parallel_text(language: str, folder: Path | None = None, most_words: int = 5) -> list[Pair]:
     """English messages and their translations, each English one once, in an order that only its letters decide.
 
     Messages that differ in case and punctuation alone count as one; longer ones than `most_words` are left out.

@@ -52,8 +52,8 @@ class Size:
     test: int = 2000
     width: int = 8
     words: int = 300
-    vocabulary: int = 1500
-    translation_steps: int = 400
+    vocabulary: int = 1000
+    translation_steps: int = 500
     prior_steps: int = 240
     kernel_samples: int = 16
 
@@ -123,7 +123,7 @@ def text(folder: Path | None, size: Size) -> Corpus:
 def make_task(case: Case, size: Size, seed: int, options: argparse.Namespace, classes: int = 10) -> Task:
     """A network with its data."""
     if case.network == "marian":
-        return translation_task(text(options.catalogues, size), seed, lr=5e-3)
+        return translation_task(text(options.catalogues, size), seed, lr=3e-3, batch=32)
     images = image_set(options.images, classes, size.images, size.test)
     if case.network == "vit":
         return image_task(lambda: vision_transformer(SIZE, classes), images, seed, lr=3e-3)
