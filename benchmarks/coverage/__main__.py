@@ -31,13 +31,15 @@ FOLDER = Path(__file__).parent / "results"
 SIZE_FIELDS = ("name", "family", "parameters", "modules", "result")
 
 
-def timm_row(name: str, family: str, megabytes: float, smallest: bool) -> Record:
-    """The row of one timm model."""
+def timm_row(name: str, family: str, megabytes: float, smallest: bool, out: Path | None = None) -> Record:
+    """The row of one timm model; what `out` has of the same model under another name is not checked again."""
     from benchmarks.coverage.cases import timm_case
     from benchmarks.coverage.check import fill
 
-    row = Row(name, family, smallest)
-    return asdict(fill(row, lambda: timm_case(name, megabytes, shallow=not smallest), export=smallest))
+    row, known = Row(name, family, smallest), dict[str, Record]()
+    if out is not None and not smallest:
+        known = {r["signature"]: r for r in read_records(out).values() if r.get("signature") and r["result"] in FINE}
+    return asdict(fill(row, lambda: timm_case(name, megabytes, shallow=not smallest), export=smallest, known=known))
 
 
 def transformers_row(name: str, family: str) -> Record:
@@ -90,7 +92,7 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
     names = small if options.families else [*small, *(name for name, _ in pairs if name not in small)]
     return (
         names,
-        lambda name: timm_row(name, family.get(name, "?"), options.weights, name in small),
+        lambda name: timm_row(name, family.get(name, "?"), options.weights, name in small, options.out),
         tuple(Row.names()),
     )
 
@@ -134,7 +136,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    out = options.out or FOLDER / f"{options.zoo}.csv"
+    out = options.out = options.out or FOLDER / f"{options.zoo}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     names, work, fields = work_of(options)
     if options.again and out.exists():

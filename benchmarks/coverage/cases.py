@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from linearize.graph.capture import Inputs
 # Smallest first: a reduced input finds the same activations and the same algebra in a fraction of the time.
 SIZES = (64, 96, 128, 192, 224, 256)
 # A model of more modules than this is tried with fewer layers: it repeats itself.
-DEEP = 250
+DEEP = 100
 SHALLOW: tuple[dict[str, Any], ...] = (
     {"depth": 2},
     {"depths": (1, 1, 2, 1)},
@@ -24,6 +26,9 @@ SHALLOW: tuple[dict[str, Any], ...] = (
     {"layers": (1, 1, 1, 1)},
     {"depth_multiplier": 0.1},
 )
+
+
+_TAGS = {"pretrained_cfg", "default_cfg", "training"}
 
 
 @dataclass
@@ -154,3 +159,31 @@ def _doubled(model: nn.Module, inputs: Inputs, size: str) -> Case:
         del error
         return Case(model.float(), inputs, size)
     return Case(model, wide, size)
+
+
+def signature(model: nn.Module) -> str:
+    """What tells two models apart: classes, settings and shapes of all modules, as one short text.
+
+    Names of a zoo often differ in weights or input size only: the same model then, at the size of the sweep.
+    """
+    found = hashlib.sha256()
+    for path, module in model.named_modules():
+        found.update(f"\n{path}:{type(module).__module__}.{type(module).__qualname__}".encode())
+        tensors = {**module._parameters, **module._buffers}
+        found.update(str([(name, tuple(t.shape)) for name, t in tensors.items() if t is not None]).encode())
+        plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _TAGS}
+        found.update(str([(name, _plain(plain[name])) for name in sorted(plain)]).encode())
+    return found.hexdigest()[:16]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return str([_plain(item) for item in value])
+    if isinstance(value, dict):
+        return str({str(key): _plain(item) for key, item in value.items()})
+    if isinstance(value, functools.partial):
+        return str((_plain(value.func), _plain(value.args), _plain(value.keywords)))
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}"
+    simple = value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype))
+    return repr(value) if simple else getattr(value, "__qualname__", type(value).__qualname__)

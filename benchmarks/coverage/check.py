@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from benchmarks.coverage.cases import Case, DoesNotRun
+from benchmarks.coverage.cases import Case, DoesNotRun, signature
+from benchmarks.coverage.pool import Record
 from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, UNREACHED, Row
 from linearize.cost import cost
 from linearize.graph.capture import Inputs, capture, tensors_of
@@ -88,17 +90,32 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     return value, time.perf_counter() - start
 
 
-def fill(row: Row, make: Callable[[], Case], *, export: bool = False) -> Row:
-    """Fill in a row for the model that `make` builds; what cannot be built or run says why."""
+def fill(row: Row, make: Callable[[], Case], *, export: bool = False, known: Mapping[str, Record] | None = None) -> Row:
+    """Fill in a row for the model that `make` builds; what cannot be built or run says why.
+
+    A model of a signature in `known` is the same one under another name: it gets that row.
+    """
     try:
         case = make()
     except DoesNotRun as error:
         row.result = f"{RUNS_NOT}: {error.found}"
         return row
-    row.size = case.size
+    row.size, row.signature = case.size, signature(case.model)
+    if known is not None and row.signature in known:
+        return same_as(row, known[row.signature])
     if next(case.model.parameters()).is_meta:
         return inspect_only(row, case.model, case.inputs)
     return check(row, stir(case.model), case.inputs, export=export)
+
+
+def same_as(row: Row, record: Record) -> Row:
+    """The row of a model that was checked under another name."""
+    kinds = {field.name: type(getattr(row, field.name)) for field in fields(row)}
+    for name in kinds.keys() - {"name", "family", "smallest", "note", "reasons"}:
+        setattr(row, name, kinds[name](record[name]))
+    row.reasons = ast.literal_eval(record["reasons"])
+    row.note = f"{record['note']} same as {record['name']};".strip()
+    return row
 
 
 def check(row: Row, model: nn.Module, inputs: Inputs, *, export: bool = False) -> Row:

@@ -19,7 +19,9 @@ class Row:
         name, family: of the model.
         smallest: whether it stands for its family: checked at full depth.
         result: "equal", "nothing to gate", or the reason why neither.
-        note: what was different: a reduced size, float32 inside.
+        note: what was different: float32 inside, or the model of the same signature that was checked.
+        size: of the input, and which options reduce the model.
+        signature: of its modules and their settings.
         activations, gates_aside: channel activations found, and gates of other tensors, which are not counted.
         gated, collapsible: of the activations, how many got a gate; of those, how many collapse exactly.
         control: how far the linear channels moved the output (relative): the negative control.
@@ -33,6 +35,7 @@ class Row:
     result: str = "not run"
     note: str = ""
     size: str = ""
+    signature: str = ""
     when: Literal["always", "cheaper", ""] = ""
     dtype: str = ""
     activations: int = 0
