@@ -260,6 +260,25 @@ def test_without_learning_the_path_ends_in_the_closed_form(model: nn.Module, dat
     torch.testing.assert_close(walked(data[0][0]), cut(data[0][0]), rtol=1e-4, atol=1e-5)
 
 
+def test_an_interrupted_run_continues_with_its_plan(model: nn.Module, data: Batches, tmp_path: Path) -> None:
+    def options(name: str, **more: Any) -> dict[str, Any]:
+        return {"epochs": 3, "lr": 1e-2, "gradual": 0.6, "checkpoint_dir": tmp_path / name, **more}
+
+    whole = compress(model, data, flops=0.4, finetune=options("whole"), **QUIET).model
+
+    def stop(line: str) -> None:
+        if "epoch 2" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, data, flops=0.4, finetune=options("parts"), **{**QUIET, "progress": stop})
+    assert (tmp_path / "parts" / "plan.json").exists()
+    again = compress(model, data, flops=0.4, finetune=options("parts", resume=True), **QUIET)
+    assert len(again.report.history) == 3
+    for a, b in zip(whole.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_a_path_ends_exactly_and_remembers_where_it_is() -> None:
     def start() -> nn.Module:
         net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

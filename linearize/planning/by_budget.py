@@ -72,6 +72,9 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
         )
+    noted = _plan_file(job)
+    if plan is None and noted is not None and noted.exists() and job.options.get("resume"):
+        plan = Plan.from_json(noted.read_text(encoding="utf-8"))  # of the run that was interrupted
     if plan is not None:
         return _replayed(job, found, plan)
     if budget is None:
@@ -90,6 +93,9 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
     if not settled.met:
         _log.warning("%s", told["outcome"])
     goal, small = settled.gated, settled.small
+    if noted is not None:
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(settled.plan.to_json() + "\n", encoding="utf-8")
     if how.sequential and found.curves:
         with steps("refit"):
             choices = site_choices(settled.choice)
@@ -97,6 +103,12 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
             small = collapsed(goal, settled.plan)
     gated, small, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
     return Made(gated, small, settled.plan, history, told)
+
+
+def _plan_file(job: Job) -> Path | None:
+    """Where the plan of a fine-tuning that can be resumed is noted, beside its checkpoints."""
+    folder = job.options.get("checkpoint_dir")
+    return None if folder is None or not job.training_steps else Path(folder) / "plan.json"
 
 
 def _dry(found: Survey, budget: Budget) -> Made:
