@@ -60,7 +60,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 def _flops(model: nn.Module, batch: Inputs) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model), untouched(model):
+    with evaluating(model), untouched(model), torch.no_grad():
         try:
             with FlopCounterMode(display=False) as counter:
                 _run_on_meta(model, batch)

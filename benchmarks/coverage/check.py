@@ -39,7 +39,7 @@ def stir(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.dim() <= 1 or bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
