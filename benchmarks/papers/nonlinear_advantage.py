@@ -92,7 +92,7 @@ class Case:
 
 CASES = (
     Case("resnet-8", (0.3, 0.8, 0.95), depth=8, control=True),
-    Case("vit", (0.8,), network="vit"),
+    Case("vit", (0.8,), network="vit", longer=2),
     Case("marian", (0.8,), network="marian"),
     Case("resnet-8-plain-sums", (0.3, 0.8, 0.95), depth=8, post_sum=False),
     Case("resnet-20", (0.8,), depth=20),
