@@ -39,7 +39,7 @@ def names(runs: Iterable[Plain]) -> list[str]:
 
 def learned(runs: Sequence[Plain], name: str) -> bool:
     """True if a network, with no channel linear, learns enough to be judged."""
-    scores = [run["dense"][measure(run)] for run in runs if run["name"] == name]
+    scores: list[float] = [run["dense"][measure(run)] for run in runs if run["name"] == name]
     return sum(scores) / len(scores) >= LEARNED[measure(next(run for run in runs if run["name"] == name))]
 
 
@@ -92,7 +92,8 @@ def late_beats_early(runs: Sequence[Plain]) -> Plain:
     means = [sum(values) / len(values) for name, values in each.items() if learned(runs, name)]
     verdict = sign(means) if len(means) > 1 else "undecided"
     text = "; ".join(f"{name} {points(values)}" for name, values in each.items())
-    numbers = f"trained minus start, points, 95% interval (values): {text}; mean of the networks that learn {points(means) if means else '-'}"
+    mean = points(means) if means else "none"
+    numbers = f"trained minus start, points, 95% interval (values): {text}; mean of the networks that learn {mean}"
     return finding("Linearising late beats linearising early", verdict, numbers)
 
 
