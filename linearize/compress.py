@@ -101,7 +101,7 @@ def compress(
             that the way to the plan takes, 0.5 by default; 0 starts in the planned state); None trains nothing.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: imitate the original model in fine-tuning, besides the labels.
-        example_inputs: as for `linearize.convert`; None takes the first batch of the data.
+        example_inputs: as for `linearize.convert`, and what costs are counted for; None takes the first batch.
         include: as for `linearize.convert`: glob patterns of the sites that may be changed.
         exclude: likewise, of those that may not.
         dry_run: only plan: `Result.model` is the model that went in.
@@ -147,18 +147,18 @@ def compress(
             with steps("convert"):
                 example = batches[0] if example_inputs is None else example_inputs
                 gated = convert(model, example, include=include, exclude=exclude)
-            job = Job(model, gated, data, batches[0], steps, options, _trainer(data, steps, evaluate, model, distill))
+            job = Job(model, gated, data, example, steps, options, _trainer(data, steps, evaluate, model, distill))
             if linear is not None:
                 made = to_share(job, linear, when)
             else:
                 how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock)
                 made = to_budget(job, budget, plan, how, dry_run=dry_run)
         if dry_run:
-            costs = cost(model, batches[0])
+            costs = cost(model, example)
             report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
             return Result(model, made.plan, replace(report, **made.told))
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
-        report = _report(models, batches, evaluate, batch_sizes, rounds, steps, made.history)
+        report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
         return Result(made.small, made.plan, replace(report, **made.told))
     finally:
         model.to(home)
@@ -258,6 +258,7 @@ def _trainer(
 def _report(
     models: Mapping[str, nn.Module],
     batches: list[Any],
+    example: Any,
     evaluate: Evaluate | None,
     batch_sizes: Sequence[int] | None,
     rounds: int,
@@ -278,8 +279,8 @@ def _report(
     if rounds:
         with steps("benchmark"):
             pair = {"original": before, "collapsed": after}
-            timing = benchmark(pair, batches[0], rounds=rounds, batch_sizes=batch_sizes, progress=steps.say)
-    costs = [cost(model, batches[0]) for model in (before, after)]
+            timing = benchmark(pair, example, rounds=rounds, batch_sizes=batch_sizes, progress=steps.say)
+    costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
 
 

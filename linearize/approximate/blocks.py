@@ -241,7 +241,8 @@ def _watching(model: nn.Module, blocks: Sequence[Block], seen: dict[str, dict[st
         def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             seen[name]["y"] = output.detach()
             output = output + source.to(output.dtype)
-            output.register_hook(lambda gradient: seen[name].__setitem__("g", gradient.detach()))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: seen[name].__setitem__("g", gradient.detach()))
             return output
 
         return see

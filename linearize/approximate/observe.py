@@ -272,6 +272,8 @@ def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[n
         if source is None or not output.is_floating_point():
             return None
         output = output + source.to(output.dtype)
+        if not output.requires_grad:  # the model's own code switches gradients off
+            return None
 
         def keep(gradient: Tensor) -> None:
             watch.gradients[index] = gradient.detach()

@@ -110,11 +110,22 @@ def _without_skip(some: list[tuple[SiteChoice, float]], gate: ChannelGate) -> li
 
 
 def _joined(lists: list[list[tuple[SiteChoice, float]]]) -> list[tuple[tuple[SiteChoice, float], ...]]:
-    """The options of sites that are priced together: every combination for two, equal shares for more."""
+    """The options of sites that are priced together.
+
+    Every combination for two; a coarser choice of them for three; for more, equal shares and one site at a time.
+    """
     if len(lists) <= 2:
         return list(product(*lists))
+    if len(lists) == 3:
+        return list(product(*(some[:1] + some[1::2] for some in lists)))
     shortest = min(map(len, lists))
-    return list(zip(*(some[:shortest] for some in lists), strict=True))
+    equal = list(zip(*(some[:shortest] for some in lists), strict=True))
+    for index, some in enumerate(lists):
+        stay = [other[0] if other else None for other in lists]
+        for option in some[1:]:
+            one = [option if i == index else other for i, other in enumerate(stay)]
+            equal.append(tuple(o for o in one if o is not None))
+    return equal
 
 
 def _tied(groups: list[Group], names: set[str]) -> list[Group]:

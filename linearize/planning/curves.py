@@ -151,8 +151,8 @@ def levels(channels: int, round_to: int) -> list[int]:
 
     Example:
         >>> levels(64, 8)
-        [56, 48, 40, 32, 24, 16, 8, 0]
+        [56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 0]
     """
-    step = max(1, min(round_to, channels // 4))
+    step = max(1, min(round_to, channels // 16))  # a small site would else have next to no choice
     found = {max(step, round(share * channels / step) * step) for share in _SHARES}
     return [*sorted((width for width in found if width < channels), reverse=True), 0]

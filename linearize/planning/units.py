@@ -51,6 +51,8 @@ def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) ->
                 for gradient in gradients:
                     g = rows_of(gradient, -named[name].axis - 1, mask)
                     sums[name] += g.float().square().sum(0).double().cpu()
+    if not any(bool((total > 0).any()) for total in sums.values()):  # no gradient came through: all count alike
+        return {name: torch.ones_like(total) for name, total in sums.items()}
     return {name: total / max(1, samples) for name, total in sums.items()}
 
 
@@ -62,7 +64,8 @@ def _gradients(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[Tens
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             output = output + source.to(output.dtype)
-            output.register_hook(lambda gradient: seen.setdefault(name, []).append(gradient.detach()))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: seen.setdefault(name, []).append(gradient.detach()))
             return output
 
         return see
@@ -86,8 +89,7 @@ def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Ten
     """
     if not calibration.count:
         return torch.full((gate.channels,), torch.inf, dtype=torch.float64)
-    total = sensitivity if bool(sensitivity.sum() > 0) else torch.zeros_like(sensitivity)
-    return calibration.residual * total
+    return calibration.residual * sensitivity
 
 
 def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
