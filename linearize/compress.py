@@ -69,6 +69,7 @@ def compress(
     exclude: str | Sequence[str] | None = None,
     dry_run: bool = False,
     sequential: bool = False,
+    search: int = 0,
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
     round_to: int = 8,
@@ -106,6 +107,7 @@ def compress(
         exclude: likewise, of those that may not.
         dry_run: only plan: `Result.model` is the model that went in.
         sequential: refit each site once more behind those that are compressed already: a pass over the data for each.
+        search: so many other plans around the chosen one are tried with the real loss, on batches of the data.
         uniform: keep equal widths in all sites of equal shape, as serving runtimes ask for; or glob patterns of sites.
         stock: take only options that leave ordinary layers: equal widths, no skip, no new bias; a transformers model
             then has a true config again (`linearize.zoo.stock_copy`).
@@ -133,7 +135,7 @@ def compress(
         (True, True)
     """
     budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
-    _check(budget is not None, linear, plan, round_to=round_to, rounds=rounds)
+    _check(budget is not None, linear, plan, round_to=round_to, rounds=rounds, search=search)
     options = _options(finetune)
     check_data(data)
     steps = Steps(progress)
@@ -151,7 +153,7 @@ def compress(
             if linear is not None:
                 made = to_share(job, linear, when)
             else:
-                how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock)
+                how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock, search)
                 made = to_budget(job, budget, plan, how, dry_run=dry_run)
         if dry_run:
             costs = cost(model, example)
@@ -164,7 +166,7 @@ def compress(
         model.to(home)
 
 
-def _check(budget: bool, linear: float | None, plan: Plan | None, *, round_to: int, rounds: int) -> None:
+def _check(budget: bool, linear: float | None, plan: Plan | None, *, round_to: int, rounds: int, search: int) -> None:
     given = int(budget) + (linear is not None) + (plan is not None)
     if given != 1:
         found = "found no budget" if not given else "found a budget beside linear= or plan="
@@ -172,7 +174,7 @@ def _check(budget: bool, linear: float | None, plan: Plan | None, *, round_to: i
         raise UsageError("compress", found, remedy)
     if linear is not None and not 0 < linear <= 1:
         raise UsageError("linear", f"found {linear}", "Pass a share above 0 and up to 1.")
-    for name, value, least in (("round_to", round_to, 1), ("rounds", rounds, 0)):
+    for name, value, least in (("round_to", round_to, 1), ("rounds", rounds, 0), ("search", search, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(name, f"found {value!r}", f"Pass a whole number of at least {least}.")
 

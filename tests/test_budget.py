@@ -226,6 +226,22 @@ def test_sequential_refits_what_lies_behind_a_compressed_site(model: nn.Module, 
     assert not torch.equal(one.model(data[0][0]), other.model(data[0][0]))
 
 
+def test_a_search_with_the_real_loss_is_no_worse_and_keeps_the_budget(data: Batches) -> None:
+    torch.manual_seed(3)
+    blocks = [nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8), nn.Tanh()) for _ in range(3)]
+    model, lines = nn.Sequential(*blocks), list[str]()
+    options: dict[str, Any] = {**QUIET, "progress": lines.append}
+    one = compress(model, inputs(data), params=0.3, **QUIET)
+    other = compress(model, inputs(data), params=0.3, search=12, **options)
+    x = torch.cat(inputs(data))
+    with torch.no_grad():
+        errors = [float((result.model(x) - model(x)).square().mean()) for result in (one, other)]
+    assert errors[1] <= errors[0] * 1.05  # the search sees a part of these batches
+    assert other.report.outcome is not None
+    assert other.report.outcome.met
+    assert any("search" in line for line in lines)
+
+
 def test_uniform_widths(data: Batches) -> None:
     blocks = [nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(3)]
     model = nn.Sequential(*blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from linearize.planning.choose import choose, uniform
 from linearize.planning.job import Job, Made
 from linearize.planning.latency import cache_file
 from linearize.planning.options import SiteChoice
+from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
 from linearize.planning.survey import Survey, describe, survey
@@ -43,6 +44,7 @@ class How:
     cache: bool | Path = True
     sequential: bool = False
     stock: bool = False
+    search: int = 0
 
     @property
     def table(self) -> Path | None:
@@ -88,8 +90,13 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
     with steps("plan"):
-        settled = settle(found, budget, job.batch, time_ratio=time_ratio, say=steps.say)
-    told = _told(found, budget, settled)
+        if how.search:
+            aim = budget.fraction * found.total - found.fixed
+            around = searched(found, aim, job.data, trials=how.search, seed=how.seed, say=steps.say)
+        else:
+            around = found
+        settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=steps.say)
+    told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
     if not settled.met:
         _log.warning("%s", told["outcome"])
     goal, small = settled.gated, settled.small
