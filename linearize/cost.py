@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,7 +62,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 def _flops(model: nn.Module, batch: Inputs) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model), untouched(model), torch.no_grad():
+    with evaluating(model), untouched(model), _without_gradients(model):
         try:
             with FlopCounterMode(display=False) as counter:
                 _run_on_meta(model, batch)
@@ -68,6 +70,19 @@ def _flops(model: nn.Module, batch: Inputs) -> int:
             with FlopCounterMode(display=False) as counter:
                 call("model", model, batch)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """The counter hooks onto gradients of whatever requires them, which fails for a parameter that is passed on."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def _run_on_meta(model: nn.Module, batch: Inputs) -> None:
