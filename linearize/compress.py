@@ -99,7 +99,7 @@ def compress(
         linear: in place of a budget: share of all gated channels that shall be linear, in (0, 1].
         plan: in place of a budget: a plan that `compress` made for this model, perhaps edited, to carry out again.
         finetune: number of epochs, or keyword arguments of `linearize.finetune` (and `gradual`, the share of the steps
-            that the way to the plan takes, 0.5 by default; 0 starts in the planned state); None trains nothing.
+            that the way to the plan takes; 0, the default, starts in the planned state); None trains nothing.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: imitate the original model in fine-tuning, besides the labels.
         example_inputs: as for `linearize.convert`, and what costs are counted for; None takes the first batch.
@@ -136,6 +136,10 @@ def compress(
     """
     budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
     _check(budget is not None, linear, plan, round_to=round_to, rounds=rounds, search=search)
+    if dry_run and budget is None:
+        raise UsageError(
+            "dry_run", "found without a budget", "Pass one of latency, flops, params, speedup, activations."
+        )
     options = _options(finetune)
     check_data(data)
     steps = Steps(progress)
@@ -212,7 +216,7 @@ def _options(finetune: int | Mapping[str, Any] | None) -> dict[str, Any]:
     if isinstance(options["epochs"], bool) or not isinstance(options["epochs"], int) or options["epochs"] < 1:
         remedy = "Pass a number of epochs, a dict of options, or None."
         raise UsageError("finetune", f"found {options['epochs']!r} epochs", remedy)
-    if not 0 <= options.get("gradual", 0.5) <= 1:
+    if not 0 <= options.get("gradual", 0) <= 1:
         raise UsageError("finetune", f"found gradual={options['gradual']}", "Pass a share of the steps, from 0 to 1.")
     return options
 

@@ -199,6 +199,19 @@ def test_an_edit_computes_its_fit_and_collapses_to_it(name: str, rank: int | str
         assert edit.loss <= dropped * (1 + 1e-6)
 
 
+def test_behind_a_pooling_the_consumer_has_rows_of_its_own() -> None:
+    layers = nn.Conv2d(4, 24, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, 5, 1)
+    model = nn.Sequential(*layers).double().eval()
+    data = [torch.randn(60, 4, 5, 5, dtype=torch.float64) for _ in range(4)]
+    gated = linearize.convert(model, data[0])
+    found = observe(gated, data, progress=False)["1"]
+    assert (found.inputs, found.rows.count) == (0, 240)
+    edit = curve_of(gated, found).edit(gated, SiteChoice("1", 12))
+    carry_out(gated, edit)
+    small = linearize.collapse(gated)
+    assert linearize.verify(gated, small, data[0]).max_error < 1e-12
+
+
 def test_dropping_alone_leaves_ordinary_layers() -> None:
     for name in ("mlp", "unit", "packed"):
         build, shape = MODELS[name]

@@ -129,6 +129,8 @@ def test_keyword_batches(data: Batches) -> None:
         ({"linear": 0.5, "finetune": {"epochs": 1, "nonsense": 2}}, "nonsense"),
         ({"linear": 0.5, "flops": 0.5}, "exactly one"),
         ({}, "exactly one"),
+        ({"linear": 0.5, "dry_run": True}, "dry_run"),
+        ({"flops": 0.5, "search": -1}, "search"),
         ({"latency": 0.5, "speedup": 2}, "2 budgets"),
         ({"flops": 0}, "flops"),
         ({"flops": 1.2}, "flops"),

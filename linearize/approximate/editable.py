@@ -19,7 +19,7 @@ from linearize.surgery.probe import has_own_forward, probed
 __all__ = ["Consumer", "consumers_of", "fold_of", "matrix", "obstacle_to_refit", "skip_source", "write_matrix"]
 
 # Features of a spatial consumer beyond which the covariance would not fit a sensible memory or time.
-_WIDEST = 6000
+_WIDEST = 5000
 
 
 @dataclass(frozen=True)

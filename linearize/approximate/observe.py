@@ -106,7 +106,11 @@ class _Watch:
         else:
             h, weights = rows_of(self.h, consumer.port.dims, mask), _row_weights(gradient)
         if found.inputs and self.x is not None:
-            h = torch.cat((rows_of(self.x, consumer.port.dims, mask).to(h), h), 1)
+            x = rows_of(self.x, consumer.port.dims, mask).to(h)
+            if len(x) != len(h):  # a pooling lies between: the consumer has rows of its own, and no skip is possible
+                found.inputs, found.rows = 0, Covariance(h.shape[1], found.rows.mean.device)
+            else:
+                h = torch.cat((x, h), 1)
         if weights is not None and len(weights) != len(h):
             weights = None
         found.rows.update(h, weights)

@@ -150,7 +150,7 @@ def _trained(
     if not total:
         return goal, small, []
     with job.steps("fine-tune"):
-        way = int(job.options.get("gradual", 0.5) * total)
+        way = int(job.options.get("gradual", 0) * total)
         start = edited(found, {name: c for name, c in choices.items() if c.form == "block"})
         model, path = path_to(start, goal, steps=way)
         history = job.train(model, path, job.options)
