@@ -1,4 +1,4 @@
-# One command each:  make demo | make test | make lint | make types | make check
+# One command each:  make demo | make coverage | make test | make lint | make types | make check
 # VENV=DIR uses another virtual environment; PYTHON=python3.12 builds it with another interpreter.
 
 VENV ?= .venv
@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.linearize-installed
 
-.PHONY: help install demo test lint types check format clean
+.PHONY: help install demo coverage test lint types check format clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -24,6 +24,15 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	"$(PY)" benchmarks/demo.py
+
+# Hours: every model of both zoos. Goes on where it stopped; delete benchmarks/coverage/results to start afresh.
+coverage: $(STAMP)
+	"$(PY)" -m pip install --disable-pip-version-check torch-pruning==1.6.1
+	"$(PY)" -m benchmarks.coverage timm --families --time 300 --weights 1500
+	"$(PY)" -m benchmarks.coverage timm
+	"$(PY)" -m benchmarks.coverage transformers
+	"$(PY)" -m benchmarks.coverage torch-pruning
+	"$(PY)" -m benchmarks.coverage report
 
 test: $(STAMP)
 	"$(PY)" -m pytest

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -89,7 +90,9 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
         from benchmarks.coverage import peer
 
         return small, lambda name: peer.pruned(name, family[name]), peer.FIELDS
-    names = small if options.families else [*small, *(name for name, _ in pairs if name not in small)]
+    others = [name for name, _ in pairs if name not in small]
+    random.Random(0).shuffle(others)  # noqa: S311 -- so that a part of the sweep is a fair sample
+    names = small if options.families else [*small, *others]
     return (
         names,
         lambda name: timm_row(name, family.get(name, "?"), options.weights, name in small, options.out),
