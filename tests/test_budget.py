@@ -270,7 +270,7 @@ def test_fine_tuning_walks_to_the_plan(model: nn.Module, data: Batches, gradual:
 
 
 def test_without_learning_the_path_ends_in_the_closed_form(model: nn.Module, data: Batches) -> None:
-    options = {"epochs": 1, "lr": 0.0, "gate_lr": 0.0, "weight_decay": 0.0}
+    options = {"epochs": 1, "lr": 0.0, "gate_lr": 0.0, "weight_decay": 0.0, "gradual": 0.7}
     cut = compress(model, data, flops=0.3, **QUIET).model
     walked = compress(model, data, flops=0.3, finetune=options, **QUIET).model
     torch.testing.assert_close(walked(data[0][0]), cut(data[0][0]), rtol=1e-4, atol=1e-5)
@@ -331,6 +331,8 @@ def test_data_that_can_be_read_once_only(model: nn.Module, data: Batches) -> Non
         compress(model, iter(data), flops=0.5, **QUIET)
     with pytest.raises(DataError, match="int"):
         compress(model, 3, flops=0.5, **QUIET)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="Tensor"):
+        compress(model, torch.randn(64, 8), flops=0.5, **QUIET)
     with pytest.raises(DataError, match="no batches"):
         compress(model, [], flops=0.5, **QUIET)
 

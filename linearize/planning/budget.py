@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from linearize.errors import DataError, UsageError
 from linearize.planning.options import MEASURES, Measure
 
@@ -71,6 +73,6 @@ def check_data(data: Any) -> None:
     if isinstance(data, Iterator):
         found = f"found a {type(data).__name__}, which can be read only once"
         raise DataError("data", found, "Pass a list of batches or a DataLoader, for instance list(batches).")
-    if isinstance(data, str | bytes | dict) or not hasattr(data, "__iter__"):
+    if isinstance(data, str | bytes | dict | Tensor) or not hasattr(data, "__iter__"):
         remedy = "Pass an iterable of batches: tensors, tuples (inputs, labels), or dicts of keyword arguments."
         raise DataError("data", f"found a {type(data).__name__}", remedy)
