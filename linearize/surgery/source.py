@@ -76,7 +76,8 @@ def _compiled(module: nn.Module, name: str, change: ast.NodeTransformer, note: A
     if not isinstance(function, FunctionType):
         raise _refused(module, f"its {name} is no plain function")
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
     except (OSError, TypeError, SyntaxError) as error:
         raise _refused(module, f"the source of its {name} cannot be read") from error
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef) or tree.body[0].name != function.__name__:
@@ -90,10 +91,14 @@ def _compiled(module: nn.Module, name: str, change: ast.NodeTransformer, note: A
     definition = change.visit(tree.body[0])
     factory.body = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
     made: dict[str, Any] = {}
-    # The source is that of the installed class; only calls of activations in it were redirected.
-    code = compile(ast.fix_missing_locations(whole), f"<linearize rewrite of {cls.__name__}>", "exec")
-    exec(code, function.__globals__, made)  # noqa: S102
-    new: Method = made[_FACTORY](note, *(cell.cell_contents for cell in cells.values()))
+    # With the file and the lines of the original, which decorators and tracebacks look at.
+    code = compile(ast.fix_missing_locations(whole), inspect.getsourcefile(function) or "<unknown>", "exec")
+    try:
+        # The source is that of the installed class; only calls of activations in it were redirected.
+        exec(code, function.__globals__, made)  # noqa: S102
+        new: Method = made[_FACTORY](note, *(cell.cell_contents for cell in cells.values()))
+    except Exception as error:  # the class's own decorators run again
+        raise _refused(module, f"its {name} cannot be compiled again ({type(error).__name__}: {error})") from error
     return new
 
 

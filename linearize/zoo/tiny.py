@@ -26,6 +26,7 @@ HEAD_DIM, RANK, LAYERS, EXPERTS, VOCABULARY = 16, 16, 2, 4, 256
 POSITIONS, PATCHES, FIRST_TOKEN = 512, 4, 100
 
 _ROLES: dict[str, str] = {
+    "scale": r"(width|depth)_(coefficient|multiplier)",
     "upsampling": r"upsample_groups",
     "expert_groups": r"n_group|num_expert_group",
     "active_groups": r"topk_group",
@@ -163,6 +164,8 @@ class _Shrinker:
         role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), "keep")
         if role not in self.roles:
             return value
+        if role == "scale" and isinstance(value, float):
+            return min(value, 1.0)
         if role == "indices" and isinstance(value, (list, tuple)) and _depth(config):
             return type(value)(i if i < 0 else i * _layers(config) // _depth(config) for i in value)
         if isinstance(value, (list, tuple)):
