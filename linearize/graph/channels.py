@@ -107,6 +107,9 @@ def is_inplace(node: fx.Node) -> bool:
     return packet is not None and str(packet).endswith("_") and not str(packet).endswith("__")
 
 
+_SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split")
+
+
 def produced_axis(node: fx.Node) -> int | None:
     """The channel axis that an op defines by itself, whatever came in: linear maps, convolutions, norms, embeddings."""
     sizes = shape(node)
@@ -132,7 +135,7 @@ def move(node: fx.Node, source: fx.Node, axis: int) -> Motion:
         return _getitem(node, axis)
     if before is None or not 0 <= axis < len(before):
         return Motion(None, f"{name} reads something that is no tensor of fixed shape")
-    if name in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split"):
+    if name in _SPLITS:
         return Motion(axis, None)  # what is kept of it is the getitem's business
     if after is None:
         return Motion(None, f"{name} gives no single tensor of fixed shape")
@@ -256,11 +259,7 @@ def _getitem(node: fx.Node, axis: int) -> Motion:
         return Motion(None, "a part of the output of an op that is not in the channel table")
     name, whole, part = op_name(source), shape(source.args[0]), shape(node)
     dim = _argument(source, 1 if name == "unbind" else 2, "dim", 0)
-    if (
-        whole is None
-        or part is None
-        or name not in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split")
-    ):
+    if whole is None or part is None or name not in _SPLITS:
         return Motion(None, f"a part of the output of {name}")
     dim = _wrap(dim, len(whole))
     if name == "unbind":
@@ -406,6 +405,13 @@ def constant(node: Any) -> fx.Node | None:
             return None
         held = held.args[0]
     return held
+
+
+def understood(node: fx.Node) -> bool:
+    """Whether the table says what an op does with channels."""
+    name = op_name(node)
+    named = name in _RULES or name in _SPLITS or name in ACTIVATIONS or name in ARITHMETIC
+    return named or name == "getitem" or produced_axis(node) is not None
 
 
 def channel_axes(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, users
-from linearize.graph.channels import channel_axes, constant, op_name
+from linearize.graph.channels import channel_axes, constant, op_name, understood
 from linearize.graph.memory import overwrites, overwritten, stale_reader
 from linearize.graph.walk import Dead, Reading, Walker
 from linearize.sites import Port, Site
@@ -122,11 +122,24 @@ def _function(node: fx.Node) -> tuple[str, tuple[tuple[str, Any], ...]]:
     return op_name(node), tuple((name, value) for name, value in given.items() if name != names[0])
 
 
+def _no_axis(captured: Capture, activation: Activation) -> str:
+    """Why the channels of an activation are not known: nothing defines them, or an op before it is not understood."""
+    found = "no linear map, convolution or norm before it defines a channel axis"
+    node = activation.source
+    while node.op == "call_function" and understood(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if node.op != "call_function" or understood(node):
+        return found
+    return (
+        f"{found}: what {op_name(node)} does with channels is not known ({captured.path(node) or 'the model itself'})"
+    )
+
+
 def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.Node, int]) -> Site:
     sizes = shape(activation.output) or ()
     axis = axes.get(activation.source)
     if axis is None or axis >= len(sizes):
-        return replace(site, ungated="no linear map, convolution or norm before it defines a channel axis")
+        return replace(site, ungated=_no_axis(walker.captured, activation))
     total = 1
     for size in sizes:
         total *= size
