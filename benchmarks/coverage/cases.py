@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def transformers_case(model_type: str, levels: int = 5) -> Case:
             try:
                 args, kwargs = example_inputs(model)
                 with torch.no_grad():
-                    model(*args, **kwargs)
+                    copy.deepcopy(model)(*args, **kwargs)  # some models keep a cache, of the dtype of their first run
             except Exception as error:  # whatever one of hundreds of models says to a size that it does not take
                 first = first or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
