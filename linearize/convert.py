@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from linearize.algebra.finite import all_finite
 from linearize.duplicate import duplicate
-from linearize.errors import ConvertError, UsageError
+from linearize.errors import CaptureError, ConvertError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
 from linearize.graph.dryrun import called_modules
+from linearize.graph.parts import discover_parts
 from linearize.record import Record, record_of, set_record
 from linearize.sites import Site
 from linearize.surgery.owners import read_after_write, rewrite_owners
@@ -68,7 +69,7 @@ def convert(
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
     _check_finite(model)
     inputs = on_device(_inputs(model, example_inputs), model)
-    sites = discover(model, inputs)
+    sites = _sites(model, inputs)
     if not sites:
         remedy = "Convert a model (or the submodule) that has elementwise activations such as nn.ReLU or F.gelu."
         raise ConvertError(type(model).__name__, "no activation was found in it", remedy)
@@ -77,6 +78,21 @@ def convert(
         with unchanged_on_error(model):
             return _put_gates(model, sites, inputs)
     return _put_gates(duplicate(model, ConvertError), sites, inputs)
+
+
+def _sites(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
+    """The sites of the whole model; of its parts, if its control flow depends on its data."""
+    try:
+        return discover(model, inputs)
+    except CaptureError as error:
+        on_meta = any(tensor.device.type == "meta" for tensor in model.parameters())
+        if on_meta or "torch.export cannot capture it" not in error.found:
+            raise
+        sites = discover_parts(model, inputs)
+        if not sites:
+            raise
+        _log.warning("%s; its parts are captured one by one.", error.found)
+        return sites
 
 
 def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn.Module:

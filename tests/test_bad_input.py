@@ -51,6 +51,18 @@ class Branching(nn.Module):
         return y
 
 
+class Wandering(nn.Module):
+    """Control flow on data around layers of its own: no part of it can be captured by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.act(self.a(x if bool(x.sum() > 0) else -x)))
+        return y
+
+
 class Failing(nn.Module):
     """It fails only after its children ran."""
 
@@ -96,7 +108,7 @@ CONVERT: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Linearize
     "no tensor": (mlp, {"example_inputs": "text"}, CaptureError, ("not str", "example_inputs=")),
     "unknown library": (mlp, {"example_inputs": None}, CaptureError, ("Sequential", "not known", "example_inputs=")),
     "failing forward": (Failing, {}, CaptureError, ("Failing", "three is too many", "example_inputs=")),
-    "control flow on data": (Branching, {}, CaptureError, ("Branching", "torch.export", "control flow")),
+    "control flow on data": (Wandering, {}, CaptureError, ("Wandering", "torch.export", "control flow")),
     "NaN": (lambda: with_nan(mlp(), "2.weight"), {}, ConvertError, ("2.weight", "NaN", "Mend")),
     "Inf": (lambda: with_nan(mlp(), "0.bias", -float("inf")), {}, ConvertError, ("0.bias", "Inf", "Mend")),
     "include without a match": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -89,7 +89,14 @@ def _numbers(func: Any, given: Iterable[tuple[Any, Any]]) -> Iterator[complex | 
             yield value.item()
 
 
-def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: frozenset[str] = frozenset()) -> Trace:
+def dry_run(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    training: bool = False,
+    skip: frozenset[str] = frozenset(),
+    real: bool = False,
+) -> Trace:
     """Run `model` on inputs whose values do not matter, and return what it did. The model stays as it is.
 
     Args:
@@ -97,6 +104,7 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
         inputs: arguments of its forward, on any device: they are moved to the model's.
         training: run in training mode instead of eval mode.
         skip: paths of modules; what these and their children do is not noted.
+        real: compute, with the values that there are, because the model's control flow depends on them.
 
     Raises:
         Exception: whatever the model's own code raises.
@@ -116,13 +124,21 @@ def dry_run(model: nn.Module, inputs: Inputs, *, training: bool = False, skip: f
         untouched(model, training=training),
         _quiet(),
         _watched(model, trace.called, skip, silent),
-        mode,
+        nullcontext() if real else mode,
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
     ):
+        if real:
+            with _Noter(trace, silent) as noter:
+                out = model(*inputs[0], **inputs[1])
+            return _finished(trace, noter, out)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), inputs)
         with _Noter(trace, silent) as noter:
             out = torch.func.functional_call(model, fake, args, kwargs)
+    return _finished(trace, noter, out)
+
+
+def _finished(trace: Trace, noter: _Noter, out: Any) -> Trace:
     trace.outputs = [(tuple(t.shape), t.dtype) for t in tensors_of(out)]
     trace.ops.append(Op("output", (), tuple(noter.made_by.get(id(t), -1) for t in tensors_of(out))))
     return trace
