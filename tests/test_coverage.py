@@ -15,7 +15,7 @@ from benchmarks.coverage.check import fill
 from benchmarks.coverage.pool import Limits, read_records, sweep
 from benchmarks.coverage.report import write_report
 from benchmarks.coverage.row import EQUAL, NOTHING, UNREACHED, Row
-from benchmarks.coverage.tables import totals, verdict
+from benchmarks.coverage.tables import smallest_of, totals, verdict
 
 # One of each kind of thing that the graph analysis must understand; small, so that all of them take some minutes.
 TIMM = (
@@ -132,5 +132,5 @@ def test_the_page_is_that_of_the_tables(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "benchmarks" / "coverage" / "results"
     page = write_report(folder, tmp_path / "coverage.md")
     assert page.read_text() == (folder.parents[2] / "docs" / "coverage.md").read_text()
-    rows = list(read_records(folder / "timm.csv").values())
-    assert totals([row for row in rows if row["smallest"] == "True"]).models == 98
+    rows, small = read_records(folder / "timm.csv"), smallest_of(read_records(folder / "sizes.csv").values())
+    assert totals([rows[name] for name in small.values()]).models == 98

@@ -27,6 +27,7 @@ from pathlib import Path
 import linearize
 from benchmarks.coverage.pool import Limits, Record, read_records, sweep
 from benchmarks.coverage.row import FINE, Row
+from benchmarks.coverage.tables import smallest_of
 
 FOLDER = Path(__file__).parent / "results"
 SIZE_FIELDS = ("name", "family", "parameters", "modules", "result")
@@ -70,11 +71,7 @@ def smallest_of_each_family(pairs: list[tuple[str, str]], workers: int) -> list[
         list(family), lambda name: size_record(name, family[name]), FOLDER / "sizes.csv", fields=SIZE_FIELDS,
         workers=workers,
     )  # fmt: skip
-    best: dict[str, tuple[int, str]] = {}
-    for record in records:
-        found = (int(record["parameters"]), str(record["name"]))
-        best[str(record["family"])] = min(best.get(str(record["family"]), found), found)
-    return [name for _, name in best.values()]
+    return list(smallest_of(records).values())
 
 
 def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Record], tuple[str, ...]]:

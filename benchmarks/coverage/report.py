@@ -11,7 +11,18 @@ from statistics import median
 
 from benchmarks.coverage.pool import Record, read_records
 from benchmarks.coverage.row import EQUAL, FINE, META, NOTHING, RUNS_NOT, UNREACHED
-from benchmarks.coverage.tables import OTHER, Totals, by_family, convert_ratios, reasons, share, table, totals, verdict
+from benchmarks.coverage.tables import (
+    OTHER,
+    Totals,
+    by_family,
+    convert_ratios,
+    reasons,
+    share,
+    smallest_of,
+    table,
+    totals,
+    verdict,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 ZOOS = ("timm", "transformers")
@@ -58,11 +69,19 @@ _KINDS = {"": OTHER, ", none reachable": UNREACHED, ", on the meta device only":
 def write_report(folder: Path, page: Path = PAGE) -> Path:
     """Write the page from the CSV files and `versions.json` in a folder."""
     tables = {zoo: list(read_records(folder / f"{zoo}.csv").values()) for zoo in ZOOS}
+    sizes = read_records(folder / "sizes.csv")
+    small = set(smallest_of(sizes.values()).values())
+    for row in tables["timm"]:  # a process that was stopped could not say this much
+        row |= {"family": sizes[row["name"]]["family"], "smallest": str(row["name"] in small)}
+    for row in tables["transformers"]:
+        row["family"] = row["family"] or row["name"]
     peer = list(read_records(folder / "torch-pruning.csv").values())
+    for row in peer:
+        row["family"] = sizes[row["name"]]["family"]
     versions = json.loads((folder / "versions.json").read_text())
     parts = [
         _HEAD.format(versions=", ".join(f"{name} {version}" for name, version in versions.items())),
-        _totals(tables, len(read_records(folder / "sizes.csv"))),
+        _totals(tables, len(sizes)),
         _activations(tables),
         _time(tables["timm"] + tables["transformers"]),
         _peer(tables["timm"], peer),

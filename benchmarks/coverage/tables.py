@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.coverage.pool import Record
@@ -52,6 +52,15 @@ def totals(rows: Sequence[Record]) -> Totals:
     activations, aside, gated, collapsible = (sum(int(row[key] or 0) for row in rows) for key in keys)
     results, error = Counter(map(verdict, rows)), max(errors, default=math.nan)
     return Totals(len(rows), results, activations, aside, gated, collapsible, error)
+
+
+def smallest_of(sizes: Iterable[Record]) -> dict[str, str]:
+    """The model with the fewest parameters of every family, by family."""
+    best: dict[str, tuple[int, str]] = {}
+    for record in sizes:
+        found = (int(record["parameters"]), str(record["name"]))
+        best[str(record["family"])] = min(best.get(str(record["family"]), found), found)
+    return {family: name for family, (_, name) in best.items()}
 
 
 def by_family(rows: Sequence[Record]) -> dict[str, list[Record]]:
