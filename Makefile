@@ -28,8 +28,8 @@ demo: $(STAMP)
 # Hours: every model of both zoos. Goes on where it stopped; delete benchmarks/coverage/results to start afresh.
 coverage: $(STAMP)
 	"$(PY)" -m pip install --disable-pip-version-check torch-pruning==1.6.1
-	"$(PY)" -m benchmarks.coverage timm --families --time 300 --weights 1500
-	"$(PY)" -m benchmarks.coverage timm
+	"$(PY)" -m benchmarks.coverage timm --families --time 600 --weights 1500 --memory 12
+	"$(PY)" -m benchmarks.coverage timm --weights 1500 --memory 12
 	"$(PY)" -m benchmarks.coverage transformers
 	"$(PY)" -m benchmarks.coverage torch-pruning
 	"$(PY)" -m benchmarks.coverage report

@@ -83,6 +83,15 @@ def result_of_an_in_place_module_ignored() -> nn.Module:
     return net(forward, **ffn(nn.SiLU(inplace=True)))
 
 
+@case("reads what it has overwritten")
+def input_of_an_in_place_module_returned() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.a(x)
+        return self.b(self.act(h)), h
+
+    return net(forward, **ffn(nn.SiLU(inplace=True)))
+
+
 @case("does other things")
 def result_of_an_in_place_function_ignored() -> nn.Module:
     def forward(self: Any, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.graph.capture import Inputs
+from linearize.graph.capture import Inputs, tensors_of
 from linearize.graph.dryrun import run_once
 
 _log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequenc
         for name, group in working.items()
         for module in group
     ]
+    hooks.append(model.register_forward_hook(lambda _module, _args, out: noter.read(tensors_of(out))))
     try:
         for module in modules:
             module.inplace = False
@@ -84,12 +85,16 @@ class _Noter(TorchDispatchMode):
 
         return note
 
+    def read(self, tensors: Iterable[Tensor]) -> None:
+        """Something reads these: an op, or whoever gets the model's outputs."""
+        for tensor in tensors:
+            held = self.overwritten.get(_memory(tensor), ())
+            self.found.update(name for older, name in held if _overlap(older, tensor))
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        for value in pytree.tree_leaves((args, kwargs or {})):
-            if isinstance(value, Tensor) and _memory(value) in self.overwritten:
-                self.found.update(n for held, n in self.overwritten[_memory(value)] if _overlap(held, value))
+        self.read(value for value in pytree.tree_leaves((args, kwargs or {})) if isinstance(value, Tensor))
         return func(*args, **(kwargs or {}))
 
 
