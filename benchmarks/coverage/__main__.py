@@ -97,8 +97,12 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
     )
 
 
-def write_versions(zoo: str) -> None:
-    """Note what a sweep ran with, beside its table."""
+def write_versions(zoo: str, known: int) -> None:
+    """Note what a sweep ran with, beside its table, and how many names there are."""
+    counts = FOLDER / "known.json"
+    if zoo in ("timm", "transformers"):
+        found = json.loads(counts.read_text()) if counts.exists() else {}
+        counts.write_text(json.dumps({**found, zoo: known}, indent=1))
     path = FOLDER / "versions.json"
     versions = json.loads(path.read_text()) if path.exists() else {}
     for package in ("torch", "torchvision", zoo):
@@ -151,7 +155,9 @@ def main() -> None:
         limits=Limits(options.time, options.memory),
         keep=not (options.again or options.names),
     )
-    write_versions(options.zoo)
+    from benchmarks.coverage.cases import timm_names, transformers_names
+
+    write_versions(options.zoo, len(transformers_names() if options.zoo == "transformers" else timm_names()))
     for result, count in Counter(row["result"] for row in rows).most_common():
         print(f"{count:5d}  {result}")
 

@@ -86,6 +86,7 @@ def _start(name: str, work: Callable[[str], Record], limits: Limits) -> tuple[in
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + int(limits.gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(limits.seconds)
     logging.disable(logging.CRITICAL)  # torch prints whole graphs when it cannot capture a model
     try:

@@ -81,7 +81,7 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
     versions = json.loads((folder / "versions.json").read_text())
     parts = [
         _HEAD.format(versions=", ".join(f"{name} {version}" for name, version in versions.items())),
-        _totals(tables, len(sizes)),
+        _totals(tables, json.loads((folder / "known.json").read_text())),
         _activations(tables),
         _time(tables["timm"] + tables["transformers"]),
         _peer(tables["timm"], peer),
@@ -93,7 +93,7 @@ def write_report(folder: Path, page: Path = PAGE) -> Path:
     return page
 
 
-def _totals(tables: dict[str, list[Record]], known: int) -> str:
+def _totals(tables: dict[str, list[Record]], known: dict[str, int]) -> str:
     groups = {
         "timm, all names": tables["timm"],
         "timm, smallest of each family": [row for row in tables["timm"] if row["smallest"] == "True"],
@@ -115,16 +115,18 @@ def _totals(tables: dict[str, list[Record]], known: int) -> str:
         found = totals(rows)
         counts = [found.results[key] for key in (EQUAL, NOTHING, UNREACHED, META, OTHER)]
         lines.append([title, found.models, found.runs, *counts, share(found.fine, found.runs)])
-    return "## Totals\n\n" + table(heads, lines) + _missing(known - len(tables["timm"]), known)
+    return "## Totals\n\n" + table(heads, lines) + _missing(tables, known)
 
 
-def _missing(left: int, known: int) -> str:
-    """What an unfinished sweep says: its order is random, so that a part of it is a fair sample."""
-    if left <= 0:
+def _missing(tables: dict[str, list[Record]], known: dict[str, int]) -> str:
+    """What an unfinished sweep says."""
+    left = {zoo: known[zoo] - len(rows) for zoo, rows in tables.items() if known[zoo] > len(rows)}
+    if not left:
         return ""
+    counts = " and ".join(f"{count} of {known[zoo]} names of {zoo}" for zoo, count in left.items())
     return (
-        f"\n\nThe sweep of timm has not come to {left} of its {known} names yet. They come in random order after the "
-        "smallest\nmodel of each family, so those above are a fair sample; `make coverage` goes on where it stopped."
+        f"\n\nThe sweep has not come to {counts} yet: timm's come in random order after the smallest model of\n"
+        "each family, those of transformers by the alphabet. `make coverage` goes on where it stopped."
     )
 
 
