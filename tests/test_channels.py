@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import capture, shape
-from linearize.graph.channels import _RULES, ACTIVATIONS, Motion, move, op_name
+from linearize.graph.channels import _RULES, Motion, move
+from linearize.graph.ops import ACTIVATIONS, op_name
 
 Function = Callable[[Tensor], Any]
 

@@ -18,8 +18,8 @@ from linearize.analysis.rules import arguments
 from linearize.analysis.units import Unit
 from linearize.gate import ChannelGate
 from linearize.graph.capture import CONSTANT, Capture, is_check, shape
-from linearize.graph.channels import constant, is_inplace, op_name
 from linearize.graph.memory import memory
+from linearize.graph.ops import constant, is_inplace, op_name
 
 __all__ = ["Interval", "bounds"]
 

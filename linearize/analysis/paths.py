@@ -20,7 +20,8 @@ from linearize.analysis.units import Unit, check_weighting, find_units, inputs_o
 from linearize.convert import unwrapped
 from linearize.errors import CaptureError
 from linearize.graph.capture import CONSTANT, Capture, capture, is_check, shape
-from linearize.graph.channels import channel_axes, is_inplace
+from linearize.graph.channels import channel_axes
+from linearize.graph.ops import is_inplace
 from linearize.report.table import render
 
 __all__ = ["OutputPaths", "PathGraph", "PathLength", "average_path_length"]

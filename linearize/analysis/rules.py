@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from linearize.analysis.flow import Flow, average, concatenate, contract, gathered, merge, ranked, repeated, source
 from linearize.graph.capture import shape
-from linearize.graph.channels import ACTIVATIONS, ARITHMETIC, op_name
+from linearize.graph.ops import ACTIVATIONS, ARITHMETIC, op_name
 
 State = Flow | list[Flow | None] | None
 

@@ -13,27 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from linearize.graph.capture import CONSTANT, shape
+from linearize.graph.capture import shape
+from linearize.graph.ops import ACTIVATIONS, ARITHMETIC, IDENTITY, is_constant, op_name
 
-# Elementwise and nonlinear: what a network's author would call an activation.
-ACTIVATIONS = frozenset(
-    (
-        "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish hardsigmoid "
-        "hardshrink softshrink sigmoid tanh softplus softsign log_sigmoid threshold"
-    ).split()
-)
-# Elementwise too, but alone they are arithmetic (norms, positions, scores); inside an activation module they count.
-ARITHMETIC = frozenset(
-    (
-        "exp erf sqrt rsqrt pow square abs sin cos log log1p expm1 reciprocal clamp clamp_min clamp_max clip "
-        "sign neg maximum minimum where add sub rsub mul div relu relu6 float_power tan atan asinh sgn gt lt "
-        "ge le eq ne scalar_tensor full_like zeros_like ones_like"
-    ).split()
-)
-_IDENTITY = frozenset(
-    ("clone contiguous alias detach to _to_copy lift_fresh type_as dropout feature_dropout alpha_dropout").split()
-)
-_RESHAPES = _IDENTITY | frozenset("view reshape flatten unsqueeze squeeze expand".split())
 _POOLS = frozenset(
     (
         "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
@@ -45,18 +27,6 @@ _POOLS = frozenset(
 _MAX_POOLS = frozenset(
     ("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d").split()
 )
-_ALIASES = {
-    "multiply": "mul",
-    "divide": "div",
-    "true_divide": "div",
-    "subtract": "sub",
-    "negative": "neg",
-    "concat": "cat",
-    "concatenate": "cat",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "moveaxis": "movedim",
-}
 # These read any operand's values; every other op reads the first one's, and from others at most shape or type.
 _ANY_OPERAND = frozenset(
     (
@@ -89,22 +59,6 @@ class Motion:
     factor: int | None = None
     norm: bool = False
     rows: tuple[int, int] | None = None
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of an ATen op without its overload and without the underscore of the in-place form: "relu"."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is None:
-        return getattr(node.target, "__name__", str(node.target))
-    name = str(packet).removeprefix("aten.")
-    name = name if name.startswith("_") else name.rstrip("_")
-    return _ALIASES.get(name, name)
-
-
-def is_inplace(node: fx.Node) -> bool:
-    """True if the op writes into its first operand."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet is not None and str(packet).endswith("_") and not str(packet).endswith("__")
 
 
 _SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split")
@@ -181,7 +135,7 @@ def _broadcast_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) 
     return moved if moved >= 0 and after[moved] == before[axis] else None
 
 
-@_rule(*_IDENTITY)
+@_rule(*IDENTITY)
 def _identity(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if op_name(node).endswith("dropout") and _argument(node, 2, "train", False) is True:
         return Motion(axis, "dropout is active even in eval mode")
@@ -337,7 +291,7 @@ def _scale(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], a
     if not isinstance(other, fx.Node):
         return Motion(kept, steady=False)
     sizes = shape(other)
-    if sizes is not None and _is_constant(other):
+    if sizes is not None and is_constant(other):
         if math.prod(sizes) == 1:
             return Motion(kept, steady=False)
         aligned = kept - (len(after) - len(sizes))
@@ -388,23 +342,6 @@ def _cat(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 @_rule("linear", "addmm", "mm", "matmul", "bmm", *_CONVOLUTIONS)
 def _mix(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     return Motion(produced_axis(node), f"{op_name(node)} mixes the channels")
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """True for parameters and buffers, and for what is computed from them alone."""
-    return node.op == "get_attr" or CONSTANT in node.meta
-
-
-def constant(node: Any) -> fx.Node | None:
-    """The parameter or buffer behind a constant operand, through views and casts; None if it is computed, or varies."""
-    if not isinstance(node, fx.Node) or not _is_constant(node):
-        return None
-    held: fx.Node = node
-    while held.op == "call_function":
-        if op_name(held) not in _RESHAPES or not isinstance(held.args[0], fx.Node):
-            return None
-        held = held.args[0]
-    return held
 
 
 def understood(node: fx.Node) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, users
-from linearize.graph.channels import channel_axes, constant, op_name, understood
+from linearize.graph.channels import channel_axes, understood
 from linearize.graph.memory import overwrites, overwritten, stale_reader
+from linearize.graph.ops import constant, op_name
 from linearize.graph.walk import Dead, Reading, Walker
 from linearize.sites import Port, Site
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from linearize.graph.activations import Activation
 from linearize.graph.capture import Capture, is_check
-from linearize.graph.channels import is_inplace
+from linearize.graph.ops import is_inplace
 
 
 def memory(node: fx.Node) -> int | None:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import CONSTANT, Capture, shape, users
-from linearize.graph.channels import Motion, constant, move, op_name
+from linearize.graph.channels import Motion, move
+from linearize.graph.ops import constant, op_name
 from linearize.sites import Fold, Port
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}

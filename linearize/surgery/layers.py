@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
 from linearize.gate import out_of_place
-from linearize.graph.channels import ACTIVATIONS
+from linearize.graph.ops import ACTIVATIONS
 
 
 class PartialActivation(nn.Module):
