@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from linearize.approximate.removal import regularised
 from linearize.gate import gates
 from linearize.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of
+from linearize.running.models import device_of, watching
 from linearize.sites import Port, Site
 from linearize.surgery.specs import Spec, build, replace_module
 
@@ -181,7 +180,7 @@ def observe_blocks(
 def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:
     generator, device = torch.Generator().manual_seed(seed), device_of(model)
     seen: dict[str, dict[str, Tensor]] = {block.name: {} for block in blocks}
-    with _watching(model, blocks, seen) as source:
+    with watching(model, lambda source: _hooks(model, blocks, seen, source)) as source:
         for raw in batches:
             batch = read_batch(model, to_device(raw, device))
             scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
@@ -226,11 +225,9 @@ def _patches(block: Block, x: Tensor, kernel: int, size: tuple[int, ...], place:
     return unfolded[:, :, place].transpose(1, 2).flatten(0, 1)
 
 
-@contextmanager
-def _watching(model: nn.Module, blocks: Sequence[Block], seen: dict[str, dict[str, Tensor]]) -> Iterator[Tensor]:
-    modes = [(module, module.training) for module in model.modules()]
-    source = torch.zeros((), device=device_of(model), requires_grad=True)
-
+def _hooks(
+    model: nn.Module, blocks: Sequence[Block], seen: dict[str, dict[str, Tensor]], source: Tensor
+) -> Iterator[Any]:
     def begin(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             seen[name]["x"] = inputs[0].detach()
@@ -247,19 +244,9 @@ def _watching(model: nn.Module, blocks: Sequence[Block], seen: dict[str, dict[st
 
         return see
 
-    handles: list[Any] = []
     for block in blocks:
-        handles.append(model.get_submodule(block.first.module).register_forward_pre_hook(begin(block.name)))
-        handles.append(model.get_submodule(block.last.module).register_forward_hook(end(block.name)))
-    try:
-        model.eval()
-        with torch.enable_grad():
-            yield source
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+        yield model.get_submodule(block.first.module).register_forward_pre_hook(begin(block.name))
+        yield model.get_submodule(block.last.module).register_forward_hook(end(block.name))
 
 
 @torch.no_grad()

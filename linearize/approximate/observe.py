@@ -10,9 +10,9 @@ Shape letters: B samples, T positions, R rows, I inputs, C channels, g features 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from linearize.calibrate import padding_mask
 from linearize.errors import DataError
 from linearize.gate import gates
 from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of
+from linearize.running.models import device_of, watching
 from linearize.running.progress import progress_bar
 from linearize.sites import Site
 
@@ -215,7 +215,10 @@ def _pass(
     watches = {name: _Watch(observation) for name, observation in found.items()}
     total = len(batches) if isinstance(batches, Sized) else None
     count = 0
-    with _watching(model, watches, sensitivity) as handle, progress_bar("observe", total, enabled=progress) as advance:
+    hooks = functools.partial(_hooks, model, watches)
+    attach = hooks if sensitivity else lambda _: hooks(None)
+    bar = progress_bar("observe", total, enabled=progress)
+    with watching(model, attach, gradients=sensitivity) as handle, bar as advance:
         for index, raw in enumerate(batches):
             batch = read_batch(model, to_device(raw, device))
             output = model(*batch.args, **batch.kwargs)
@@ -237,28 +240,15 @@ def _pass(
         raise DataError("data", "found no batches", "Pass at least one (a generator is empty after its first use).")
 
 
-@contextmanager
-def _watching(model: nn.Module, watches: dict[str, _Watch], gradients: bool) -> Iterator[Tensor]:
-    """Hooks on producers and consumers, eval mode; gives the tensor whose gradient makes the others flow."""
-    modes = [(module, module.training) for module in model.modules()]
-    source = torch.zeros((), device=device_of(model), requires_grad=gradients)
-    handles: list[Any] = []
+def _hooks(model: nn.Module, watches: dict[str, _Watch], source: Tensor | None) -> Iterator[Any]:
+    """Hooks on producers and consumers."""
     for watch in watches.values():
         for index, consumer in enumerate(watch.found.consumers):
             module = model.get_submodule(consumer.port.module)
-            handles.append(module.register_forward_hook(_see_output(watch, index, source if gradients else None)))
+            yield module.register_forward_hook(_see_output(watch, index, source))
         producer = watch.found.site.producer
         if producer is not None:
-            handles.append(model.get_submodule(producer.module).register_forward_pre_hook(_see_input(watch)))
-    try:
-        model.eval()
-        with torch.set_grad_enabled(gradients):
-            yield source
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+            yield model.get_submodule(producer.module).register_forward_pre_hook(_see_input(watch))
 
 
 def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -12,7 +12,6 @@ Shape letters: C channels, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from linearize.calibrate import padding_mask
 from linearize.gate import ChannelGate, gates
 from linearize.planning.options import Group, Option, SiteChoice
 from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of
+from linearize.running.models import device_of, watching
 
 __all__ = ["sensitivities", "unit_costs", "unit_groups"]
 
@@ -38,7 +37,7 @@ def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) ->
     sums = {name: torch.zeros(gate.channels, dtype=torch.float64) for name, gate in named.items()}
     generator, samples, device = torch.Generator().manual_seed(seed), 0, device_of(model)
     seen: dict[str, list[Tensor]] = {}
-    with _gradients(model, seen) as source:
+    with watching(model, lambda source: _hooks(model, seen, source)) as source:
         for raw in batches:
             batch = read_batch(model, to_device(raw, device))
             seen.clear()
@@ -56,11 +55,7 @@ def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) ->
     return {name: total / max(1, samples) for name, total in sums.items()}
 
 
-@contextmanager
-def _gradients(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[Tensor]:
-    modes = [(module, module.training) for module in model.modules()]
-    source = torch.zeros((), device=device_of(model), requires_grad=True)
-
+def _hooks(model: nn.Module, seen: dict[str, list[Tensor]], source: Tensor) -> Iterator[Any]:
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             output = output + source.to(output.dtype)
@@ -70,16 +65,7 @@ def _gradients(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[Tens
 
         return see
 
-    handles = [gate.register_forward_hook(hook(name)) for name, gate in gates(model).items()]
-    try:
-        model.eval()
-        with torch.enable_grad():
-            yield source
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+    return (gate.register_forward_hook(hook(name)) for name, gate in gates(model).items())
 
 
 def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Tensor) -> Tensor:

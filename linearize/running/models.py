@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
 
-__all__ = ["batches_of", "call", "device_of", "evaluating", "move"]
+__all__ = ["batches_of", "call", "device_of", "evaluating", "move", "watching"]
 
 
 def batches_of(inputs: Any) -> list[Inputs]:
@@ -97,5 +97,39 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def watching(
+    model: nn.Module, attach: Callable[[Tensor], Iterable[Any]], *, gradients: bool = True
+) -> Iterator[Tensor]:
+    """Eval mode with hooks, for a while; gives a zero that hooks may add to what they see, so that gradients reach it.
+
+    Args:
+        model: its modules are put back into the mode they were in.
+        attach: given the zero, puts the hooks on and gives their handles.
+        gradients: whether the zero requires a gradient, and gradients are recorded inside.
+
+    Example:
+        >>> model, seen = nn.Linear(2, 2), []
+        >>> with watching(model, lambda _: [model.register_forward_hook(lambda *_: seen.append(1))], gradients=False):
+        ...     _ = model(torch.zeros(1, 2))
+        >>> _ = model(torch.zeros(1, 2))
+        >>> seen
+        [1]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    source = torch.zeros((), device=device_of(model), requires_grad=gradients)
+    handles: list[Any] = []
+    try:
+        handles.extend(attach(source))
+        model.eval()
+        with torch.set_grad_enabled(gradients):
+            yield source
+    finally:
+        for handle in handles:
+            handle.remove()
         for module, training in modes:
             module.training = training
