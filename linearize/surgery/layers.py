@@ -42,7 +42,24 @@ class PartialActivation(nn.Module):
         return f"keep={self.keep}, axis={self.axis}" + (", inplace=True" if self.inplace else "")
 
 
-class MaskedActivation(nn.Module):
+class _BesideLines(nn.Module):
+    """An activation, and a line `slope * x + intercept` for each channel."""
+
+    slope: Tensor
+    intercept: Tensor
+
+    def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
+        super().__init__()
+        self.activation = out_of_place(activation)
+        self.axis = axis
+        self.register_buffer("slope", torch.ones(channels))
+        self.register_buffer("intercept", torch.zeros(channels))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.slope.numel()}, axis={self.axis}"
+
+
+class MaskedActivation(_BesideLines):
     """An activation where `linear` is False, and `slope * x + intercept` where it is True: a gate made permanent.
 
     It stands where linear channels cannot be collapsed into their neighbours.
@@ -55,16 +72,10 @@ class MaskedActivation(nn.Module):
     """
 
     linear: Tensor
-    slope: Tensor
-    intercept: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
-        super().__init__()
-        self.activation = out_of_place(activation)
-        self.axis = axis
+        super().__init__(activation, channels, axis)
         self.register_buffer("linear", torch.zeros(channels, dtype=torch.bool))
-        self.register_buffer("slope", torch.ones(channels))
-        self.register_buffer("intercept", torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
         x, y = input, self.activation(input)
@@ -73,11 +84,8 @@ class MaskedActivation(nn.Module):
         out: Tensor = torch.where(self.linear.view(sizes), line.to(y.dtype), y)
         return out
 
-    def extra_repr(self) -> str:
-        return f"channels={self.linear.numel()}, axis={self.axis}"
 
-
-class BlendedActivation(nn.Module):
+class BlendedActivation(_BesideLines):
     """`h + alpha * (slope * x + intercept - h)` with `h = activation(x)` and one `alpha` per channel, for good.
 
     What is left of a gate whose channels stopped on their way to a line.
@@ -90,16 +98,10 @@ class BlendedActivation(nn.Module):
     """
 
     alpha: Tensor
-    slope: Tensor
-    intercept: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
-        super().__init__()
-        self.activation = out_of_place(activation)
-        self.axis = axis
+        super().__init__(activation, channels, axis)
         self.register_buffer("alpha", torch.zeros(channels))
-        self.register_buffer("slope", torch.ones(channels))
-        self.register_buffer("intercept", torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
         x, y = input, self.activation(input)
@@ -109,9 +111,6 @@ class BlendedActivation(nn.Module):
         )
         out: Tensor = torch.addcmul(torch.addcmul(of_one, of_x, x), of_y, y)
         return out.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return f"channels={self.alpha.numel()}, axis={self.axis}"
 
 
 class Elementwise(nn.Module):
