@@ -21,9 +21,9 @@ from benchmarks.papers.images import ImageSet, image_task
 from benchmarks.papers.moments import CROSSED, moments
 from benchmarks.papers.networks import ResNet, vision_transformer
 from benchmarks.papers.pictures import draw_probabilities
-from benchmarks.papers.runs import Job, Plain, finished, run_all
 from benchmarks.papers.statistics import mean_interval, trend, wilson
 from benchmarks.papers.training import Task, Trainer, impose, pace
+from benchmarks.runs import Job, Plain, finished, run_all
 
 ENDS = ("at the start", "trained")
 

@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.papers.findings import LOST, MIDDLE, RULES, cores_at, measure, of
 from benchmarks.papers.moments import CROSSED, MOMENTS
 from benchmarks.papers.pictures import COLORS, INK, MARKS, new_figure
-from benchmarks.papers.runs import Plain
 from benchmarks.papers.statistics import mean_interval
+from benchmarks.runs import Plain
 
 __all__ = ["draw_all"]
 

@@ -9,8 +9,8 @@ import torch
 
 import linearize
 from benchmarks.papers.networks import settle_norms
-from benchmarks.papers.runs import Plain
 from benchmarks.papers.training import GATE_RATE, TRAINED, Task, Trainer, descend
+from benchmarks.runs import Plain
 from linearize.analysis import CoreRecorder, TangentRecorder
 
 __all__ = ["PRESSURE", "RATE", "at_most_lost", "decay", "kernels", "smooth"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.papers.cores import at_most_lost, smooth
 from benchmarks.papers.moments import CROSSED
-from benchmarks.papers.runs import Plain
 from benchmarks.papers.statistics import mean_interval
+from benchmarks.runs import Plain
 
 __all__ = ["LOST", "MIDDLE", "cores_at", "findings", "gains", "learned", "measure", "of"]
 

@@ -24,8 +24,8 @@ from torch import nn
 
 import linearize
 from benchmarks.papers.points import Chosen, choose
-from benchmarks.papers.runs import Job, Plain, arguments, machine, publish, run_all
 from benchmarks.papers.statistics import normal_tail, trend, wilson
+from benchmarks.runs import Job, Plain, arguments, machine, publish, run_all
 from linearize.report.table import render
 from linearize.report.timing import write_json
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from benchmarks.papers.runs import Plain
 from benchmarks.papers.training import TRAINED, Task, Trainer, apply_masks, fitted, impose
+from benchmarks.runs import Plain
 
 __all__ = ["CROSSED", "MOMENTS", "moments"]
 

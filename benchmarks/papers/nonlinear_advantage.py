@@ -32,9 +32,9 @@ from benchmarks.papers.cores import PRESSURE, RATE, decay, kernels
 from benchmarks.papers.images import FOLDER, SIZE, image_set, image_task
 from benchmarks.papers.moments import MOMENTS, moments
 from benchmarks.papers.networks import ResNet, vision_transformer
-from benchmarks.papers.runs import Job, Plain, arguments, finished, machine, publish, run_all
 from benchmarks.papers.training import GATE_RATE, Task
 from benchmarks.papers.translation import Corpus, corpus, translation_task
+from benchmarks.runs import Job, Plain, arguments, finished, machine, publish, run_all
 from linearize.report.timing import write_json
 
 NAME = "nonlinear_advantage"

@@ -23,7 +23,7 @@ from linearize.running.progress import progress_bar
 
 __all__ = ["Job", "arguments", "finished", "machine", "publish", "run_all"]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 Plain = dict[str, Any]
 
 
@@ -88,10 +88,10 @@ def machine() -> str:
     return f"{facts['cores']} cores, {facts['threads']} in use, torch {facts['torch'].partition('+')[0]}"
 
 
-def arguments(title: str, name: str) -> argparse.ArgumentParser:
-    """The options that the programs of this folder share."""
+def arguments(title: str, folder: str) -> argparse.ArgumentParser:
+    """The options that programs with runs share."""
     parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--out", type=Path, help=f"folder for runs, results and pictures (runs/papers/{name})")
+    parser.add_argument("--out", type=Path, help=f"folder for runs, results and pictures ({folder})")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="about a minute: a test of the program itself")
     size.add_argument("--full", action="store_true", help="more seeds and larger sizes: hours")
