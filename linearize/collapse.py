@@ -13,15 +13,29 @@ from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.dryrun import dry_run, first_line
-from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, When, fixed_producer, make_plan, mask_of, masks_of
+from linearize.plan import (
+    MASKED,
+    NARROWED,
+    UNCHANGED,
+    Plan,
+    SitePlan,
+    When,
+    fixed_producer,
+    make_plan,
+    mask_of,
+    masks_of,
+)
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
+from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
 from linearize.surgery.specs import Spec, build, replace_module, spec_of
 
 _log = logging.getLogger(__name__)
+
+_WHOLE = (MASKED, UNCHANGED)  # forms that leave the maps of a site as they are
 
 
 def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = None) -> nn.Module:
@@ -76,7 +90,11 @@ def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
         barred = _troublemakers(model, chosen)
         for name, why in barred.items():
             _log.warning("%s keeps a partial activation: %s", name, why)
-        result, failure = _try(model, make_plan(model, when=when, barred=barred))
+        chosen = make_plan(model, when=when, barred=barred)
+        result, failure = _try(model, chosen)
+        if failure is not None and any(site.form == NARROWED for site in chosen.sites):  # halving parts chains
+            barred |= {site.site: f"{failure}" for site in chosen.sites if site.form == NARROWED}
+            result, failure = _try(model, make_plan(model, when=when, barred=barred))
     if result is None:
         found = f"does not run after collapsing ({failure})"
         remedy = "Please report this model." if plan is None else "Make the plan from this model."
@@ -98,7 +116,7 @@ def _check_plan(plan: Plan, found: dict[str, ChannelGate]) -> None:
         odd = sorted({site.site for site in plan.sites} ^ set(found))
         raise CollapseError(odd[0], "is in the plan or in the model, but not in both", remedy)
     for site in plan.sites:
-        if site.form not in (*FORMS, MASKED, UNCHANGED):
+        if site.form not in (*FORMS, NARROWED, MASKED, UNCHANGED):
             raise CollapseError(site.site, f"found the form {site.form!r} in the plan", remedy)
         linear = {int(i) for i in found[site.site].linear.nonzero().flatten()}
         if not linear.issuperset(site.linear):
@@ -140,10 +158,16 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     steps: list[Step] = []
     at: dict[str, int] = {}
     last_use = _last_use(found)
+    chains = {chain.lower.name: chain for chain in chains_of(result, (gate.site for gate in found.values()))}
     for planned in reversed(plan.sites):
         gate = found[planned.site]
         site, carries = gate.site, True
-        if planned.form not in (MASKED, UNCHANGED) and site is not None:
+        if planned.form == NARROWED and planned.site in chains:
+            chain = chains[planned.site]
+            reader.pieces.update(narrow(reader, chain, found, _dropped(planned, chain, found, masks)))
+            at.update({port.module: port.dims for port in chain.ports})
+            steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
+        elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
             reader.pieces.update(FORMS[planned.form](maps))
             carries = maps.linear.numel() > 0  # else all others were dropped: an ordinary activation remains
@@ -156,6 +180,21 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     record = record_of(model) or Record()
     set_record(result, Record((), [*record.steps, *sorted(steps, key=_depth)], record.inputs))
     return result
+
+
+def _dropped(planned: SitePlan, chain: Chain, found: dict[str, ChannelGate], masks: dict[str, Tensor]) -> Tensor:
+    """The channels that leave a chain, bool (C,).
+
+    Raises:
+        CollapseError: the plan drops a channel of which more than a constant is left.
+    """
+    gone = torch.zeros(chain.lower.channels, dtype=torch.bool)
+    gone[list(planned.dropped)] = True
+    odd = (gone & ~constant_channels(chain, found, masks)).nonzero()
+    if odd.numel():
+        found_text = f"channel {int(odd[0])} is dropped in the plan, but more than a constant of it is left"
+        raise CollapseError(planned.site, found_text, "Make the plan from this model.")
+    return gone
 
 
 def _depth(step: Step) -> int:
@@ -186,25 +225,25 @@ def unfold(model: nn.Module, site: Site) -> list[Step]:
 def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate, *, carries: bool) -> list[Step]:
     """The activation of a site after collapsing: whole, on the first channels only, masked, or gone."""
     path, linear = _path_of(model, gate), mask_of(plan, gate.channels).to(gate.frozen.device)
-    whole = plan.form in (MASKED, UNCHANGED)
+    whole = plan.form in (*_WHOLE, NARROWED)
     kept = torch.ones_like(linear) if whole else ~linear
+    kept[list(plan.dropped if plan.form == NARROWED else ())] = False
     moved = torch.where(gate.frozen, 1.0, gate.alpha.detach())
-    activation, steps = gate.activation, list[Step]()
+    activation, steps, keep = gate.activation, list[Step](), int(kept.sum())
 
     def put(layer: BlendedActivation | MaskedActivation, **values: Tensor) -> None:
         layer.to(gate.slope.device, gate.slope.dtype)
         for name, value in {**values, "slope": gate.slope, "intercept": gate.intercept}.items():
-            getattr(layer, name).copy_(value if whole else value[kept])
+            getattr(layer, name).copy_(value[kept])
         steps.append({"path": path, "module": spec_of(layer)})
 
     if bool(((moved != 0) & kept & ~linear).any()):
-        activation = BlendedActivation(activation, int(kept.sum()), gate.axis)
+        activation = BlendedActivation(activation, keep, gate.axis)
         put(activation, alpha=moved)
-    elif plan.form == MASKED:
-        activation = MaskedActivation(activation, gate.channels, gate.axis)
+    elif whole and bool((linear & kept).any()):
+        activation = MaskedActivation(activation, keep, gate.axis)
         put(activation, linear=linear)
     if not whole:
-        keep = int(kept.sum())
         # What lies directly between two maps that only this site reads is nobody else's memory.
         inplace = gate.site is not None and gate.site.direct
         spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
@@ -264,7 +303,7 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
 def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
     """The sites that cannot be collapsed on their own, with what happens if they are: found by halving."""
     names = [planned.site for planned in plan.sites]
-    waiting = [[planned.site for planned in plan.sites if planned.form not in (MASKED, UNCHANGED)]]
+    waiting = [[planned.site for planned in plan.sites if planned.form not in _WHOLE]]
     barred: dict[str, str] = {}
     while waiting:
         group = waiting.pop()

@@ -15,10 +15,12 @@ from linearize.errors import UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.sites import Site
 from linearize.surgery.maps import Reader
+from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
 
 When = Literal["cheaper", "always"]
 
 UNCHANGED = "unchanged"  # no channel is linear: the activation comes back as it was
+NARROWED = "narrowed"  # channels leave all maps of a chain through a depthwise one
 MASKED = "partial activation"  # linear channels stay where they are, behind an activation that leaves them out
 _MERGED = ("vanished", "merged", "merged (input)")
 
@@ -29,11 +31,11 @@ class SitePlan:
 
     Attributes:
         site: its name.
-        form: "vanished", "merged", "merged (input)", "factored", "partial activation" or "unchanged".
-        linear: the channels that are linear, by index; those that are dropped among them.
+        form: "vanished", "merged", "merged (input)", "factored", "narrowed", "partial activation" or "unchanged".
+        linear: the channels that are linear, by index.
         before, after: multiply-adds of its maps in one forward of the example inputs.
         reason: why its channels are not collapsed, if they are not.
-        dropped: the channels of which nothing but a constant remains, where `compress` chose them.
+        dropped: the channels of which nothing but a constant remains, where `compress` or a narrower chain drops them.
         rank: of the linear skip that was fitted in their place; 0 for none.
         loss: the error of the model's output that `compress` predicted for this site.
     """
@@ -111,10 +113,13 @@ def make_plan(
     barred = barred or {}
     masks = masks_of(found) if linear is None else {**masks_of(found), **linear}
     plans: dict[str, SitePlan] = {}
+    narrowing = _Narrowing(reader, found, masks, when, barred)
     for name in reversed(found):
         site = found[name].site
         chosen = tuple(int(i) for i in masks[name].nonzero().flatten())
-        if not chosen:
+        if narrowing.takes(name):
+            plans[name] = narrowing.plan(name)
+        elif not chosen:
             plans[name] = SitePlan(name, UNCHANGED, ())
         elif site is None or site.reason is not None or name in barred:
             reason = "it was put in by hand" if site is None else (site.reason or barred[name])
@@ -123,6 +128,58 @@ def make_plan(
             choice = _Choice(reader, found, masks)
             plans[name] = choice.always(site) if when == "always" else choice.cheaper(site, barred)
     return Plan(tuple(plans[name] for name in found))
+
+
+class _Narrowing:
+    """Which chains through depthwise maps become narrower, and what that means for each of their sites."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        found: Mapping[str, ChannelGate],
+        masks: Mapping[str, Tensor],
+        when: When,
+        barred: Mapping[str, str],
+    ) -> None:
+        self.reader, self.found, self.masks = reader, found, masks
+        self.gone: dict[str, Tensor] = {}
+        self.chains: dict[str, Chain] = {}
+        for chain in chains_of(reader.model, (gate.site for gate in found.values())):
+            names = (chain.upper.name, chain.lower.name)
+            gone = constant_channels(chain, found, masks)
+            some = bool(gone.any()) and not bool(gone.all()) and not barred.keys() & set(names)
+            if some and (when == "cheaper" or not any(bool((masks[name] & ~gone).any()) for name in names)):
+                self.chains |= dict.fromkeys(names, chain)
+                self.gone |= dict.fromkeys(names, gone)
+
+    def takes(self, name: str) -> bool:
+        """True if the site is narrowed with its chain; asked for from the last site to the first."""
+        chain = self.chains.get(name)
+        if chain is None or name == chain.upper.name:
+            return chain is not None
+        before = self.reader.weights(chain.lower), self.reader.weights(chain.upper)
+        try:
+            pieces = narrow(self.reader, chain, self.found, self.gone[name])
+        except Infeasible:
+            pieces = None
+        if pieces is None or self._vanishes(chain):
+            for each in (chain.upper.name, chain.lower.name):
+                del self.chains[each]
+            return False
+        self.reader.pieces.update(pieces)
+        self.before = dict(zip((chain.lower.name, chain.upper.name), before, strict=True))
+        return True
+
+    def _vanishes(self, chain: Chain) -> bool:
+        """All of both activations is linear: then one dense map is for the ordinary choice to weigh."""
+        return all(bool(self.masks[name].all()) for name in (chain.upper.name, chain.lower.name))
+
+    def plan(self, name: str) -> SitePlan:
+        """The plan of a site that `takes` said yes to."""
+        chain = self.chains[name]
+        site = chain.lower if name == chain.lower.name else chain.upper
+        linear, gone = (tuple(int(i) for i in mask.nonzero().flatten()) for mask in (self.masks[name], self.gone[name]))
+        return SitePlan(name, NARROWED, linear, self.before[name], self.reader.weights(site), dropped=gone)
 
 
 def masks_of(found: Mapping[str, ChannelGate]) -> dict[str, Tensor]:

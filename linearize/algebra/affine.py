@@ -24,6 +24,7 @@ class Affine:
         bias: (O,).
         stride, padding, dilation: one number per spatial dimension; empty for a matrix.
         same: pad besides, by TensorFlow's "SAME" rule, so that the output has ceil(size / stride) positions.
+        groups: O for a depthwise map, whose weight is then (O, 1, *k); it is written as it is, and never composed.
     """
 
     weight: Tensor
@@ -32,6 +33,7 @@ class Affine:
     padding: Sizes = ()
     dilation: Sizes = ()
     same: bool = False
+    groups: int = 1
 
     @property
     def dims(self) -> int:

@@ -23,7 +23,7 @@ def producer_rows(model: nn.Module, site: Site) -> Tensor | None:
         return None
     try:
         reader = Reader(model)
-        affine = reader._folded(reader._output(site.producer), site.folds)
+        affine = reader.produced(site)
     except (Infeasible, CollapseError):
         return None
     return torch.cat((affine.weight.flatten(1), affine.bias[:, None]), 1)
@@ -98,7 +98,7 @@ def live_columns(
 
 def _read(model: nn.Module, port: Port, site: Site) -> Affine | None:
     try:
-        return Reader(model)._input(port, site)
+        return Reader(model).consumed(port, site)
     except (Infeasible, CollapseError):
         return None
 

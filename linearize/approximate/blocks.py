@@ -3,6 +3,7 @@
 On most hardware one dense convolution outruns a chain of thin ones of fewer FLOPs (Fu et al., "DepthShrinker", ICML
 2022). The kernel is that of least squares from the patches of the block's input to the output that the block gives on
 data; it may be smaller than the block's own. This is approximate; what it loses is predicted like every other option.
+Zero padding inside a block makes its bias another near the border; a channel of ones, padded like the rest, learns it.
 
 Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions).
 """
@@ -77,22 +78,27 @@ class Block:
         own = max(self.kernel)
         return [k for k in dict.fromkeys((own, 3)) if k <= own and k * k * self.inputs <= _WIDEST]
 
-    def spec(self, kernel: int) -> Spec:
+    def spec(self, kernel: int, *, bordered: bool = False) -> Spec:
         """The layer that would stand for the block."""
         padding = [0, 0] if self.same else [kernel // 2] * 2
         sizes = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [kernel] * 2}
         rest = {"stride": list(self.stride), "padding": padding, "dilation": [1, 1], "groups": 1, "bias": True}
-        return {"type": "SameConv2d" if self.same else "Conv2d", **sizes, **rest}
+        kind = ("Border" if bordered else "") + ("SameConv2d" if self.same else "Conv2d")
+        return {"type": kind, **sizes, **rest}
 
-    def flops(self, kernel: int) -> float:
-        """Of that layer, for the example batch."""
-        return 2.0 * self.last.positions * self.inputs * self.outputs * kernel**2
+    def flops(self, kernel: int, *, bordered: bool = False) -> float:
+        """Of that layer, for the example batch; a border is computed once for all of it."""
+        images = max(1, self.shape[0]) if self.shape else 1
+        inputs = self.inputs + (1 / images if bordered else 0)
+        return 2.0 * self.last.positions * inputs * self.outputs * kernel**2
 
-    def fit(self, kernel: int, ridge: float = 1e-3) -> BlockFit:
-        """The best kernel of a size."""
+    def fit(self, kernel: int, ridge: float = 1e-3, *, bordered: bool = False) -> BlockFit:
+        """The best kernel of a size, with a border's (of a channel of ones) or without."""
         found = self.rows[kernel]
-        features = self.inputs * kernel**2
-        covariance, mean = found.covariance, found.mean
+        features = (self.inputs + bordered) * kernel**2
+        last = torch.arange(len(found.mean), device=found.mean.device)[-self.outputs :]
+        used = torch.cat((torch.arange(features, device=last.device), last))
+        covariance, mean = found.covariance[used][:, used], found.mean[used]
         ridge = ridge if found.count > features else 0.1 * features / max(1, found.count)
         factor = torch.linalg.cholesky(regularised(covariance[:features, :features], ridge))
         weight = torch.cholesky_solve(covariance[:features, features:], factor).t()
@@ -102,16 +108,19 @@ class Block:
         metric = torch.eye(self.outputs, dtype=weight.dtype, device=weight.device)
         if self.sensitivity is not None and self.samples:
             metric = self.sensitivity / self.samples
-        return BlockFit(weight.view(self.outputs, self.inputs, kernel, kernel), bias, float((metric * left).sum()))
+        kernels = weight.view(self.outputs, -1, kernel, kernel)
+        border = kernels[:, self.inputs :] if bordered else None
+        return BlockFit(kernels[:, : self.inputs], bias, float((metric * left).sum()), border)
 
 
 @dataclass(frozen=True)
 class BlockFit:
-    """Weight (O, I, k, k) and bias (O,) of a block's convolution, float64, and the predicted loss."""
+    """Weight (O, I, k, k), bias (O,) and border (O, 1, k, k) of a convolution, float64, and the predicted loss."""
 
     weight: Tensor
     bias: Tensor
     loss: float
+    border: Tensor | None = None
 
 
 def blocks_of(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Block]:
@@ -167,7 +176,7 @@ def observe_blocks(
     """Fill in what data tells about blocks; one that turns out to be of another shape has no rows afterwards."""
     group, used = list[Block](), 0.0
     for block in blocks:
-        size = sum(8.0 * (block.inputs * k * k + block.outputs) ** 2 for k in block.kernels)
+        size = sum(8.0 * ((block.inputs + 1) * k * k + block.outputs) ** 2 for k in block.kernels)
         if group and used + size > memory:
             _observe(model, batches, group, seed)
             group, used = [], 0.0
@@ -216,7 +225,8 @@ def _take(block: Block, seen: dict[str, Tensor], generator: torch.Generator, pos
 
 
 def _patches(block: Block, x: Tensor, kernel: int, size: tuple[int, ...], place: Tensor) -> Tensor | None:
-    """Patches (R, I * k * k) at some positions of the output; None if the sizes do not fit."""
+    """Patches (R, (I + 1) * k * k) at some positions, those of a channel of ones last; None if the sizes do not fit."""
+    x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
     if block.same:
         x = functional.pad(x, same_padding(tuple(x.shape[2:]), (kernel, kernel), block.stride, (1, 1)))
     unfolded = functional.unfold(x, kernel, padding=0 if block.same else kernel // 2, stride=block.stride)
@@ -263,14 +273,16 @@ def replace_block(model: nn.Module, block: Block, kernel: int, found: BlockFit) 
     for path in taken:
         steps.append(_put(model, path, {"type": "Identity"}))
     old: Any = model.get_submodule(block.first.module)
-    spec = block.spec(kernel)
+    spec = block.spec(kernel, bordered=found.border is not None)
     steps.append(_put(model, block.first.module, spec))
     layer: Any = model.get_submodule(block.first.module)
     layer.to(old.weight.device, old.weight.dtype)
     layer.weight.copy_(found.weight)
     layer.bias.copy_(found.bias)
-    layer.weight.requires_grad_(old.weight.requires_grad)
-    layer.bias.requires_grad_(old.weight.requires_grad)
+    if found.border is not None:
+        layer.border.copy_(found.border)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(old.weight.requires_grad)
     steps += [_put(model, path, {"type": "Identity"}) for path in block.maps[1:]]
     record = record_of(model) or Record()
     gone = {site.name for site in block.sites}

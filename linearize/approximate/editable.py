@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from linearize.algebra.forms import Infeasible
 from linearize.sites import Fold, Port, Site
+from linearize.surgery.narrow import chains_of
 from linearize.surgery.probe import has_own_forward, probed
 
 __all__ = ["Consumer", "consumers_of", "fold_of", "matrix", "obstacle_to_refit", "skip_source", "write_matrix"]
@@ -89,7 +90,8 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
     for port in (site.producer, site.up, *site.consumers):
         if port is not None and not _plain(model, port):
             return f"the weight of {port.module} is computed, or has a hook"
-        if port is not None and int(getattr(model.get_submodule(port.module), "groups", 1)) > 1:
+        grouped = port is not None and _groups(model, port) > 1
+        if port is not None and grouped and not (port == site.producer and _narrows(model, site)):
             return f"{port.module} has groups"
     kinds = consumers_of(model, site)
     if len({consumer.group for consumer in kinds}) > 1:
@@ -101,6 +103,17 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
     if kinds[0].group * site.channels > _WIDEST:
         return f"its consumer reads {kinds[0].group * site.channels} features, more than {_WIDEST}"
     return None
+
+
+def _groups(model: nn.Module, port: Port) -> int:
+    return int(getattr(model.get_submodule(port.module), "groups", 1))
+
+
+def _narrows(model: nn.Module, site: Site) -> bool:
+    """True if its producer is a depthwise map whose channels can leave the maps before it as well."""
+    from linearize.gate import gates
+
+    return any(chain.lower == site for chain in chains_of(model, (gate.site for gate in gates(model).values())))
 
 
 def _plain(model: nn.Module, port: Port) -> bool:
@@ -127,7 +140,7 @@ def _plain(model: nn.Module, port: Port) -> bool:
 def skip_source(model: nn.Module, site: Site) -> Port | None:
     """The map whose input a linear skip can start from: a matrix at every position, with rows like the consumers'."""
     port = site.producer if site.up is None else site.up
-    if port is None or site.producer is None or not site.steady:
+    if port is None or site.producer is None or not site.steady or _groups(model, port) > 1:
         return None
     kinds = (port, site.producer, *site.consumers)
     module: Any = model.get_submodule(port.module)

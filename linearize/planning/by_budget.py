@@ -19,7 +19,7 @@ from linearize.planning.budget import Budget
 from linearize.planning.choose import choose, uniform
 from linearize.planning.job import Job, Made
 from linearize.planning.latency import cache_file
-from linearize.planning.options import SiteChoice
+from linearize.planning.options import BLOCKS, SiteChoice
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
@@ -151,7 +151,7 @@ def _trained(
         return goal, small, []
     with job.steps("fine-tune"):
         way = int(job.options.get("gradual", 0) * total)
-        start = edited(found, {name: c for name, c in choices.items() if c.form == "block"})
+        start = edited(found, {name: c for name, c in choices.items() if c.block})
         model, path = path_to(start, goal, steps=way)
         history = job.train(model, path, job.options)
     with job.steps("collapse"):
@@ -167,8 +167,8 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     for site in plan.sites:
         if site.site not in named:
             raise UsageError(site.site, "is in the plan, but not in the model", "Make the plan from this model.")
-        if site.form == "block" and found.blocks:
-            choices[site.site] = SiteChoice(site.site, 0, site.rank, "block")
+        if site.form in BLOCKS and found.blocks:
+            choices[site.site] = SiteChoice(site.site, 0, site.rank, site.form)
         if site.form == UNCHANGED or not site.linear:
             continue
         channels = named[site.site].channels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 from torch import nn
@@ -10,12 +11,16 @@ from torch import nn
 from linearize.algebra.forms import Infeasible
 from linearize.approximate.blocks import Block
 from linearize.approximate.editable import obstacle_to_refit
-from linearize.gate import ChannelGate, gates
+from linearize.gate import gates
+from linearize.plan import NARROWED
 from linearize.planning.curves import Curve, levels
-from linearize.planning.options import Group, Option, SiteChoice
+from linearize.planning.options import BLOCKS, BORDERED, Group, Option, SiteChoice
 from linearize.planning.price import Pricer, ports_of
+from linearize.surgery.narrow import chains_of
 
 __all__ = ["candidates", "groups_of"]
+
+Choices = tuple[tuple[SiteChoice, ...], float]  # of sites that are decided together, and the loss
 
 # Ranks of a skip between none and the full one.
 _RANKS = (8, 16, 32, 64, 128, 256)
@@ -72,16 +77,15 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
     before = pricer.before()
     choices = tuple(SiteChoice(name, named[name].channels, form="unchanged") for name in names)
     stay = Option(choices, 0.0, before.flops, before.params, before.activations)
-    missing = next((name for name in names if name not in curves), None)
+    slots = _slots(model, names)
+    missing = next((slot[-1] for slot in slots if slot[-1] not in curves), None)
     if missing is not None:
         why = obstacle_to_refit(model, named[missing].site) or "no batch reached it"
         return Group(tuple(names), (stay,), why)
-    lists = [list(curves[name].choices(levels(named[name].channels, round_to), _RANKS)) for name in names]
-    if len(names) > 1:
-        lists = [_without_skip(some, named[name]) for name, some in zip(names, lists, strict=True)]
+    lists = [_slot_choices(slot, curves[slot[-1]], round_to, alone=len(slots) == 1) for slot in slots]
     options = [stay]
     for together in _joined(lists):
-        some = tuple(choice for choice, _ in together)
+        some = tuple(sorted((c for choices, _ in together for c in choices), key=lambda c: names.index(c.site)))
         try:
             price = pricer.after(some)
         except Infeasible:
@@ -91,25 +95,46 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
     return Group(tuple(names), tuple(options), None if len(options) > 1 else "no form can express any other option")
 
 
+def _slots(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
+    """The sites of a group, those of a chain through a depthwise map together: they keep the same channels."""
+    named = gates(model)
+    upper = {chain.lower.name: chain.upper.name for chain in chains_of(model, (named[name].site for name in names))}
+    return [(upper[name], name) if name in upper else (name,) for name in names if name not in upper.values()]
+
+
+def _slot_choices(slot: tuple[str, ...], curve: Curve, round_to: int, *, alone: bool) -> list[Choices]:
+    """What can happen to a site, or to the two of a chain, with the predicted loss.
+
+    Beside others in its group, a site can also keep all channels, but gets no skip, which would need the shared map.
+    """
+    found: list[Choices] = [
+        ((choice,), loss) for choice, loss in curve.choices(levels(curve.channels, round_to), _RANKS)
+    ]
+    if len(slot) == 1 and alone:
+        return found
+    plain = [(choices[0], loss) for choices, loss in found if not choices[0].rank and choices[0].keep]
+    if not alone and plain:
+        plain.insert(0, (SiteChoice(slot[-1], curve.channels), 0.0))
+    if len(slot) == 1:
+        return [((choice,), loss) for choice, loss in plain]
+    return [(tuple(replace(choice, site=name, form=NARROWED) for name in slot), loss) for choice, loss in plain]
+
+
 def _with_block(group: Group, block: Block | None) -> Group:
     """The group with one convolution in the place of all of it, in each size of kernel that was observed."""
     if block is None or not block.rows:
         return group
     more = []
-    for kernel in block.rows:
-        choices = tuple(SiteChoice(name, 0, kernel, "block") for name in group.sites)
-        weights = block.outputs * (block.inputs * kernel**2 + 1)
-        more.append(Option(choices, block.fit(kernel).loss, block.flops(kernel), weights, 0.0))
+    for kernel, form in product(block.rows, BLOCKS):
+        bordered = form == BORDERED
+        choices = tuple(SiteChoice(name, 0, kernel, form) for name in group.sites)
+        weights = block.outputs * ((block.inputs + bordered) * kernel**2 + 1)
+        fit = block.fit(kernel, bordered=bordered)
+        more.append(Option(choices, fit.loss, block.flops(kernel, bordered=bordered), weights, 0.0))
     return Group(group.sites, (*group.options, *more))
 
 
-def _without_skip(some: list[tuple[SiteChoice, float]], gate: ChannelGate) -> list[tuple[SiteChoice, float]]:
-    """Of a site that shares a map with another: all channels, or fewer, but no skip (it would need the shared map)."""
-    plain = [(choice, loss) for choice, loss in some if not choice.rank]
-    return [(SiteChoice(plain[0][0].site, gate.channels), 0.0), *plain] if plain else []
-
-
-def _joined(lists: list[list[tuple[SiteChoice, float]]]) -> list[tuple[tuple[SiteChoice, float], ...]]:
+def _joined(lists: list[list[Choices]]) -> list[tuple[Choices, ...]]:
     """The options of sites that are priced together.
 
     Every combination for two; a coarser choice of them for three; for more, equal shares and one site at a time.

@@ -24,7 +24,7 @@ from linearize.approximate.blocks import Block
 from linearize.approximate.editable import fold_of
 from linearize.bench import interleaved
 from linearize.gate import ChannelGate, gates
-from linearize.planning.options import Group, Option
+from linearize.planning.options import BORDERED, Group, Option, SiteChoice
 from linearize.planning.price import Pricer, ports_of
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
@@ -216,8 +216,8 @@ def _option(
 ) -> tuple[dict[str, nn.Module], str]:
     """Layers of an option with random weights, and a text that tells their shapes."""
     block = blocks.get(option.choices[0].site)
-    if block is not None and option.choices[0].form == "block":
-        return _block_layers(model, block, option.choices[0].rank)
+    if block is not None and option.choices[0].block:
+        return _block_layers(model, block, option.choices[0])
     price = pricer.after(option.choices)
     dims = {port.module: port.dims for gate in chain if gate.site is not None for port in ports_of(gate.site)}
     like = next(p for p in model.parameters() if p.is_floating_point())
@@ -239,10 +239,10 @@ def _option(
     return layers, "; ".join(texts)
 
 
-def _block_layers(model: nn.Module, block: Block, kernel: int) -> tuple[dict[str, nn.Module], str]:
+def _block_layers(model: nn.Module, block: Block, choice: SiteChoice) -> tuple[dict[str, nn.Module], str]:
     """One convolution, and nothing after it."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    spec = block.spec(kernel)
+    spec = block.spec(choice.rank, bordered=choice.form == BORDERED)
     layers: dict[str, nn.Module] = {path: nn.Identity() for path in block.maps}
     layers[block.first.module] = build(spec, nn.Identity()).to(like.device, like.dtype).eval()
     layers |= {f"{site.name} activation": nn.Identity() for site in block.sites}

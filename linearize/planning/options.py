@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from linearize.report.table import render
 
-__all__ = ["MEASURES", "Group", "Measure", "Option", "SiteChoice", "frontier"]
+__all__ = ["BLOCKS", "BORDERED", "MEASURES", "Group", "Measure", "Option", "SiteChoice", "frontier"]
 
 Measure = Literal["latency", "flops", "params", "activations"]
+BORDERED = "bordered block"
+BLOCKS = ("block", BORDERED)
 MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations")
 
 
@@ -24,8 +26,9 @@ class SiteChoice:
         site: its name.
         keep: K.
         rank: r of the linear skip; 0 for none.
-        form: "unchanged", "factored", "merged" or "vanished"; "line" for channels that go to their own line in place;
-            "block" for one dense convolution in the place of all sites of the group, with `rank` for its kernel.
+        form: "unchanged", "factored", "merged", "vanished" or "narrowed"; "line" for channels that go to their own line
+            in place; "block" for one dense convolution in place of all sites of the group, with `rank` for its kernel;
+            "bordered block" for one whose bias is another near the border.
     """
 
     site: str
@@ -33,11 +36,16 @@ class SiteChoice:
     rank: int = 0
     form: str = "factored"
 
+    @property
+    def block(self) -> bool:
+        """True if one convolution takes the place of the group."""
+        return self.form in BLOCKS
+
     def __str__(self) -> str:
         if self.form in ("unchanged", "line"):
             return f"keep {self.keep}" if self.form == "unchanged" else f"keep {self.keep}, lines"
-        if self.form == "block":
-            return f"one {self.rank}x{self.rank} convolution"
+        if self.block:
+            return f"one {self.rank}x{self.rank} convolution{' and a border' if self.form == BORDERED else ''}"
         skip = "" if not self.rank else f" + skip of rank {self.rank}"
         return f"keep {self.keep}{skip}" if self.keep else f"one linear map of rank {self.rank}"
 

@@ -13,9 +13,11 @@ from torch import nn
 
 from linearize.algebra.forms import FORMS, IDENTITY, Infeasible, Piece, Pieces
 from linearize.gate import ChannelGate
+from linearize.plan import NARROWED
 from linearize.planning.options import SiteChoice
 from linearize.sites import Port, Site
 from linearize.surgery.maps import Reader
+from linearize.surgery.narrow import chains_of, narrow
 
 __all__ = ["Price", "Pricer", "ports_of"]
 
@@ -70,6 +72,8 @@ class Pricer:
         reader = Reader(self.model, "meta")
         positions: dict[str, int] = {}
         units = 0.0
+        chains = {chain.lower.name: chain for chain in chains_of(self.model, self._sites())}
+        found = {gate.site.name: gate for gate in self.gates if gate.site is not None}
         for gate, choice in reversed(list(zip(self.gates, choices, strict=True))):
             site = gate.site
             if site is None:
@@ -77,6 +81,13 @@ class Pricer:
             units += float(site.positions * choice.keep)
             if choice.form in ("unchanged", "line"):
                 raise Infeasible("it stays as it is")
+            for port in ports_of(site):
+                positions.setdefault(port.module, port.positions)
+            if choice.form == NARROWED:
+                if site.name in chains:
+                    gone = torch.arange(gate.channels) >= choice.keep
+                    reader.pieces.update(narrow(reader, chains[site.name], found, gone))
+                continue
             mask = torch.zeros(gate.channels, dtype=torch.bool)
             maps = reader.maps(site, gate, mask, self._fixed(site))
             index = torch.arange(gate.channels, device="meta")
@@ -85,10 +96,8 @@ class Pricer:
                 replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
             )
             reader.pieces.update(made)
-            for port in ports_of(site):
-                positions.setdefault(port.module, port.positions)
-                if choice.form == "vanished":
-                    positions[port.module] = site.consumers[0].positions
+            if choice.form == "vanished":
+                positions.update({port.module: site.consumers[0].positions for port in ports_of(site)})
         flops = sum(2.0 * positions[path] * _size(piece) for path, piece in reader.pieces.items())
         params = sum(_size(piece) + _bias(piece) for piece in reader.pieces.values())
         return Price(flops, float(params), units, dict(reader.pieces))

@@ -32,7 +32,7 @@ def edited_in_order(
     Which channels stay is decided already; the weights are refitted on what reaches the site now. One pass over the
     data for each site.
     """
-    blocks = {name: choice for name, choice in choices.items() if choice.form == "block"}
+    blocks = {name: choice for name, choice in choices.items() if choice.block}
     model = edited(found, blocks)
     for name in gates(model):
         choice = choices.get(name)

@@ -23,7 +23,7 @@ from linearize.gate import gates
 from linearize.plan import Plan, SitePlan, make_plan
 from linearize.planning.budget import Budget
 from linearize.planning.choose import Choice, choose
-from linearize.planning.options import SiteChoice
+from linearize.planning.options import BORDERED, SiteChoice
 from linearize.planning.survey import Survey
 from linearize.record import Record, record_of, set_record
 
@@ -108,7 +108,7 @@ def _try(
     try:
         small = collapsed(gated, plan)
     except CollapseError:  # the forms chosen do not go together: let collapsing choose
-        plan = planned(gated, {name: c for name, c in choices.items() if c.form == "block"})
+        plan = planned(gated, {name: c for name, c in choices.items() if c.block})
         small = collapsed(gated, plan)
     predicted = (found.fixed + choice.cost) / found.total
     reached = fraction_of(found, budget, gated, small, batch, time_ratio)
@@ -153,11 +153,11 @@ def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, 
             mask = torch.zeros(named[name].channels, dtype=torch.bool)
             mask[order[: named[name].channels - choice.keep]] = True
             named[name].linearize_(mask)
-        elif choice.form == "block":
+        elif choice.block:
             if name in found.blocks:
                 block = found.blocks[name]
-                replace_block(model, block, choice.rank, block.fit(choice.rank))
-        elif choice.keep < named[name].channels:
+                replace_block(model, block, choice.rank, block.fit(choice.rank, bordered=choice.form == BORDERED))
+        elif choice.keep < named[name].channels and name in found.curves:
             carry_out(model, found.curves[name].edit(found.gated, choice, None if keep is None else keep.get(name)))
     return model
 
@@ -180,7 +180,7 @@ def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice 
         for c in option.choices:
             losses[c.site] = option.loss / len(option.choices)
     named = gates(gated)
-    blocks = (c for c in choices.values() if c.form == "block")
+    blocks = (c for c in choices.values() if c.block)
     sites = [SitePlan(c.site, c.form, (), rank=c.rank, loss=losses.get(c.site, 0.0)) for c in blocks]
     for site in make_plan(gated).sites if named else ():
         chosen = choices.get(site.site)

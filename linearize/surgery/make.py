@@ -58,8 +58,9 @@ def layer_spec(piece: Piece, affine: Affine, dims: int, *, bias: bool) -> Spec:
         "padding": list(affine.padding),
         "dilation": list(affine.dilation),
     }
-    sizes = {"in_channels": inputs, "out_channels": outputs}
-    return {"type": f"{kind}{dims}d", **sizes, **geometry, "bias": bias, **extra}
+    sizes = {"in_channels": inputs * affine.groups, "out_channels": outputs}
+    groups = {"groups": affine.groups} if affine.groups > 1 else {}
+    return {"type": f"{kind}{dims}d", **sizes, **geometry, **groups, "bias": bias, **extra}
 
 
 def _cast(name: str, value: Tensor | None, like: Tensor) -> nn.Parameter:

@@ -40,10 +40,10 @@ class Reader:
         """
         if site.producer is None or not site.consumers:
             raise Infeasible(site.reason or "no linear map before or after it")
-        self._check_replaceable(site, gate)
-        producer = self._folded(self._output(site.producer), site.folds)
+        self.check_replaceable(site, gate)
+        producer = self.produced(site)
         up = self._folded(self._output(site.up), site.up_folds) if site.up is not None else None
-        consumers = tuple(self._input(port, site) for port in site.consumers)
+        consumers = tuple(self.consumed(port, site) for port in site.consumers)
         slope, intercept = self._surrogate(site, gate)
         linear = linear.to(slope.device)
         if site.gated_unit and bool((slope[linear] != 0).any()):
@@ -51,7 +51,7 @@ class Reader:
         steady = site.steady and not any(consumer.padded for consumer in consumers)
         drops = linear & (slope == 0) & (intercept == 0) if site.gated_unit or not steady else linear & (slope == 0)
         index = {
-            name: self._index(mask)
+            name: self.index(mask)
             for name, mask in (("keep", ~linear), ("linear", linear & ~drops), ("dropped", drops))
         }
         ports = [port for port in (site.producer, site.up, *site.consumers) if port is not None]
@@ -72,7 +72,7 @@ class Reader:
             **index,
         )
 
-    def _check_replaceable(self, site: Site, gate: ChannelGate) -> None:
+    def check_replaceable(self, site: Site, gate: ChannelGate) -> None:
         """A hook, or a forward put on one object, would be lost with the module that it is on.
 
         Raises:
@@ -121,7 +121,7 @@ class Reader:
     def _affine(self, port: Port) -> Affine:
         piece = self.pieces.get(port.module)
         if piece is not None:
-            if piece.layer != "plain" or piece.affine is None:
+            if piece.layer != "plain" or piece.affine is None or piece.affine.groups > 1:
                 raise Infeasible(f"{port.module} carries the merged term of another site")
             return piece.affine
         module: Any = self.model.get_submodule(port.module)
@@ -146,7 +146,43 @@ class Reader:
             found = f"has {width} {what}, and had {port.total} when gates were put in"
             raise CollapseError(port.module, found, "Convert the model as it is now.")
 
-    def _input(self, port: Port, site: Site) -> Affine:
+    def produced(self, site: Site) -> Affine:
+        """The map to a site's channels, with the constant maps behind it.
+
+        Raises:
+            Infeasible: it has already been given another form, or there is none.
+        """
+        if site.producer is None:
+            raise Infeasible(site.reason or "no linear map before it")
+        return self._folded(self._output(site.producer), site.folds)
+
+    def depthwise(self, site: Site) -> Affine:
+        """The same for a depthwise producer, with its small kernels as they are: weight (C, 1, *k).
+
+        Raises:
+            Infeasible: it has already been given another form.
+        """
+        if site.producer is None or site.producer.module in self.pieces:
+            raise Infeasible("the depthwise map has been given another form")
+        module: Any = self.model.get_submodule(site.producer.module)
+        if has_own_forward(module):
+            weight = self._place(self._parameter(site.producer.module, "weight")).double()
+            bias = weight.new_zeros(len(weight))
+            if module.bias is not None:
+                bias = self._place(self._parameter(site.producer.module, "bias")).double()
+            made = Affine(weight, bias, tuple(module.stride), _padding(module), tuple(module.dilation))
+        else:
+            full = self._affine(site.producer)
+            each = torch.arange(len(full.weight), device=full.weight.device)
+            made = replace(full, weight=full.weight[each, each].unsqueeze(1))
+        return replace(self._folded(made, site.folds), groups=len(made.weight))
+
+    def consumed(self, port: Port, site: Site) -> Affine:
+        """The map of one consumer, with the constant maps before it.
+
+        Raises:
+            Infeasible: it has already been given another form, or a shift does not reach every position alike.
+        """
         affine = self._affine(port)
         self._check_width(port, affine.weight.shape[1], "inputs")
         for fold in reversed(site.consumer_folds):
@@ -198,7 +234,8 @@ class Reader:
             return tensor.to(self.device)
         return tensor
 
-    def _index(self, mask: Tensor) -> Tensor:
+    def index(self, mask: Tensor) -> Tensor:
+        """Where a mask is True, on the device of the maps."""
         return self._place(mask.nonzero().flatten())
 
 
