@@ -173,7 +173,7 @@ def main() -> None:
     """Measure, judge, draw."""
     from benchmarks.papers.pictures import draw_probabilities
 
-    options = arguments("Functional dimension at initialisation.", NAME).parse_args()
+    options = arguments("Functional dimension at initialisation.", f"runs/papers/{NAME}").parse_args()
     torch.set_num_threads(options.threads)
     out: Path = options.out or Path("runs/papers") / NAME
     seeds, points = (10, 2**13) if options.quick else (400, 2**18) if options.full else (60, 2**17)

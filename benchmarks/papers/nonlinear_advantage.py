@@ -190,7 +190,7 @@ def without_widths(run: Plain) -> Plain:
 
 def main() -> None:
     """Measure, judge, draw."""
-    parser = arguments("When may a network lose its nonlinearity?", NAME)
+    parser = arguments("When may a network lose its nonlinearity?", f"runs/papers/{NAME}")
     parser.add_argument("--catalogues", type=Path, help="folder of wheels' contents with gettext catalogues")
     parser.add_argument("--images", type=Path, default=FOLDER, help="folder with the idx files of Fashion-MNIST")
     parser.add_argument("--only", help="only runs whose names begin like this, without pictures")
