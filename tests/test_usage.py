@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from collections.abc import Callable
@@ -159,3 +160,58 @@ def test_quantized_layers_are_boundaries() -> None:
     rows = {row.name: row for row in linearize.summary(gated).sites}
     assert rows["1"].reason is None
     assert rows["3"].reason
+
+
+def remembered(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A cache inside a wrapper, as transformers has it."""
+    inner = functools.lru_cache(maxsize=2)(method)
+
+    @functools.wraps(method)
+    def wrapper(*args: Any) -> Tensor:
+        return inner(*args)
+
+    return wrapper
+
+
+@functools.cache
+def beside(width: int) -> Tensor:
+    return torch.full((width,), 0.5)
+
+
+class Remembering(nn.Module):
+    """Results are remembered on the class, in a wrapper, on the object, and by a function beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - what users do
+    def table(self, length: int) -> Tensor:
+        return torch.arange(length, dtype=torch.float32)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "_remembered"):
+            self._remembered = functools.lru_cache(maxsize=2)(self._scale)
+        y: Tensor = self.down(torch.relu(self.up(x + self.table(x.shape[1]))))
+        return y * self._remembered(x.shape[2]) + self.shift(x.shape[2]) + beside(x.shape[2])
+
+    @staticmethod
+    @remembered
+    def shift(width: int) -> Tensor:
+        return torch.full((width,), 3.0)
+
+    def _scale(self, width: int) -> Tensor:
+        return torch.full((width,), 2.0)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_what_methods_remember_stays_real(ran_before: bool) -> None:
+    model, x = Remembering().eval(), torch.randn(2, 3, 4)
+    expected = model(x) if ran_before else None
+    gated = linearize.convert(model, x)
+    small = linearize.collapse(gated)
+    linearize.summary(model, x)
+    expected = model(x) if expected is None else expected
+    for each in (model, gated, small):
+        assert type(each(x)) is Tensor
+        assert torch.equal(each(x), expected)

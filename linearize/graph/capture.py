@@ -6,13 +6,16 @@ The graph is for analysis only; what the user gets back is always the eager modu
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -164,7 +167,8 @@ def _silent() -> Iterator[None]:
 def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """A model in eval mode (or in training mode); afterwards its modules have the modes and attributes they had.
 
-    Whatever a forward leaves on its module (a feature map, a cache, a buffer put anew) would be a fake tensor here.
+    Whatever a forward leaves on its module (a feature map, a cache, a buffer put anew) would be a fake tensor here. So
+    would what functions remember (`functools.lru_cache`): that is forgotten before and after.
 
     Example:
         >>> layer = nn.Dropout()
@@ -174,6 +178,9 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         (True, False)
     """
     held = [(module, module.training, dict(vars(module)), _contents(module)) for module in model.modules()]
+    memories = _memories(model)
+    for memory in memories:
+        memory.cache_clear()
     try:
         for module, *_ in held:
             module.training = training
@@ -186,6 +193,25 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
             for container, content in contents:
                 container.clear()
                 container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
+        for memory in memories:
+            memory.cache_clear()
+
+
+def _memories(model: nn.Module) -> list[Any]:
+    """What a model's methods, and functions beside its classes, remember results in; also inside a wrapper."""
+    kinds = {cls for module in model.modules() for cls in type(module).__mro__}
+    files = {id(file): vars(file) for cls in kinds if (file := sys.modules.get(cls.__module__)) is not None}
+    places = [*map(vars, model.modules()), *map(vars, kinds), *files.values()]
+    held = [getattr(value, "__func__", value) for place in places for value in list(place.values())]
+    held += [c.cell_contents for v in held if isinstance(v, FunctionType) for c in v.__closure__ or () if _full(c)]
+    return [value for value in held if isinstance(value, functools._lru_cache_wrapper)]
+
+
+def _full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that has no value yet
+        return False
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
