@@ -80,6 +80,7 @@ def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
             continue
         weight = 8e-6 * sum(p.numel() for p in hollow.parameters())
         note = "x".join(str(n) for n in size) + "".join(f" {k}={v}" for k, v in options.items() if k != "img_size")
+        note += " one block a stage" if shallow and not options.keys() - {"img_size"} and _DECODERS else ""
         if weight > megabytes and not shallow:
             return timm_case(name, megabytes, shallow=True)
         if weight > megabytes:
@@ -107,6 +108,11 @@ def _timm_options(name: str, shallow: bool) -> Iterator[tuple[dict[str, Any], tu
         if fewer < modules:
             depth = option
             break
+    if shallow and modules > DEEP and not depth:
+        _one_block_a_stage()
+        with torch.device("meta"):
+            if len(list(timm.create_model(name).modules())) >= modules:
+                _all_blocks()
     config = timm.models.get_pretrained_cfg(name)
     own = tuple(config.input_size) if config is not None else (3, 224, 224)
     for size in SIZES:
@@ -116,6 +122,31 @@ def _timm_options(name: str, shallow: bool) -> Iterator[tuple[dict[str, Any], tu
     yield depth, own
     if depth:
         yield {}, own
+
+
+_DECODERS: dict[Any, Any] = {}
+
+
+def _one_block_a_stage() -> None:
+    """EfficientNets take no option for their depth: their descriptions are read with one block a stage.
+
+    For the rest of the process, which is one model's: it is loaded again, too.
+    """
+    from timm.models import efficientnet, hardcorenas, mobilenetv3
+
+    for module in (efficientnet, hardcorenas, mobilenetv3):
+        decode = _DECODERS.setdefault(module, module.decode_arch_def)
+        module.decode_arch_def = functools.partial(_shorter, decode)
+
+
+def _shorter(decode: Any, arch: Any, *_: Any, **options: Any) -> Any:
+    return decode(arch, 0.01, **{name: value for name, value in options.items() if name != "depth_multiplier"})
+
+
+def _all_blocks() -> None:
+    for module, decode in _DECODERS.items():
+        module.decode_arch_def = decode
+    _DECODERS.clear()
 
 
 def transformers_names() -> list[tuple[str, str]]:
