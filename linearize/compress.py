@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +24,7 @@ from linearize.planning.budget import check_data, read_budget
 from linearize.planning.by_budget import How, to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job
+from linearize.planning.notes import NOTHING, Notes, fingerprint
 from linearize.report.compression import Report
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, evaluating
@@ -77,6 +79,7 @@ def compress(
     batch_sizes: Sequence[int] | None = None,
     rounds: int = 15,
     cache: bool | Path = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool | Callable[[str], None] = True,
 ) -> Result:
@@ -116,6 +119,8 @@ def compress(
         batch_sizes: for latencies; None takes that of the data.
         rounds: measurements of each latency; 0 measures none, if the budget is no latency.
         cache: remember ratios of latencies in the user's cache folder, or in this file.
+        checkpoint_dir: a folder for what an interrupted run has done: statistics after each pass over the data, and the
+            checkpoints of fine-tuning. The same call goes on there; when it is done, the folder is removed.
         seed: of whatever is random; the global random state is put back afterwards.
         progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
 
@@ -153,7 +158,10 @@ def compress(
             with steps("convert"):
                 example = batches[0] if example_inputs is None else example_inputs
                 gated = convert(model, example, include=include, exclude=exclude)
-            job = Job(model, gated, data, example, steps, options, _trainer(data, steps, evaluate, model, distill))
+            trainer = _trainer(data, steps, evaluate, model, distill)
+            settings = (budget, linear, plan, options, seed, sequential, search, uniform, stock, round_to, distill)
+            notes = _notes(checkpoint_dir, gated, batches[0], settings, options)
+            job = Job(model, gated, data, example, steps, options, trainer, notes)
             if linear is not None:
                 made = to_share(job, linear, when)
             else:
@@ -165,9 +173,31 @@ def compress(
             return Result(model, made.plan, replace(report, **made.told))
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
+        notes.forget()
         return Result(made.small, made.plan, replace(report, **made.told))
     finally:
         model.to(home)
+
+
+def _notes(
+    folder: str | os.PathLike[str] | None, gated: nn.Module, batch: Any, settings: Any, options: dict[str, Any]
+) -> Notes:
+    """Where an interrupted run goes on; tells fine-tuning, too. Statistics are good for any budget, training is not."""
+    if folder is None:
+        return NOTHING
+    key = fingerprint(gated, batch)
+    if options["epochs"] and "checkpoint_dir" not in options:
+        place = f"training-{fingerprint(gated, batch, *map(_told, settings))[:12]}"
+        options |= {"checkpoint_dir": Path(folder) / place, "resume": True}
+    return Notes(Path(folder), key)
+
+
+def _told(value: Any) -> str:
+    """A setting as text that is the same in every process: without the address of a function or an object."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_told(entry)}" for name, entry in sorted(value.items()))
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return name if callable(value) or " at 0x" in repr(value) else repr(value)
 
 
 def _check(budget: bool, linear: float | None, plan: Plan | None, *, round_to: int, rounds: int, search: int) -> None:

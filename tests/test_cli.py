@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import linearize
 from linearize import zoo
-from linearize.cli import app, run
+from linearize.cli import app, common, run
 
 TINY = ["-a", "img_size=16", "-a", "patch_size=8", "-a", "in_chans=1"]
 
@@ -133,6 +133,29 @@ def test_compress_to_a_budget_and_a_dry_run(capsys: pytest.CaptureFixture[str], 
     assert "--out" in capsys.readouterr().err
     assert run([*arguments, "--flops", "0.7", "--params", "0.5", "--dry-run"]) == 2
     assert "2 budgets" in capsys.readouterr().err
+
+
+def test_compress_goes_on_where_it_was_interrupted(
+    capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compress", "timm:test_vit", *TINY, "--data", idx, "--batch", "8", "--train", "2", "--epochs", "2"]
+    out = tmp_path / "out"
+    arguments += ["--flops", "0.8", "--out", str(out)]
+    stopped, say = 0, common.say
+
+    def stop(line: str) -> None:
+        say(line)
+        if "epoch 1" in line and stopped == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "say", stop)
+    assert run(arguments) == 130
+    assert list(out.glob("unfinished/first-*/epoch-*.safetensors"))
+    assert not (out / "compressed.safetensors").exists()
+    stopped = 1
+    good(capsys, *arguments)
+    assert (out / "compressed.safetensors").exists()
+    assert not (out / "unfinished").exists()
 
 
 def test_compress_a_transformers_folder(capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +66,19 @@ class Block:
     sensitivity: Tensor | None = None
     samples: float = 0.0
     shape: tuple[int, ...] = ()
+
+    def state(self) -> dict[str, Any]:
+        """What the pass found, as plain values and tensors; `restore` takes it back."""
+        rows = {kernel: rows.state() for kernel, rows in self.rows.items()}
+        plain = {"samples": self.samples, "shape": tuple(self.shape)}
+        return {**plain, "rows": rows, "sensitivity": self.sensitivity}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take what `state` gave."""
+        self.rows = {kernel: Covariance.of(rows, device) for kernel, rows in state["rows"].items()}
+        sensitivity: Tensor | None = state["sensitivity"]
+        self.sensitivity = None if sensitivity is None else sensitivity.to(device)
+        self.samples, self.shape = state["samples"], state["shape"]
 
     @property
     def name(self) -> str:
@@ -171,19 +184,30 @@ def _block(model: nn.Module, sites: list[Site]) -> Block:
 
 
 def observe_blocks(
-    model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], *, seed: int = 0, memory: float = 2e9
+    model: nn.Module,
+    batches: Iterable[Any],
+    blocks: Sequence[Block],
+    *,
+    seed: int = 0,
+    memory: float = 2e9,
+    finished: Callable[[Sequence[Block]], None] = lambda _: None,
 ) -> None:
-    """Fill in what data tells about blocks; one that turns out to be of another shape has no rows afterwards."""
+    """Fill in what data tells about blocks; one that turns out to be of another shape has no rows afterwards.
+
+    `finished` is given the blocks of each pass.
+    """
     group, used = list[Block](), 0.0
     for block in blocks:
         size = sum(8.0 * ((block.inputs + 1) * k * k + block.outputs) ** 2 for k in block.kernels)
         if group and used + size > memory:
             _observe(model, batches, group, seed)
+            finished(group)
             group, used = [], 0.0
         group.append(block)
         used += size
     if group:
         _observe(model, batches, group, seed)
+        finished(group)
 
 
 def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:

@@ -5,6 +5,9 @@ Shape letters: R rows, F features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,6 +63,19 @@ class Covariance:
         self.scatter.addmm_(scaled.t(), centred)
         self.scatter.addr_(shift, shift, alpha=before * total / self.weight)
         self.mean += shift * (total / self.weight)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain values and tensors; `Covariance.of` makes the object again."""
+        return {"count": self.count, "weight": self.weight, "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Covariance:
+        """The object whose `state` this is, on a device."""
+        made = cls(len(state["mean"]), device)
+        made.count, made.weight = state["count"], state["weight"]
+        made.mean.copy_(state["mean"])
+        made.scatter.copy_(state["scatter"])
+        return made
 
     @property
     def covariance(self) -> Tensor:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class Observation:
         found = self.sensitivity / self.samples
         return found + torch.eye(len(found), dtype=found.dtype, device=found.device) * found.diagonal().mean() * 1e-3
 
+    def state(self) -> dict[str, Any]:
+        """What the pass found, as plain values and tensors: `observe` takes it as `known`."""
+        plain = {"inputs": self.inputs, "samples": self.samples, "seen": self.seen, "shape": tuple(self.shape)}
+        return {**plain, "rows": self.rows.state(), "sensitivity": self.sensitivity}
+
     def weight(self, model: nn.Module) -> Tensor:
         """The consumers' weights under one another, (O, C * g), float64."""
         return torch.cat([matrix(model, consumer.port) for consumer in self.consumers])
@@ -130,6 +135,8 @@ def observe(
     seed: int = 0,
     memory: float = 2e9,
     progress: bool = True,
+    known: Mapping[str, Any] | None = None,
+    finished: Callable[[dict[str, Observation]], None] = lambda _: None,
 ) -> dict[str, Observation]:
     """Stream data through a gated model, and gather the statistics of every site that can be refitted.
 
@@ -141,6 +148,8 @@ def observe(
         seed: of random projections and of sampled positions.
         memory: bytes for covariances at a time; sites beyond that wait for another pass over the data.
         progress: show a bar on a terminal.
+        known: by site name, the `state` of observations that have been made already.
+        finished: is given what each pass found.
 
     Returns:
         By site name, in order of execution. A site that no batch reached has `rows.count` 0.
@@ -158,12 +167,23 @@ def observe(
     named = gates(model)
     wanted = [name for name in named if (sites is None or name in set(sites))]
     able = [name for name in wanted if obstacle_to_refit(model, named[name].site) is None]
-    result: dict[str, Observation] = {}
-    for some in _in_memory(model, able, memory):
+    known = known or {}
+    result = {name: _restored(model, named[name].site, known[name]) for name in able if name in known}
+    for some in _in_memory(model, [name for name in able if name not in known], memory):
         found = {name: _empty(model, named[name].site) for name in some}
         _pass(model, batches, found, sensitivity, seed, progress)
+        finished(found)
         result.update(found)
-    return result
+    return {name: result[name] for name in able}
+
+
+def _restored(model: nn.Module, site: Site | None, state: Mapping[str, Any]) -> Observation:
+    """The observation whose state was kept."""
+    found = _empty(model, site)
+    rows = Covariance.of(state["rows"], found.rows.mean.device)
+    sensitivity = state["sensitivity"].to(found.sensitivity)
+    plain = {name: state[name] for name in ("inputs", "samples", "seen", "shape")}
+    return replace(found, rows=rows, sensitivity=sensitivity, **plain)
 
 
 def _empty(model: nn.Module, site: Site | None) -> Observation:

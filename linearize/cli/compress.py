@@ -18,6 +18,7 @@ from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
 from linearize.planning.budget import read_budget
+from linearize.planning.notes import fingerprint
 from linearize.running.models import evaluating
 from linearize.training.losses import main_output
 
@@ -60,7 +61,7 @@ def compress(
 ) -> None:
     """Compress a model to a budget, and save the smaller model, the plan and a report.
 
-    A model with random weights is trained on the data first.
+    A model with random weights is trained on the data first. If it is interrupted, the same command goes on.
 
     Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --flops 0.6 --out runs/vit[/bold]
     """
@@ -75,11 +76,16 @@ def compress(
         raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
     folder = None if out is None else _folder(out)
     network, source = _open(model, data, model_arg, pretrained, batch=batch, size=size, limit=limit, seed=seed)
+    unfinished = None if folder is None or dry_run else folder / "unfinished"
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
     if first:
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
+        resume: dict[str, Any] = {}
+        if unfinished is not None:
+            key = fingerprint(network, data, first, lr, batch, size, limit, seed)
+            resume = {"checkpoint_dir": unfinished / f"first-{key[:12]}", "resume": True}
         torch.manual_seed(seed)
-        finetune(network, source.train, epochs=first, lr=lr, evaluate=source.test, on_epoch=_tell)
+        finetune(network, source.train, epochs=first, lr=lr, evaluate=source.test, on_epoch=_tell, **resume)
     result = compress_model(
         network,
         source.train,
@@ -94,6 +100,7 @@ def compress(
         dry_run=dry_run,
         uniform=uniform,
         stock=stock,
+        checkpoint_dir=unfinished,
         seed=seed,
         progress=common.say,
     )

@@ -73,6 +73,7 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
             cache=how.table,
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
+            notes=job.notes,
         )
     noted = _plan_file(job)
     if plan is None and noted is not None and noted.exists() and job.options.get("resume"):
@@ -106,7 +107,9 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
     if how.sequential and found.curves:
         with steps("refit"):
             choices = site_choices(settled.choice)
-            goal = edited_in_order(found, choices, job.data, seed=how.seed, progress=steps.bars, say=steps.say)
+            goal = edited_in_order(
+                found, choices, job.data, seed=how.seed, progress=steps.bars, say=steps.say, notes=job.notes
+            )
             small = collapsed(goal, settled.plan)
     gated, small, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
     return Made(gated, small, settled.plan, history, told)

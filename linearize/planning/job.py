@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from linearize.plan import Plan
+from linearize.planning.notes import NOTHING, Notes
 from linearize.running.steps import Steps
 
 __all__ = ["Job", "Made"]
@@ -26,6 +27,7 @@ class Job:
         steps: tells and times.
         options: of fine-tuning; 0 epochs for none.
         train: fine-tunes a gated model with a prior and these options, and gives the history.
+        notes: of what an interrupted run has found out.
     """
 
     original: nn.Module
@@ -35,6 +37,7 @@ class Job:
     steps: Steps
     options: Mapping[str, Any]
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
+    notes: Notes = NOTHING
 
     @property
     def training_steps(self) -> int:

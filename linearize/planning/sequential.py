@@ -11,6 +11,7 @@ from linearize.approximate.edit import carry_out
 from linearize.approximate.observe import observe
 from linearize.gate import gates
 from linearize.planning.curves import curve_of
+from linearize.planning.notes import NOTHING, Notes, fingerprint
 from linearize.planning.options import SiteChoice
 from linearize.planning.settle import edited
 from linearize.planning.survey import Survey
@@ -26,6 +27,7 @@ def edited_in_order(
     seed: int = 0,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
+    notes: Notes = NOTHING,
 ) -> nn.Module:
     """A copy of the surveyed model with the choices carried out, one site after the other.
 
@@ -39,7 +41,11 @@ def edited_in_order(
         if choice is None or name not in found.curves or choice.keep >= found.curves[name].channels:
             continue
         say(f"  refit {name}")
-        seen = observe(model, data, sites=[name], seed=seed, progress=progress)[name]
+        kind = f"refit {fingerprint(model)[:12]}"  # what reaches the site depends on all that was refitted before it
+        known = notes.some(kind, [name])
+        seen = observe(model, data, sites=[name], seed=seed, progress=progress, known=known)[name]
+        if not known:
+            notes.write(kind, {name: seen.state()})
         carry_out(
             model,
             curve_of(model, seen, stock=found.curves[name].stock).edit(model, choice, found.curves[name].keep(choice)),

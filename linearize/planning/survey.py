@@ -22,8 +22,10 @@ from linearize.gate import gates
 from linearize.planning.candidates import candidates, groups_of
 from linearize.planning.curves import Curve, curve_of
 from linearize.planning.latency import LatencyTable, with_latencies
+from linearize.planning.notes import NOTHING, Notes
 from linearize.planning.options import Group, Measure
 from linearize.planning.units import sensitivities, unit_costs, unit_groups
+from linearize.running.models import device_of
 from linearize.surgery.layers import MaskedActivation
 
 __all__ = ["Survey", "survey"]
@@ -85,6 +87,7 @@ def survey(
     cache: Path | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
+    notes: Notes = NOTHING,
 ) -> Survey:
     """Observe a model on data, and list what could be done to each site.
 
@@ -104,6 +107,7 @@ def survey(
         cache: file of latencies; None remembers none.
         progress: show bars.
         say: told what is going on.
+        notes: of passes that an interrupted run has finished.
     """
     before = cost(original, batch)
     say("calibrate")
@@ -112,21 +116,30 @@ def survey(
         return _units(gated, data, calibration, before, seed)
     barred = _uncollapsible(gated)
     say("observe")
+    sites = [name for name in gates(gated) if name not in barred]
     observations = observe(
-        gated, data, seed=seed, progress=progress, sites=[n for n in gates(gated) if n not in barred]
-    )
+        gated, data, seed=seed, progress=progress, sites=sites, known=notes.some("site", sites),
+        finished=lambda found: notes.write("site", {name: seen.state() for name, seen in found.items()}),
+    )  # fmt: skip
     observations = {name: found for name, found in observations.items() if found.rows.count}
-    notes = [note for name, found in observations.items() if (note := _too_few(name, found.rows, found.seen))]
-    for note in notes[:1]:
-        more = f" (and {len(notes) - 1} more sites)" if len(notes) > 1 else ""
+    few = [note for name, found in observations.items() if (note := _too_few(name, found.rows, found.seen))]
+    for note in few[:1]:
+        more = f" (and {len(few) - 1} more sites)" if len(few) > 1 else ""
         warnings.warn(note + more, stacklevel=4)
     curves = {name: curve_of(gated, found, stock=stock) for name, found in observations.items()}
     say("options")
     blocks = {block.name: block for block in blocks_of(gated, groups_of(gated))}
     if stock:
         blocks, uniform = {}, uniform or True
-    if blocks:
-        observe_blocks(gated, data, list(blocks.values()), seed=seed)
+    held = notes.some("block", blocks)
+    for name, state in held.items():
+        blocks[name].restore(state, device_of(gated))
+    if blocks.keys() - held.keys():
+        new = [block for name, block in blocks.items() if name not in held]
+        observe_blocks(
+            gated, data, new, seed=seed,
+            finished=lambda some: notes.write("block", {block.name: block.state() for block in some}),
+        )  # fmt: skip
     groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=_ties(gated, uniform))
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "latency":
@@ -137,7 +150,7 @@ def survey(
         whole = _whole(original, batch, batch_sizes or [size], rounds)
         table = LatencyTable.open(cache)
         groups = with_latencies(gated, groups, shapes, whole, batch=size, table=table, blocks=blocks, rounds=rounds)
-    return Survey(gated, measure, groups, total, before, curves, blocks, notes=notes)
+    return Survey(gated, measure, groups, total, before, curves, blocks, notes=few)
 
 
 def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, before: Cost, seed: int) -> Survey:

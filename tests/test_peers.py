@@ -1,0 +1,212 @@
+"""benchmarks/peers on next to nothing: every room runs, and what it removes is removed exactly."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import linearize
+from benchmarks.peers import units
+from benchmarks.peers.folding import layer_folding
+from benchmarks.peers.hidden import channels_of, cut, hidden_of
+from benchmarks.peers.measure import side_by_side
+from benchmarks.peers.pictures import draw_all
+from benchmarks.peers.subject import Candidate, Subject
+from benchmarks.peers.tables import markdown
+from benchmarks.peers.training import epochs, pace, train
+from benchmarks.peers.widths import by_removal, by_width, consumed, from_scratch, refit, removal
+from linearize.cost import cost
+
+
+class Ffn(nn.Module):
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(inputs, channels), nn.ReLU(), nn.Linear(channels, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Ffn(8, 32), Ffn(8, 32))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+def subject(steps: int = 4) -> Subject:
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    order = epochs(len(x), 32, 0)
+
+    def pick(step: int) -> tuple[Tensor, Tensor]:
+        chosen = list(order(step))
+        return x[chosen], labels[chosen]
+
+    def score(model: nn.Module) -> dict[str, float]:
+        return {"accuracy": float((model(x).argmax(1) == labels).double().mean())}
+
+    model = Net().eval()
+    known = list(zip(x.split(32), labels.split(32), strict=True))
+    made = Subject(model, x[:16], known, pick, score, steps, 1e-2, hidden_of(model), ("head",), sizes=(1, 16))
+    train(model, made.task_loss, 20, 1e-2)
+    return made
+
+
+def test_cutting_dead_channels_changes_nothing() -> None:
+    model, x = Net(), torch.randn(5, 8)
+    keep = torch.arange(0, 32, 2)
+    for hidden in hidden_of(model):
+        consumer = model.get_submodule(hidden.consumer)
+        assert isinstance(consumer, nn.Linear)
+        consumer.weight.data[:, 1::2] = 0
+    expected = model(x)
+    for hidden in hidden_of(model):
+        cut(model, hidden, keep)
+        assert channels_of(model, hidden) == 16
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_inverted_residual_is_cut_through_its_norms() -> None:
+    pytest.importorskip("timm")
+    from benchmarks.peers.networks import make
+
+    model, x = make("mobilenet", 0).eval(), torch.randn(2, 1, 28, 28)
+    expected = model(x)
+    found = hidden_of(model)
+    assert len(found) == 7
+    for hidden in found:
+        cut(model, hidden, torch.arange(channels_of(model, hidden)))
+    torch.testing.assert_close(model(x), expected)
+    for hidden in found:
+        cut(model, hidden, torch.arange(channels_of(model, hidden) // 2))
+    assert cost(model, x).flops < 0.6 * cost(make("mobilenet", 0), x).flops
+    assert model(x).shape == expected.shape
+
+
+def test_refitting_restores_what_others_say_too() -> None:
+    made = subject()
+    model = copy.deepcopy(made.model)
+    hidden = made.hidden[0]
+    producer, consumer = (model.get_submodule(path) for path in (hidden.producers[0], hidden.consumer))
+    assert isinstance(producer, nn.Linear)
+    assert isinstance(consumer, nn.Linear)
+    producer.weight.data[16:] = producer.weight.data[:16]
+    producer.bias.data[16:] = producer.bias.data[:16]
+    made.model = model
+    moments = consumed(made)[0]
+    small, x = copy.deepcopy(model), made.example
+    refit(small, hidden, torch.arange(16), *moments)
+    torch.testing.assert_close(small(x), model(x), rtol=0.02, atol=0.02)
+
+
+def test_removal_takes_the_useless_first() -> None:
+    weight = torch.ones(1, 4, dtype=torch.float64)
+    weight[0, 2] = 0
+    late = removal(weight, torch.zeros(4), torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)))
+    assert late.argsort().tolist() == [2, 0, 1, 3]
+
+
+def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> None:
+    def broken(_: Subject, budgets: object) -> list[Candidate]:
+        return [Candidate(0.6, None, failed="no")]
+
+    made = subject()
+    methods = {
+        "width + refit": by_width,
+        "removal + refit": by_removal,
+        "layer folding": layer_folding(),
+        "scratch": from_scratch(Net, lambda model: model, 3),
+        "broken": broken,
+    }
+    found = side_by_side(made, methods, (0.6, 0.05), rounds=1, say=False)
+    rows = {(row["method"], row["budget"]): row for row in found["rows"]}
+    assert rows["broken", 0.6]["failed"] == "no"
+    for name in list(methods)[:4]:
+        assert rows[name, 0.6]["met"]
+        assert rows[name, 0.6]["flops"] <= 0.6
+        assert not rows[name, 0.05]["met"]  # the head alone costs more
+    assert set(rows["width + refit", 0.6]["latency"]) == {"1", "16"}
+    assert rows["layer folding", 0.6]["steps"] == 2
+    result = {"experiment": "images", "network": "net", "seed": 0, **found}
+    text = markdown([result, result], "images", "net")
+    assert "| broken | failed |" in text
+    assert "2 seeds" in text
+    (picture,) = draw_all([result, result], tmp_path).values()
+    assert picture.stat().st_size > 10_000
+
+
+def test_units_are_left_within_the_budget() -> None:
+    made = subject(6)
+    for method in (units.planned, units.selective(4)):
+        for candidate in method(made, (0.5, 0.25)):
+            assert candidate.met
+            assert candidate.model is not None
+            assert units.share_left(candidate.model) == candidate.reached
+            assert not any(gate.alpha.requires_grad for gate in linearize.gates(candidate.model).values())
+    for equal in (True, False):
+        half, few = units.spread(made, (0.5, 0.1), equal=equal)
+        assert half.reached == 0.5
+        assert 0.08 < few.reached <= 0.1
+        left = [int((~gate.linear).sum()) for gate in linearize.gates(half.model or Net()).values()]
+        assert not equal or left == [16, 16]
+
+
+def test_snl_stops_when_the_budget_holds() -> None:
+    (found,) = units.selective(400, weight=5.0)(subject(400), (0.9,))
+    assert found.told == {"forced": False, "threshold": 0.99}
+    assert 0 < (found.steps or 0) < 400
+
+
+def test_the_pace_and_the_batches() -> None:
+    assert pace(0, 100) < pace(5, 100) > pace(50, 100) > pace(99, 100)
+    order = epochs(10, 3, 0)
+    seen = [place for step in range(3) for place in order(step)]
+    assert len(set(seen)) == 9
+    assert list(order(1)) == list(epochs(10, 3, 0)(1))
+    assert list(order(1)) != list(epochs(10, 3, 1)(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_pruning_meets_budgets_or_says_why() -> None:
+    pytest.importorskip("torch_pruning")
+    from benchmarks.peers.pruning import torch_pruning
+
+    made = subject()
+    before = copy.deepcopy(made.model.state_dict())
+    for rule in ("magnitude", "taylor"):
+        first, second = torch_pruning("hidden", rule)(made, (0.6, 0.05))
+        assert first.met
+        assert first.model is not None
+        assert made.share(first.model) == first.reached <= 0.6
+        assert not second.met
+        assert second.model is not None
+    made.last = ("nowhere",)
+    (failed,) = torch_pruning("all", "magnitude")(made, (0.6,))
+    assert failed.model is None
+    assert "KeyError" in failed.failed
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_small_vit_by_plan_and_by_width(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from benchmarks.peers import images
+
+    if not images.FOLDER.is_dir():
+        pytest.skip("Fashion-MNIST is not installed")
+    size = replace(images.QUICK, steps=2, tune=1, calibrate=1, methods=("plan", "width + refit"), rounds=0)
+    (job,) = images.jobs(size, 1, images.FOLDER, tmp_path)
+    found = job.work()
+    assert [row["method"] for row in found["rows"]] == ["plan", "width + refit"]
+    assert all(row["met"] and row["flops"] <= 0.7 for row in found["rows"])
