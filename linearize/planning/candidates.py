@@ -16,6 +16,7 @@ from linearize.plan import NARROWED
 from linearize.planning.curves import Curve, levels
 from linearize.planning.options import BLOCKS, BORDERED, Group, Option, SiteChoice
 from linearize.planning.price import Pricer, ports_of
+from linearize.running.progress import progress_bar
 from linearize.surgery.narrow import chains_of
 
 __all__ = ["candidates", "groups_of"]
@@ -53,6 +54,7 @@ def candidates(
     blocks: Mapping[str, Block] | None = None,
     round_to: int = 8,
     uniform: Sequence[Sequence[str]] = (),
+    progress: bool = False,
 ) -> list[Group]:
     """The options of every group of a gated model.
 
@@ -62,10 +64,14 @@ def candidates(
         blocks: by the name of their first site: chains for which one convolution could stand.
         round_to: numbers of channels that stay are multiples of this.
         uniform: groups of site names that must keep equal numbers of channels.
+        progress: show a bar: wide convolutions take seconds each.
     """
-    found = [
-        _with_block(_group(model, names, curves, round_to), (blocks or {}).get(names[0])) for names in groups_of(model)
-    ]
+    found = []
+    together = groups_of(model)
+    with progress_bar("options", len(together), enabled=progress) as advance:
+        for some in together:
+            found.append(_with_block(_group(model, some, curves, round_to), (blocks or {}).get(some[0])))
+            advance(some[-1])
     for names in uniform:
         found = _tied(found, set(names))
     return found

@@ -140,7 +140,8 @@ def survey(
             gated, data, new, seed=seed,
             finished=lambda some: notes.write("block", {block.name: block.state() for block in some}),
         )  # fmt: skip
-    groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=_ties(gated, uniform))
+    ties = _ties(gated, uniform)
+    groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, progress=progress)
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "latency":
         say("measure")
