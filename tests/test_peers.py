@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from benchmarks.peers import units
+from benchmarks.peers import channels
 from benchmarks.peers.folding import layer_folding
 from benchmarks.peers.hidden import channels_of, cut, hidden_of
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.pictures import draw_all
+from benchmarks.peers.refit import consumed, refit, removal
 from benchmarks.peers.subject import Candidate, Subject
 from benchmarks.peers.tables import markdown
 from benchmarks.peers.training import epochs, pace, train
-from benchmarks.peers.widths import by_removal, by_width, consumed, from_scratch, refit, removal
+from benchmarks.peers.widths import by_removal, by_width, from_scratch
 from linearize.cost import cost
 
 
@@ -147,14 +148,14 @@ def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> No
 
 def test_units_are_left_within_the_budget() -> None:
     made = subject(6)
-    for method in (units.planned, units.selective(4)):
+    for method in (channels.planned, channels.selective(4)):
         for candidate in method(made, (0.5, 0.25)):
             assert candidate.met
             assert candidate.model is not None
-            assert units.share_left(candidate.model) == candidate.reached
+            assert channels.share_left(candidate.model) == candidate.reached
             assert not any(gate.alpha.requires_grad for gate in linearize.gates(candidate.model).values())
     for equal in (True, False):
-        half, few = units.spread(made, (0.5, 0.1), equal=equal)
+        half, few = channels.spread(made, (0.5, 0.1), equal=equal)
         assert half.reached == 0.5
         assert 0.08 < few.reached <= 0.1
         left = [int((~gate.linear).sum()) for gate in linearize.gates(half.model or Net()).values()]
@@ -162,7 +163,7 @@ def test_units_are_left_within_the_budget() -> None:
 
 
 def test_snl_stops_when_the_budget_holds() -> None:
-    (found,) = units.selective(400, weight=5.0)(subject(400), (0.9,))
+    (found,) = channels.selective(400, weight=5.0)(subject(400), (0.9,))
     assert found.told == {"forced": False, "threshold": 0.99}
     assert 0 < (found.steps or 0) < 400
 

@@ -123,7 +123,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--memory", type=float, default=6, help="GiB per process")
     parser.add_argument("--time", type=int, default=120, help="seconds per model")
-    parser.add_argument("--weights", type=float, default=1000, help="MB of float64 weights above which meta is used")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        default=1000,
+        help="MB of weights: beyond it in float64, float32 is used, and beyond it in float32, meta tensors",
+    )
     options = parser.parse_args()
     if options.zoo == "report":
         from benchmarks.coverage.report import write_report

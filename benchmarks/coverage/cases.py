@@ -34,7 +34,7 @@ _TAGS = {"pretrained_cfg", "default_cfg", "training"}
 
 @dataclass
 class Case:
-    """One model to check: in float64 and eval mode, or on the meta device if it is too large."""
+    """One model to check: in eval mode, in float64, or float32 if it is large, or on the meta device beyond that."""
 
     model: nn.Module
     inputs: Inputs
@@ -54,11 +54,11 @@ def timm_names() -> list[tuple[str, str]]:
 
 
 def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
-    """A timm model at the smallest size that it takes; on the meta device if it is larger than `megabytes`.
+    """A timm model at the smallest size that it takes; on the meta device if its weights would be too large.
 
     Args:
         name: of the model.
-        megabytes: of weights in float64.
+        megabytes: of weights; in float64, if they fit, else in float32.
         shallow: whether a deep model may lose layers; a model that is too large may in any case.
 
     Raises:
@@ -83,11 +83,12 @@ def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
         note += " one block a stage" if shallow and not options.keys() - {"img_size"} and _DECODERS else ""
         if weight > megabytes and not shallow:
             return timm_case(name, megabytes, shallow=True)
-        if weight > megabytes:
+        if weight > 2 * megabytes:
             return Case(hollow, ((torch.empty(2, *size, device="meta"),), {}), note)
+        dtype = torch.float64 if weight <= megabytes else torch.float32
         torch.manual_seed(0)
-        model = zoo.create(f"timm:{name}", pretrained=False, **options).eval().double()
-        return Case(model, ((torch.randn(2, *size, dtype=torch.float64),), {}), note)
+        model = zoo.create(f"timm:{name}", pretrained=False, **options).eval().to(dtype)
+        return Case(model, ((torch.randn(2, *size, dtype=dtype),), {}), note)
     raise DoesNotRun(name, f"it takes no input size: {last}", "See timm.")
 
 
