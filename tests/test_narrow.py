@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,9 @@ def stirred(model: nn.Module) -> nn.Module:
     """Every parameter and statistic random: no number is 0 or 1 by accident."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            for tensor in (module.running_mean, module.weight, module.bias):
+            statistics: Any = module
+            nn.init.uniform_(statistics.running_var, 0.5, 2)
+            for tensor in (statistics.running_mean, module.weight, module.bias):
                 nn.init.normal_(tensor)
     return model.double().eval()
 
@@ -88,7 +90,7 @@ def test_every_map_is_narrower() -> None:
         lower.slope.zero_()
         lower.intercept.fill_(0.7)
     lower.linearize_(torch.arange(24) % 3 == 0)
-    small = linearize.collapse(made)
+    small: Any = linearize.collapse(made)
     plan = {site.name: site for site in linearize.summary(made).sites}
     assert {plan["act1"].form, plan["act2"].form} == {NARROWED}
     assert (small.expand.out_channels, small.depthwise.groups, small.project.in_channels) == (16, 16, 16)
@@ -107,25 +109,27 @@ def test_a_silent_first_activation_is_enough() -> None:
         upper.slope.zero_()
         upper.intercept.zero_()
     upper.linearize_(torch.arange(24) < 8)
-    small = linearize.collapse(made)
+    small: Any = linearize.collapse(made)
     assert small.expand.out_channels == small.depthwise.groups == 16
     assert error(small, made, x) < 1e-12
     with torch.no_grad():
         upper.intercept.fill_(1.0)  # negative control: what is constant before the padding is not constant behind it
-    assert linearize.collapse(made).depthwise.groups == 24
+    small = linearize.collapse(made)
+    assert small.depthwise.groups == 24
 
 
 def test_dead_channels_of_a_trained_network_go() -> None:
     """Calibration finds channels that never are above zero: nothing changes on data like that."""
     torch.manual_seed(3)
-    model, x = stirred(Inverted()), torch.randn(8, 4, 9, 9, dtype=torch.float64)
+    model: Any = stirred(Inverted())
+    x = torch.randn(8, 4, 9, 9, dtype=torch.float64)
     with torch.no_grad():
         model.norm1.bias[:5] = -100.0
     made = linearize.convert(model, x)
     found = linearize.calibrate(made, [x], progress=False)
     for name, gate in linearize.gates(made).items():
         gate.linearize_(found.sites[name].residual <= 0)
-    small = linearize.collapse(made)
+    small: Any = linearize.collapse(made)
     assert small.depthwise.groups <= 19
     assert error(small, model, x) < 1e-12
 
@@ -141,7 +145,7 @@ def test_neighbours_in_a_stack() -> None:
     for share in (0.3, 0.7, 0.95):
         made = gated(model, x, share)
         for when in ("cheaper", "always"):
-            assert error(linearize.collapse(made, when=when), made, x) < 1e-12  # type: ignore[arg-type]
+            assert error(linearize.collapse(made, when=when), made, x) < 1e-12
 
 
 def test_saved_and_loaded_in_a_new_process(tmp_path: Path) -> None:

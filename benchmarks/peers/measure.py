@@ -1,0 +1,115 @@
+"""One run: every method's models, fine-tuned alike, tested alike, and timed in turns in one process."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import linearize
+from benchmarks.peers.subject import Candidate, Method, Subject
+from benchmarks.peers.training import train
+from benchmarks.runs import Plain
+from linearize.cost import cost
+
+__all__ = ["side_by_side"]
+
+Models = dict[str, nn.Module]
+
+
+def side_by_side(
+    subject: Subject, methods: Mapping[str, Method], budgets: Sequence[float], *, rounds: int, say: bool = True
+) -> Plain:
+    """All methods at all budgets.
+
+    Args:
+        subject: the trained model with its data.
+        methods: by name.
+        budgets: fractions of the original's cost, falling; in the measure that the method limits.
+        rounds: of latencies.
+        say: print a line for each method.
+
+    Returns:
+        "original" with its scores, FLOPs and parameters, "rows", one for each method and budget, and "seconds_of" with
+        the seconds that each method took to make its models, and to fine-tune them.
+    """
+    before = cost(subject.model, subject.example)
+    original = {"scores": subject.score(subject.model), "flops": before.flops, "parameters": before.parameters}
+    models: Models = {"original": subject.model}
+    rows: list[Plain] = []
+    seconds: dict[str, list[float]] = {}
+    for name, method in methods.items():
+        torch.manual_seed(subject.seed)
+        start = time.perf_counter()
+        try:
+            made = method(subject, budgets)
+        except linearize.LinearizeError as error:
+            made = [Candidate(budget, None, failed=f"{type(error).__name__}: {error}"[:200]) for budget in budgets]
+        middle = time.perf_counter()
+        rows += _tuned(subject, name, made, models)
+        seconds[name] = [round(middle - start, 1), round(time.perf_counter() - middle, 1)]
+        if say:
+            print(f"  {name}: {seconds[name][0]:.0f} s to make, {seconds[name][1]:.0f} s to fine-tune", flush=True)
+    _time(subject, models, rows, rounds)
+    return {"original": original, "rows": rows, "seconds_of": seconds}
+
+
+def _tuned(subject: Subject, name: str, made: Sequence[Candidate], models: Models) -> list[Plain]:
+    """Fine-tune and test; a model that stands for several budgets is trained once."""
+    done: dict[int, tuple[str, Plain]] = {}
+    rows = []
+    whole = cost(subject.model, subject.example)
+    for candidate in made:
+        row = {"method": name, "budget": candidate.budget, "reached": candidate.reached, "met": candidate.met}
+        row |= {"told": candidate.told}
+        if candidate.model is None:
+            rows.append({**row, "failed": candidate.failed})
+            continue
+        if id(candidate.model) not in done:
+            key = f"{name} {candidate.budget}"
+            try:
+                model = copy.deepcopy(candidate.model) if candidate.model is subject.model else candidate.model
+                facts = _train_one(subject, candidate, model)
+                after = cost(model, subject.example)
+            except RuntimeError as error:  # a pruned model may fail in training only
+                rows.append({**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"})
+                continue
+            models[key] = model
+            facts |= {"flops": after.flops / whole.flops, "parameters": after.parameters / whole.parameters}
+            done[id(candidate.model)] = key, facts
+        key, facts = done[id(candidate.model)]
+        rows.append({**row, "model": key, **facts})
+    return rows
+
+
+def _train_one(subject: Subject, candidate: Candidate, model: nn.Module) -> Plain:
+    before = None if candidate.scratch else subject.score(model)
+    steps = subject.steps if candidate.steps is None else candidate.steps
+    start = time.perf_counter()
+    if candidate.scratch:
+        steps = train(model, subject.task_loss, candidate.scratch, _SCRATCH_RATE * subject.lr)
+    else:
+        train(model, subject.loss, steps, subject.lr)
+    spent = time.perf_counter() - start
+    return {"before": before, "after": subject.score(model), "steps": steps, "seconds": round(spent, 1)}
+
+
+_SCRATCH_RATE = 3.0  # learning rate from random weights, relative to that of fine-tuning
+
+
+def _time(subject: Subject, models: Models, rows: list[Plain], rounds: int) -> None:
+    """Latencies of all models in turns; each row gets its ratio to the original's, by batch size."""
+    if not rounds:
+        return
+    timed: Any = linearize.benchmark(models, subject.example, rounds=rounds, batch_sizes=list(subject.sizes)).to_dict()
+    found: dict[str, Plain] = {name: {} for name in models}
+    for ratio in timed["ratios"]:
+        numbers = [round(ratio[part], 4) for part in ("median", "q1", "q3")]
+        found[ratio["model"]][str(ratio["batch_size"])] = numbers
+    for row in rows:
+        if "model" in row:
+            row["latency"] = found[row["model"]]

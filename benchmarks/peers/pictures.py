@@ -1,0 +1,101 @@
+"""Curves of what each method keeps, over FLOPs, measured latency or nonlinear units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers.pictures import INK, new_figure
+from benchmarks.peers.tables import SCORES, Point, lines_of, metric_of, names_of
+from benchmarks.runs import Plain
+
+__all__ = ["draw_all"]
+
+# Color, mark, line: this project's methods solid, Torch-Pruning dashed and dotted, everything else thin.
+_STYLES = {
+    "plan": ("#2166ac", "o", "-"),
+    "plan, latency": ("#67a9cf", "D", "-"),
+    "removal + refit": ("#01665e", "v", "-."),
+    "width + refit": ("#1b7837", "^", "-."),
+    "magnitude + refit": ("#1b7837", "^", "-."),
+    "Torch-Pruning, magnitude": ("#e08214", "s", "--"),
+    "Torch-Pruning, Taylor": ("#b2182b", "s", "--"),
+    "Torch-Pruning hidden, magnitude": ("#fdb863", "P", ":"),
+    "Torch-Pruning hidden, Taylor": ("#d6604d", "P", ":"),
+    "layer folding": ("#762a83", "X", "-."),
+    "whole FFNs, one by one": ("#762a83", "X", "-."),
+    "SNL": ("#b2182b", "s", "--"),
+    "uniform": ("#1b7837", "^", "-."),
+    "random": ("#999999", "v", ":"),
+    "scratch": ("#666666", "x", ":"),
+}
+_PLAIN = ("#333333", ".", "-")
+
+
+def draw_all(results: Sequence[Plain], folder: Path) -> dict[str, Path]:
+    """A picture for each experiment, as peers-EXPERIMENT.png; by that name."""
+    found = {}
+    for experiment in dict.fromkeys(name for name, _ in names_of(results)):
+        networks = [network for name, network in names_of(results) if name == experiment]
+        path = folder / f"peers-{experiment}.png"
+        _draw(results, experiment, networks, path)
+        found[path.name] = path
+    return found
+
+
+def _draw(results: Sequence[Plain], experiment: str, networks: Sequence[str], path: Path) -> None:
+    """A column for each network, a row for each kind of cost."""
+    every = {network: lines_of(results, experiment, network) for network in networks}
+    sizes = {size for lines in every.values() for points in lines.values() for p in points for size in p.latency}
+    kinds = ["units"] if experiment == "units" else ["flops", *sorted(sizes, key=int)]
+    figure, grid = new_figure(
+        (1.2 + 3.4 * len(networks), 0.9 + 2.7 * len(kinds)), len(kinds), len(networks), sharey="col"
+    )
+    for row, kind in enumerate(kinds):
+        for column, network in enumerate(networks):
+            axes = grid[row, column]
+            name, (whole, _) = metric_of(results, experiment, network)
+            factor, _, up = SCORES.get(name, (1.0, 3, True))
+            axes.axhline(factor * whole, color=INK, linewidth=0.6, linestyle=":")
+            for method, points in every[network].items():
+                _curve(axes, method, points, kind, factor)
+            label = f"{name}, %" if factor == 100 else name
+            _frame(axes, kind, "" if row else network, "" if column else label)
+            _window(axes, factor * whole, up=up)
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _curve(axes: Any, method: str, points: Sequence[Point], kind: str, factor: float) -> None:
+    color, mark, dash = _STYLES.get(method, _PLAIN)
+    places, heights, spreads = [], [], []
+    for point in points:
+        cost = {"flops": point.flops, "units": point.reached}.get(kind, point.latency.get(kind))
+        if point.after is not None and cost is not None:
+            places.append(cost[0])
+            heights.append(factor * point.after[0])
+            spreads.append(factor * point.after[1])
+    style: dict[str, Any] = {"color": color, "marker": mark, "linestyle": dash, "markersize": 4, "linewidth": 1.1}
+    axes.errorbar(places, heights, yerr=spreads, capsize=2, elinewidth=0.7, label=method, **style)
+
+
+def _frame(axes: Any, kind: str, title: str, label: str) -> None:
+    known = {"flops": "FLOPs, of the original's", "units": "nonlinear units, of the original's"}
+    axes.set_xlabel(known.get(kind, f"latency at batch {kind}, of the original's"), fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    if kind == "units":
+        axes.set_xscale("log")
+
+
+def _window(axes: Any, whole: float, *, up: bool) -> None:
+    """Do not let a model that has forgotten everything flatten all others."""
+    low, high = axes.get_ylim()
+    if up:
+        axes.set_ylim(max(low, whole - 0.35 * abs(whole)), high)
+    else:
+        axes.set_ylim(low, min(high, 3 * whole))

@@ -1,0 +1,141 @@
+"""Results of runs as means over seeds, and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.runs import Plain
+
+__all__ = ["Point", "lines_of", "markdown", "names_of"]
+
+# How scores are shown: factor, digits, and whether more is better.
+SCORES = {
+    "accuracy": (100.0, 1, True),
+    "agreement": (100.0, 1, True),
+    "perplexity": (1.0, 2, False),
+    "cosine_mean": (1.0, 4, True),
+    "same_nearest": (100.0, 1, True),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one budget, over seeds; a mean with its standard deviation each.
+
+    Attributes:
+        method, budget: which.
+        before, after: the first score, before and after fine-tuning; None if there is no such model.
+        flops, reached: fractions of the original's.
+        latency: likewise, by batch size.
+        met: whether all seeds are within the budget.
+        failed: what the method said, if it failed for a seed.
+        seeds: how many there are.
+    """
+
+    method: str
+    budget: float
+    before: tuple[float, float] | None
+    after: tuple[float, float] | None
+    flops: tuple[float, float] | None
+    reached: tuple[float, float] | None
+    latency: dict[str, tuple[float, float]]
+    met: bool
+    failed: str
+    seeds: int
+
+
+def names_of(results: Sequence[Plain]) -> list[tuple[str, str]]:
+    """Experiments with their networks, in the order of the results."""
+    return list(dict.fromkeys((r["experiment"], r["network"]) for r in results))
+
+
+def lines_of(results: Sequence[Plain], experiment: str, network: str) -> dict[str, list[Point]]:
+    """By method, its points in the order of the budgets."""
+    rows = [row for r in results if (r["experiment"], r["network"]) == (experiment, network) for row in r["rows"]]
+    lines: dict[str, list[Point]] = {}
+    for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        same = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+        lines.setdefault(method, []).append(_point(method, budget, same))
+    return lines
+
+
+def metric_of(results: Sequence[Plain], experiment: str, network: str) -> tuple[str, tuple[float, float]]:
+    """The first score's name, and the original's value."""
+    found = [r["original"]["scores"] for r in results if (r["experiment"], r["network"]) == (experiment, network)]
+    name = next(iter(found[0]))
+    return name, _mean([scores[name] for scores in found])
+
+
+def _point(method: str, budget: float, rows: Sequence[Plain]) -> Point:
+    good = [row for row in rows if "model" in row]
+    before = [next(iter(row["before"].values())) for row in good if row.get("before")]
+    after = [next(iter(row["after"].values())) for row in good]
+    sizes = good[0].get("latency", {}) if good else {}
+    latency = {size: _mean([row["latency"][size][0] for row in good]) for size in sizes}
+    failed = next((row["failed"] for row in rows if row.get("failed")), "")
+    return Point(
+        method,
+        budget,
+        _mean(before) if before else None,
+        _mean(after) if after else None,
+        _mean([row["flops"] for row in good]) if good else None,
+        _mean([row["reached"] for row in good]) if good else None,
+        latency,
+        bool(good) and len(good) == len(rows) and all(row["met"] for row in good),
+        failed,
+        len(rows),
+    )
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    middle = sum(values) / len(values)
+    spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    return middle, spread
+
+
+def markdown(results: Sequence[Plain], experiment: str, network: str) -> str:
+    """Three tables: the score after fine-tuning, before it, and what remains of FLOPs and latencies."""
+    lines = lines_of(results, experiment, network)
+    name, (whole, spread) = metric_of(results, experiment, network)
+    factor, digits, _ = SCORES.get(name, (1.0, 3, True))
+    seeds = max(point.seeds for points in lines.values() for point in points)
+    budgets = sorted({point.budget for points in lines.values() for point in points}, reverse=True)
+
+    def number(value: tuple[float, float] | None, point: Point) -> str:
+        if value is None:
+            return "failed" if point.failed else "-"
+        text = f"{factor * value[0]:.{digits}f}" + (f" ± {factor * value[1]:.{digits}f}" if seeds > 1 else "")
+        return text if point.met else f"({text})"
+
+    def cost(_: tuple[float, float] | None, point: Point) -> str:
+        if point.flops is None:
+            return "-"
+        return " / ".join(f"{value:.2f}" for value in (point.flops[0], *(v[0] for v in point.latency.values())))
+
+    sizes = next((point.latency for points in lines.values() for point in points if point.latency), {})
+    title = f"### {experiment}, {network}: {name}; the original's is {factor * whole:.{digits}f}"
+    title += f" ± {factor * spread:.{digits}f}" if seeds > 1 else ""
+    parts = [f"{title}; {seeds} {'seeds' if seeds > 1 else 'seed'}; in brackets where the budget was not met"]
+    shown: list[tuple[str, str, Any]] = [
+        ("after fine-tuning", "after", number),
+        ("before fine-tuning", "before", number),
+    ]
+    if sizes:
+        shown.append((f"FLOPs / latency at batch {' / '.join(sizes)}", "after", cost))
+    for head, field, write in shown:
+        parts.append(_table(head, budgets, lines, field, write))
+    failures = {f"{p.method}: {p.failed}" for points in lines.values() for p in points if p.failed}
+    return "\n\n".join([*parts, *(f"failed: {text}" for text in sorted(failures))])
+
+
+def _table(head: str, budgets: Sequence[float], lines: dict[str, list[Point]], field: str, write: Any) -> str:
+    rows = [f"| {head} | " + " | ".join(f"{budget:.3g}" for budget in budgets) + " |"]
+    rows.append("|:--|" + "--:|" * len(budgets))
+    for method, points in lines.items():
+        found = {point.budget: point for point in points}
+        cells = [write(getattr(found[b], field), found[b]) if b in found else "-" for b in budgets]
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
