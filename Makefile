@@ -30,6 +30,7 @@ coverage: $(STAMP)
 	"$(PY)" -m pip install --disable-pip-version-check torch-pruning==1.6.1
 	"$(PY)" -m benchmarks.coverage timm --families --time 600 --weights 1500 --memory 12
 	"$(PY)" -m benchmarks.coverage timm --weights 1500 --memory 12
+	"$(PY)" -m benchmarks.coverage timm --again --weights 3000 --memory 18 --time 600 --workers 1
 	"$(PY)" -m benchmarks.coverage transformers
 	"$(PY)" -m benchmarks.coverage torch-pruning
 	"$(PY)" -m benchmarks.coverage report

@@ -9,6 +9,7 @@ import csv
 import json
 import logging
 import os
+import re
 import resource
 import select
 import signal
@@ -93,9 +94,20 @@ def _start(name: str, work: Callable[[str], Record], limits: Limits) -> tuple[in
         record = work(name)
     except BaseException as error:  # the parent must hear of everything
         record = {"name": name, "result": f"crash: {type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+    record = {key: without_paths(value) if isinstance(value, str) else value for key, value in record.items()}
     with os.fdopen(writer, "wb") as pipe:
         pipe.write(json.dumps(record).encode())
     os._exit(0)
+
+
+def without_paths(text: str) -> str:
+    """A message without the folders of this machine.
+
+    Example:
+        >>> without_paths("no x in <module 'lib.a' from '/home/me/lib/a.py'> and/or b")
+        "no x in <module 'lib.a' from '.../a.py'> and/or b"
+    """
+    return re.sub(r"(?<!\w)/(?:[\w.+-]+/)+", ".../", text)
 
 
 def _finish(name: str, child: int, reader: int) -> Record:

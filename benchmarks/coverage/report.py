@@ -35,12 +35,13 @@ channels of every gate made linear with random surrogates, collapsed, saved and 
 - the gated model's output equals the original's bitwise;
 - the linear channels moved the output (the negative control);
 - the collapsed model's output equals the gated model's to 1e-12 in float64, or to 1e-5 where the model computes in
-  single precision inside;
+  single precision inside, or is so large that it is checked in float32;
 - the loaded model's output equals the collapsed model's bitwise.
 
 Images are as small as a model takes them; a timm model of more than 100 modules is built with fewer layers where timm
-has an option for that, except for the smallest of each family. Configurations of transformers are tiny ones, derived
-from the library's own defaults. What is too large even so is inspected on the meta device. One process per model.
+has an option for that (EfficientNets: one block a stage), except for the smallest of each family. Configurations of
+transformers are tiny ones, derived from the library's own defaults. What is too large even so is inspected on the
+meta device. One process per model.
 
 Measured with {versions}. Tables: `benchmarks/coverage/results/*.csv`. `make coverage` makes them and this page."""
 

@@ -76,10 +76,24 @@ def reasons(rows: Sequence[Record]) -> list[tuple[str, int, int]]:
     counts: Counter[str] = Counter()
     models: Counter[str] = Counter()
     for row in rows:
-        found = ast.literal_eval(row["reasons"] or "{}")
+        found: Counter[str] = Counter()
+        for reason, count in ast.literal_eval(row["reasons"] or "{}").items():
+            found[readable(reason)] += count
         counts.update(found)
         models.update(found.keys())
     return [(reason, count, models[reason]) for reason, count in counts.most_common()]
+
+
+def readable(reason: str) -> str:
+    """A reason that reads well without the module path that was in it, and without what was tried second.
+
+    Example:
+        >>> readable("the forward of cannot be rewritten: it branches; 1 calls in the source of its methods run twice")
+        'the forward that calls it cannot be rewritten: it branches'
+    """
+    first = reason.partition("; ")[0]
+    first = first.replace("the forward of cannot be", "the forward that calls it cannot be")
+    return {"is shared with": "its module is shared with another place"}.get(first, first)
 
 
 def convert_ratios(rows: Sequence[Record]) -> list[float]:

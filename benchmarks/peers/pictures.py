@@ -90,6 +90,11 @@ def _frame(axes: Any, kind: str, title: str, label: str) -> None:
     axes.set_ylabel(label, fontsize=9)
     if kind == "units":
         axes.set_xscale("log")
+        shares = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+        low, high = axes.get_xlim()
+        axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
+        axes.set_xlim(low, high)
+        axes.minorticks_off()
 
 
 def _window(axes: Any, whole: float, *, up: bool) -> None:
