@@ -131,6 +131,7 @@ def test_compress_takes_blocks_where_they_are_cheaper(tmp_path: Path, gradual: f
     tuned = None if gradual is None else {"epochs": 1, "gradual": gradual}
     result = compress(model, batches, flops=0.55, finetune=tuned, **QUIET)
     assert {site.form for site in result.plan.sites} <= {"block", "bordered block"}
+    assert [site.site for site in result.plan.sites] == ["1.act1", "1.act2"]
     assert result.report.outcome is not None
     assert result.report.outcome.met
     assert result.report.verification

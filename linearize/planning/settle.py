@@ -190,4 +190,6 @@ def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice 
             dropped = tuple(i for i in site.linear if bool(nothing[i]))
             site = replace(site, form=chosen.form, dropped=dropped, rank=chosen.rank)  # noqa: PLW2901
         sites.append(replace(site, loss=losses.get(site.site, 0.0)))
-    return Plan(tuple(sites))
+    record = record_of(gated) or Record()
+    order = {site.name: position for position, site in enumerate(record.sites)}
+    return Plan(tuple(sorted(sites, key=lambda site: order.get(site.site, len(order)))))
