@@ -113,7 +113,7 @@ def _timm_options(name: str, shallow: bool) -> Iterator[tuple[dict[str, Any], tu
         _one_block_a_stage()
         with torch.device("meta"):
             if len(list(timm.create_model(name).modules())) >= modules:
-                _all_blocks()
+                all_blocks()
     config = timm.models.get_pretrained_cfg(name)
     own = tuple(config.input_size) if config is not None else (3, 224, 224)
     for size in SIZES:
@@ -131,7 +131,7 @@ _DECODERS: dict[Any, Any] = {}
 def _one_block_a_stage() -> None:
     """EfficientNets take no option for their depth: their descriptions are read with one block a stage.
 
-    For the rest of the process, which is one model's: it is loaded again, too.
+    Until `all_blocks`: the model is loaded again, too.
     """
     from timm.models import efficientnet, hardcorenas, mobilenetv3
 
@@ -144,7 +144,8 @@ def _shorter(decode: Any, arch: Any, *_: Any, **options: Any) -> Any:
     return decode(arch, 0.01, **{name: value for name, value in options.items() if name != "depth_multiplier"})
 
 
-def _all_blocks() -> None:
+def all_blocks() -> None:
+    """Descriptions of EfficientNets are read as they are again."""
     for module, decode in _DECODERS.items():
         module.decode_arch_def = decode
     _DECODERS.clear()

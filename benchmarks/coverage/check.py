@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from benchmarks.coverage.cases import Case, DoesNotRun, signature
+from benchmarks.coverage.cases import Case, DoesNotRun, all_blocks, signature
 from benchmarks.coverage.pool import Record
 from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, UNREACHED, Row
 from linearize.cost import cost
@@ -101,12 +101,19 @@ def fill(row: Row, make: Callable[[], Case], *, export: bool = False, known: Map
     A model of a signature in `known` is the same one under another name: it gets that row.
     """
     try:
+        return _filled(row, make, export=export, known=known or {})
+    finally:
+        all_blocks()
+
+
+def _filled(row: Row, make: Callable[[], Case], *, export: bool, known: Mapping[str, Record]) -> Row:
+    try:
         case = make()
     except DoesNotRun as error:
         row.result = f"{RUNS_NOT}: {error.found}"
         return row
     row.size, row.signature = case.size, signature(case.model)
-    if known is not None and row.signature in known:
+    if row.signature in known:
         return same_as(row, known[row.signature])
     if next(case.model.parameters()).is_meta:
         return inspect_only(row, case.model, case.inputs)
