@@ -178,6 +178,11 @@ def beside(width: int) -> Tensor:
     return torch.full((width,), 0.5)
 
 
+@functools.cache
+def remembered_settings() -> dict[str, list[int]]:
+    return {"sizes": [1, 2]}
+
+
 class Remembering(nn.Module):
     """Results are remembered on the class, in a wrapper, on the object, and by a function beside it."""
 
@@ -208,10 +213,12 @@ class Remembering(nn.Module):
 def test_what_methods_remember_stays_real(ran_before: bool) -> None:
     model, x = Remembering().eval(), torch.randn(2, 3, 4)
     expected = model(x) if ran_before else None
+    settings = remembered_settings()
     gated = linearize.convert(model, x)
     small = linearize.collapse(gated)
     linearize.summary(model, x)
     expected = model(x) if expected is None else expected
+    assert remembered_settings() is settings  # no tensor in it: nothing to fear
     for each in (model, gated, small):
         assert type(each(x)) is Tensor
         assert torch.equal(each(x), expected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import logging
 import re
@@ -168,7 +169,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """A model in eval mode (or in training mode); afterwards its modules have the modes and attributes they had.
 
     Whatever a forward leaves on its module (a feature map, a cache, a buffer put anew) would be a fake tensor here. So
-    would what functions remember (`functools.lru_cache`): that is forgotten before and after.
+    would tensors that a function remembers (`functools.lru_cache`): those are forgotten before and after.
 
     Example:
         >>> layer = nn.Dropout()
@@ -179,8 +180,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """
     held = [(module, module.training, dict(vars(module)), _contents(module)) for module in model.modules()]
     memories = _memories(model)
-    for memory in memories:
-        memory.cache_clear()
+    _forget_tensors(memories)
     try:
         for module, *_ in held:
             module.training = training
@@ -193,8 +193,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
             for container, content in contents:
                 container.clear()
                 container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
-        for memory in memories:
-            memory.cache_clear()
+        _forget_tensors(memories)
 
 
 def _memories(model: nn.Module) -> list[Any]:
@@ -205,6 +204,19 @@ def _memories(model: nn.Module) -> list[Any]:
     held = [getattr(value, "__func__", value) for place in places for value in list(place.values())]
     held += [c.cell_contents for v in held if isinstance(v, FunctionType) for c in v.__closure__ or () if _full(c)]
     return [value for value in held if isinstance(value, functools._lru_cache_wrapper)]
+
+
+def _forget_tensors(memories: list[Any]) -> None:
+    """Clear the caches that hold a tensor; a tokenizer or a configuration that a function remembers stays."""
+    for memory in memories:
+        held, seen = gc.get_referents(memory), 0
+        while seen < len(held):
+            if isinstance(held[seen], Tensor):
+                memory.cache_clear()
+                break
+            if isinstance(held[seen], (dict, list, tuple)) or "lru_list" in type(held[seen]).__name__:
+                held += gc.get_referents(held[seen])
+            seen += 1
 
 
 def _full(cell: Any) -> bool:
