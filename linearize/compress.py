@@ -120,7 +120,7 @@ def compress(
         rounds: measurements of each latency; 0 measures none, if the budget is no latency.
         cache: remember ratios of latencies in the user's cache folder, or in this file.
         checkpoint_dir: a folder for what an interrupted run has done: statistics after each pass over the data, and the
-            checkpoints of fine-tuning. The same call goes on there; when it is done, the folder is removed.
+            checkpoints of fine-tuning. The same call goes on there; when it is done, they are removed.
         seed: of whatever is random; the global random state is put back afterwards.
         progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
 
@@ -186,10 +186,11 @@ def _notes(
     if folder is None:
         return NOTHING
     key = fingerprint(gated, batch)
+    own = Path(folder) / f"unfinished-{key[:12]}"  # the folder may hold other things
     if options["epochs"] and "checkpoint_dir" not in options:
         place = f"training-{fingerprint(gated, batch, *map(_told, settings))[:12]}"
-        options |= {"checkpoint_dir": Path(folder) / place, "resume": True}
-    return Notes(Path(folder), key)
+        options |= {"checkpoint_dir": own / place, "resume": True}
+    return Notes(own, key)
 
 
 def _told(value: Any) -> str:

@@ -53,7 +53,7 @@ def test_statistics_are_not_gathered_twice(model: nn.Module, tmp_path: Path) -> 
     stopped = Data(stop_in=4)  # lines, all sites, the first site's refit; in the second's it is interrupted
     with pytest.raises(KeyboardInterrupt):
         compress(model, stopped, checkpoint_dir=tmp_path / "run", **options)
-    assert len(list((tmp_path / "run").glob("site-*"))) == 3
+    assert len(list((tmp_path / "run").rglob("site-*"))) == 3
     again = Data()
     found = compress(model, again, checkpoint_dir=tmp_path / "run", **options).model
     assert again.passes == whole.passes - 2
@@ -66,7 +66,7 @@ def test_another_model_and_damaged_files_are_not_taken_for_it(model: nn.Module, 
     options: dict[str, Any] = {"flops": 0.5, "sequential": True, **QUIET}
     with pytest.raises(KeyboardInterrupt):
         compress(model, Data(stop_in=4), checkpoint_dir=tmp_path / "run", **options)
-    files = sorted((tmp_path / "run").glob("*.safetensors"))
+    files = sorted((tmp_path / "run").rglob("*.safetensors"))
     files[0].write_bytes(files[0].read_bytes()[:100])
     with torch.no_grad():
         model[0].weight[0, 0] += 1e-3  # type: ignore[index]
@@ -89,9 +89,11 @@ def test_fine_tuning_goes_on_with_its_plan(model: nn.Module, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         compress(model, Data(), checkpoint_dir=tmp_path, **{**options, "progress": stop})
-    assert list(tmp_path.glob("training-*/epoch-*.safetensors"))
+    assert list(tmp_path.rglob("training-*/epoch-*.safetensors"))
+    (tmp_path / "precious.txt").write_text("mine")
     result = compress(model, Data(), checkpoint_dir=tmp_path, **options)
     assert len(result.report.history) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
     for a, b in zip(expected.parameters(), result.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +105,8 @@ def compress(
         seed=seed,
         progress=common.say,
     )
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
     if folder is not None:
         _write(folder, network, result, dry_run=dry_run)
         if stock and not dry_run and hasattr(result.model, "save_pretrained"):

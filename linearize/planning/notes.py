@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,11 @@ class Notes:
             write_state(path, {"key": self.key, "noted": value})
 
     def forget(self) -> None:
-        """Remove the files: the job is done."""
+        """Remove the folder, which is this job's own, and the one around it if nothing else is in it."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.parent.rmdir()
 
     def _path(self, name: str) -> Path:
         """A file name that any system takes, and no other name has."""
