@@ -158,7 +158,8 @@ def test_saved_and_loaded_in_a_new_process(tmp_path: Path) -> None:
     linearize.save(small, tmp_path / "small.safetensors")
     torch.save(x, tmp_path / "x.pt")
     code = (
-        f"import linearize, torch; torch.set_num_threads({torch.get_num_threads()}); m = linearize.load('small.safetensors').eval();"
+        f"import linearize, torch; torch.set_num_threads({torch.get_num_threads()});"
+        "m = linearize.load('small.safetensors').eval();"
         "torch.save((m.state_dict(), m(torch.load('x.pt')).detach()), 'y.pt')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

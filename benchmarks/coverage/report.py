@@ -49,9 +49,9 @@ _PEER = """## Beside Torch-Pruning
 
 The two tools ask for different things: Torch-Pruning removes channels and changes the function, here a quarter of all
 channels by magnitude, the classifier excepted, heads of attention declared. linearize must keep the function. Both got
-the smallest model of each timm family on the same input. Torch-Pruning had 120 seconds for each (some of those for which
-that was not enough were given 240), linearize up to 600, both on a loaded machine. Torch-Pruning gave a smaller model that
-runs for {runs} of {families} families; linearize ended with "equal" or "nothing to gate" for {fine}."""
+the smallest model of each timm family on the same input. Torch-Pruning had 120 seconds for each (240 for some of those
+that took longer), linearize up to 600, both on a loaded machine. Torch-Pruning gave a smaller model that runs for
+{runs} of {families} families; linearize ended with "equal" or "nothing to gate" for {fine}."""
 
 _TIME = """## Time
 
