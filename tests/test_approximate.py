@@ -14,7 +14,7 @@ from linearize.approximate.covariance import Covariance
 from linearize.approximate.edit import carry_out
 from linearize.approximate.editable import obstacle_to_refit
 from linearize.approximate.observe import observe
-from linearize.approximate.regression import conditional, fit, rank_losses, square_root
+from linearize.approximate.regression import balanced, conditional, fit, rank_losses, square_root
 from linearize.approximate.removal import removal_order
 from linearize.errors import DataError
 from linearize.planning.curves import curve_of
@@ -82,6 +82,7 @@ def test_a_skip_of_lower_rank_is_the_best_of_its_rank(rows: dict[str, Tensor]) -
         fitted = fit(found.covariance, found.mean, rows["weight"], rows["bias"], rank=rank, **options)
         predicted = rows["h"][:, keep] @ fitted.weight.t() + rows["x"] @ fitted.right.t() @ fitted.left.t()
         assert fitted.left.shape == (O, rank)
+        torch.testing.assert_close(fitted.left.norm(dim=0), fitted.right.norm(dim=1))  # so that Adam can train them
         losses.append(error(rows, predicted + fitted.bias))
         assert losses[-1] == pytest.approx(least + float(values[rank:].sum()), rel=1e-5)
     assert losses == sorted(losses, reverse=True)
@@ -94,6 +95,14 @@ def test_a_skip_of_lower_rank_is_the_best_of_its_rank(rows: dict[str, Tensor]) -
     loss = (rest @ rows["root"]).square().sum(1).mean()
     gradient = torch.autograd.grad(loss, (left, right))
     assert max(float(g.abs().max()) for g in gradient) < 1e-6 * float(loss.detach()) + 1e-6
+
+
+def test_balancing_changes_no_product() -> None:
+    left, right = torch.randn(5, 3).double() * torch.tensor([1e3, 1.0, 0.0]), torch.randn(3, 4).double() * 1e-3
+    one, other = balanced(left, right)
+    torch.testing.assert_close(one @ other, left @ right)
+    torch.testing.assert_close(one.norm(dim=0)[:2], other.norm(dim=1)[:2])
+    assert torch.equal(other[2], right[2])  # nothing meets it: left alone
 
 
 @pytest.mark.parametrize("group", [1, 4])

@@ -146,6 +146,20 @@ def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> No
     assert picture.stat().st_size > 10_000
 
 
+def test_fine_tuning_must_help_on_the_held_back_data() -> None:
+    made = subject()
+    made.held = made.calibration[:2]
+    exact = copy.deepcopy(made.model)
+    ruined = Net().eval()
+    made.distill = 1.0
+    methods = {"exact": lambda *_: [Candidate(1.0, exact)], "ruined": lambda *_: [Candidate(1.0, ruined)]}
+    first, second = side_by_side(made, methods, (1.0,), rounds=0, say=False)["rows"]
+    assert first["kept"] == "before"
+    assert first["after"] == first["before"] == made.score(made.model)
+    assert made.judge(exact) < 1e-6
+    assert second["kept"] == "after"
+
+
 def test_units_are_left_within_the_budget() -> None:
     made = subject(6)
     for method in (channels.planned, channels.selective(4)):

@@ -72,8 +72,7 @@ def _tuned(subject: Subject, name: str, made: Sequence[Candidate], models: Model
         if id(candidate.model) not in done:
             key = f"{name} {candidate.budget}"
             try:
-                model = copy.deepcopy(candidate.model) if candidate.model is subject.model else candidate.model
-                facts = _train_one(subject, candidate, model)
+                model, facts = _train_one(subject, candidate)
                 after = cost(model, subject.example)
             except RuntimeError as error:  # a pruned model may fail in training only
                 rows.append({**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"})
@@ -86,19 +85,21 @@ def _tuned(subject: Subject, name: str, made: Sequence[Candidate], models: Model
     return rows
 
 
-def _train_one(subject: Subject, candidate: Candidate, model: nn.Module) -> Plain:
+def _train_one(subject: Subject, candidate: Candidate) -> tuple[nn.Module, Plain]:
+    """The model after fine-tuning, or as it was if the held-back data say that this was better, and what to note."""
+    untouched: Any = candidate.model
+    model = copy.deepcopy(untouched)
     before = None if candidate.scratch else subject.score(model)
     steps = subject.steps if candidate.steps is None else candidate.steps
     start = time.perf_counter()
     if candidate.scratch:
-        steps = train(model, subject.task_loss, candidate.scratch, _SCRATCH_RATE * subject.lr)
+        steps = train(model, subject.task_loss, candidate.scratch, subject.fresh_lr)
     else:
         train(model, subject.loss, steps, subject.lr)
-    spent = time.perf_counter() - start
-    return {"before": before, "after": subject.score(model), "steps": steps, "seconds": round(spent, 1)}
-
-
-_SCRATCH_RATE = 3.0  # learning rate from random weights, relative to that of fine-tuning
+    facts = {"before": before, "steps": steps, "seconds": round(time.perf_counter() - start, 1)}
+    if before is not None and subject.judge(untouched) <= subject.judge(model):
+        return copy.deepcopy(untouched), {**facts, "after": before, "kept": "before"}
+    return model, {**facts, "after": subject.score(model), "kept": "after"}
 
 
 def _time(subject: Subject, models: Models, rows: list[Plain], rounds: int) -> None:

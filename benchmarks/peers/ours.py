@@ -1,4 +1,4 @@
-"""This project's plans: one survey of the model, then a plan for each budget."""
+"""This project's plans: one survey of the model, then for each budget the best of some plans by the real loss."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from benchmarks.peers.subject import Candidate, Method, Subject
 from benchmarks.runs import Plain
 from linearize.planning.budget import Budget
 from linearize.planning.options import Measure
+from linearize.planning.search import searched, unscaled
 from linearize.planning.settle import settle, site_choices
 from linearize.planning.survey import survey
 
 __all__ = ["plan"]
 
 _ROUNDS = 9
+_TRIALS = 24  # plans tried with the real loss, on four batches
 
 
 def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = None) -> Method:
@@ -51,9 +53,12 @@ def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = N
 
         made: list[Candidate] = []
         for budget in budgets:
-            settled = settle(found, Budget(measure, budget), subject.example, time_ratio=time_ratio)
+            around = searched(
+                found, budget * found.total - found.fixed, subject.calibration, trials=_TRIALS, seed=subject.seed
+            )
+            settled = settle(around, Budget(measure, budget), subject.example, time_ratio=time_ratio)
             told: Plain = {"choices": [str(choice) for choice in site_choices(settled.choice).values()]}
-            told |= {"predicted_loss": settled.choice.loss, "predicted": settled.predicted}
+            told |= {"predicted_loss": unscaled(settled.choice, found).loss, "predicted": settled.predicted}
             made.append(Candidate(budget, _alone(settled.small), settled.reached, settled.met, told=told))
         return made
 

@@ -32,10 +32,11 @@ _ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 
 @dataclass(frozen=True)
 class Size:
-    """Crops of so many pixels to train and to test on, batches of 16 to calibrate on, and steps of distillation."""
+    """Crops of so many pixels to train on, to hold back and to test on; batches of 16 to calibrate on; steps."""
 
     pixels: int = 160
     train: int = 2000
+    held: int = 192
     test: int = 500
     calibrate: int = 24
     tune: int = 100
@@ -44,8 +45,8 @@ class Size:
     methods: tuple[str, ...] = ()
 
 
-QUICK = Size(64, 48, 32, 2, 2, 2, (0.75,), ("width + refit", "Torch-Pruning, magnitude"))
-FULL = Size(192, 10000, 2000, 64, 1000, 15)
+QUICK = Size(64, 48, 16, 32, 2, 2, 2, (0.75,), ("width + refit", "Torch-Pruning, magnitude"))
+FULL = Size(192, 10000, 1000, 2000, 64, 1000, 15)
 
 
 @cache
@@ -102,9 +103,11 @@ def said(model: nn.Module, images: Tensor) -> Tensor:
 
 def subject_of(seed: int, size: Size, folder: Path, weights: Path) -> Subject:
     """The pretrained model."""
-    images, test = crops(folder, size.pixels, size.train, size.test)
+    every, test = crops(folder, size.pixels, size.train + size.held, size.test)
     model = efficientnet(weights)
-    labels, reference = said(model, images), said(model, test)
+    classes, reference = said(model, every), said(model, test)
+    images, labels = every[: size.train], classes[: size.train]
+    held = list(zip(every[size.train :].split(_BATCH), classes[size.train :].split(_BATCH), strict=True))
     order = epochs(len(images), _BATCH, seed)
 
     def pick(step: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,7 @@ def subject_of(seed: int, size: Size, folder: Path, weights: Path) -> Subject:
     known = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))[: size.calibrate]
     hidden, last = hidden_of(model), ("classifier",)
     found = Subject(model, images[:_BATCH], known, pick, score, size.tune, _RATE, hidden, last, distill=1.0, seed=seed)
-    found.sizes = (1, _BATCH)
+    found.sizes, found.held = (1, _BATCH), held
     return found
 
 

@@ -40,6 +40,7 @@ class Size:
 QUICK = Size(192, 64, 64, 1, 1, (0.5,), ("plan", "width + refit"))
 FULL = Size(5000, 50000, 2000, 2000, 15)
 _BATCH = 16
+_HELD = 192  # sentences
 
 
 def subject_of(seed: int, size: Size) -> Subject:
@@ -47,10 +48,10 @@ def subject_of(seed: int, size: Size) -> Subject:
     _, texts = sentences()
     tokenizer, model = load_original()
     parts, start = [], 0
-    for count, batch in ((size.calibrate, 64), (size.train, _BATCH), (size.test, 64)):
+    for count, batch in ((size.calibrate, 64), (size.train, _BATCH), (_HELD, 64), (size.test, 64)):
         parts.append(batches(tokenizer, texts[start : start + count], batch))
         start += count
-    known, training, test = parts
+    known, training, held, test = parts
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(training), generator=generator).tolist()
     reference = embed(model, test)
@@ -63,9 +64,9 @@ def subject_of(seed: int, size: Size) -> Subject:
         return compare(reference, embed(small, test))
 
     example: Any = like_batch(test, 32, 32)
-    return Subject(
-        model, example, known, pick, score, size.tune, _RATE, hidden_of(model), distill=1.0, sizes=(1, 32), seed=seed
-    )
+    found = Subject(model, example, known, pick, score, size.tune, _RATE, hidden_of(model), distill=1.0, seed=seed)
+    found.sizes, found.held = (1, 32), held
+    return found
 
 
 def work(seed: int, size: Size) -> Plain:

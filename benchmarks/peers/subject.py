@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from benchmarks.peers.hidden import Hidden
 from benchmarks.runs import Plain
 from linearize.cost import cost
 from linearize.running.batches import Batch, read_batch
+from linearize.running.models import evaluating
 from linearize.training.losses import distillation_loss, is_logits, main_output, task_loss
 
 __all__ = ["Candidate", "Method", "Subject", "labelled_loss"]
@@ -38,9 +40,12 @@ class Subject:
         pick: the batch of a training step, with labels if the task has any.
         score: what a model can do on the test set, by name; the first counts.
         steps, lr: of fine-tuning.
+        fresh_lr: of training from random weights.
         hidden: stretches of hidden channels.
         last: names of the modules whose outputs are the model's.
         heads: names of attention's projections, with their number of heads.
+        held: batches of the training data, with labels if the task has any, that nothing is trained on; on them
+            fine-tuning must show that it helps.
         distill: share of distillation in the loss; 1 needs no labels.
         first: step of the first batch of fine-tuning.
         remember: keep what the teacher says of each step's batch, for the next method.
@@ -58,6 +63,8 @@ class Subject:
     hidden: tuple[Hidden, ...]
     last: tuple[str, ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
+    held: Sequence[Any] = ()
+    fresh_lr: float = 3e-3
     distill: float = 0.5
     first: int = 0
     remember: bool = True
@@ -82,8 +89,19 @@ class Subject:
         """What fine-tuning minimises at a step: the task's loss and distillation from the original, in shares."""
         step = self.first + step
         batch = read_batch(model, self.pick(step))
+        return self._loss(model, batch, self._teach(batch, step))
+
+    def judge(self, model: nn.Module) -> float:
+        """The same loss on the held-back batches, without training; NaN if there are none."""
+        losses = []
+        with evaluating(model):
+            for raw in self.held:
+                batch = read_batch(model, raw)
+                losses.append(float(self._loss(model, batch, main_output(self.model(*batch.args, **batch.kwargs)))))
+        return sum(losses) / len(losses) if losses else math.nan
+
+    def _loss(self, model: nn.Module, batch: Batch, taught: Tensor) -> Tensor:
         output = model(*batch.args, **batch.kwargs)
-        taught = self._teach(batch, step)
         said: Any = {"logits": taught} if is_logits(output, batch.labels) else taught
         imitate = distillation_loss(output, said, batch)
         if self.distill == 1:

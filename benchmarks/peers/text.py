@@ -28,6 +28,7 @@ Batch = dict[str, Tensor]
 _RATE = 3e-3
 _BATCH = 16
 _TOKENS = 64
+_HELD = 4  # batches of the training text
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def llama(size: Size, seed: int) -> nn.Module:
 def subject_of(seed: int, size: Size) -> Subject:
     """The trained model."""
     known, test = blocks(size)
+    known, apart = known[: -_HELD * _BATCH], known[-_HELD * _BATCH :]
     order = epochs(len(known), _BATCH, seed)
 
     def labelled(ids: Tensor) -> Batch:
@@ -111,6 +113,7 @@ def subject_of(seed: int, size: Size) -> Subject:
     hidden = hidden_of(model)
     found = Subject(model, example, calibration, pick, score, size.tune, _RATE / 3, hidden, ("lm_head",), seed=seed)
     found.first, found.remember, found.sizes = size.steps, False, (1, _BATCH)
+    found.held, found.fresh_lr = [labelled(part) for part in apart.split(_BATCH)], _RATE
     train(model, found.task_loss, size.steps, _RATE)
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linearize.approximate.removal import regularised
 
-__all__ = ["Fit", "conditional", "fit", "rank_losses", "residual_weight", "square_root"]
+__all__ = ["Fit", "balanced", "conditional", "fit", "rank_losses", "residual_weight", "square_root"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,23 @@ def _reduced_rank(
     whole = torch.cholesky_solve(s_xd @ scaled.t(), factor).t()  # (O, I), in the metric
     half = torch.linalg.solve_triangular(factor, s_xd @ scaled.t(), upper=False)
     vectors = torch.linalg.eigh(half.t() @ half).eigenvectors.flip(1)[:, :rank]
-    return torch.linalg.lstsq(root, vectors).solution, vectors.t() @ whole
+    return balanced(torch.linalg.lstsq(root, vectors).solution, vectors.t() @ whole)
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, with every column of the left factor as long as the row of the right that it meets.
+
+    Of all scalings the easiest to train: the steps of Adam are of one size, and would ruin a factor of tiny entries
+    whose partner is huge.
+
+    Example:
+        >>> left, right = balanced(torch.tensor([[100.0]]), torch.tensor([[0.01, 0.0]]))
+        >>> left.tolist(), right.tolist()
+        ([[1.0]], [[1.0, 0.0]])
+    """
+    down, up = left.norm(dim=0), right.norm(dim=1)
+    scale = torch.where((down > 0) & (up > 0), (up / down.clamp(min=1e-300)).sqrt(), torch.ones_like(up))
+    return left * scale, right / scale[:, None]
 
 
 def _beside_skip(
