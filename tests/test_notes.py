@@ -47,7 +47,7 @@ def model() -> nn.Module:
 
 
 def test_statistics_are_not_gathered_twice(model: nn.Module, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"flops": 0.5, "sequential": True, **QUIET}
+    options: dict[str, Any] = {"flops": 0.5, "sequential": True, "search": 0, **QUIET}
     whole = Data()
     expected = compress(model, whole, **options).model
     stopped = Data(stop_in=4)  # lines, all sites, the first site's refit; in the second's it is interrupted

@@ -214,6 +214,16 @@ def test_torch_pruning_meets_budgets_or_says_why() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_modelopt_meets_budgets_or_says_why() -> None:
+    from benchmarks.peers.nas import modelopt
+
+    first, second = modelopt(subject(), (0.7, 0.01))
+    assert first.met or "Error" in first.failed  # of an import, where it is not installed
+    assert second.model is None
+    assert second.failed
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_small_vit_by_plan_and_by_width(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     from benchmarks.peers import images

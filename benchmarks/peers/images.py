@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.peers.folding import layer_folding
 from benchmarks.peers.hidden import hidden_of
 from benchmarks.peers.measure import side_by_side
+from benchmarks.peers.nas import modelopt
 from benchmarks.peers.networks import draw, make
 from benchmarks.peers.ours import plan
 from benchmarks.peers.pruning import torch_pruning
@@ -131,6 +132,7 @@ def methods_of(network: str, seed: int, size: Size, out: Path) -> dict[str, Meth
         "Torch-Pruning, Taylor": torch_pruning("all", "taylor"),
         "Torch-Pruning hidden, magnitude": torch_pruning("hidden", "magnitude"),
         "Torch-Pruning hidden, Taylor": torch_pruning("hidden", "taylor"),
+        "ModelOpt FastNAS": modelopt,
         "layer folding": layer_folding(),
         "scratch": _some(from_scratch(fresh, redraw, size.steps + size.tune), 2),
     }
@@ -158,5 +160,6 @@ def jobs(size: Size, seeds: int, folder: Path, out: Path) -> list[Job]:
         for network in size.networks:
             asked = {"experiment": "images", "network": network, "seed": seed, **asdict(size), "networks": None}
             asked |= {"asked_budgets": size.of(network)}
-            made.append(Job(f"images-{network}-{seed}", asked, partial(work, network, seed, size, folder, out)))
+            name = "-".join(["images", network, str(seed), *(method.replace(" ", "_") for method in size.methods)])
+            made.append(Job(name, asked, partial(work, network, seed, size, folder, out)))
     return made

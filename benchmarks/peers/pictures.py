@@ -23,6 +23,7 @@ _STYLES = {
     "Torch-Pruning, Taylor": ("#b2182b", "s", "--"),
     "Torch-Pruning hidden, magnitude": ("#fdb863", "P", ":"),
     "Torch-Pruning hidden, Taylor": ("#d6604d", "P", ":"),
+    "ModelOpt FastNAS": ("#4d9221", "*", "--"),
     "layer folding": ("#762a83", "X", "-."),
     "whole FFNs, one by one": ("#762a83", "X", "-."),
     "SNL": ("#b2182b", "s", "--"),

@@ -82,8 +82,6 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
         return _replayed(job, found, plan)
     if budget is None:
         raise UsageError("compress", "found no budget", "Pass exactly one.")
-    if dry_run:
-        return _dry(found, budget)
 
     def time_ratio(small: nn.Module) -> float:
         pair = {"original": job.original, "collapsed": small}
@@ -91,11 +89,12 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
     with steps("plan"):
+        around = found
         if how.search:
             aim = budget.fraction * found.total - found.fixed
             around = searched(found, aim, job.data, trials=how.search, seed=how.seed, say=steps.say)
-        else:
-            around = found
+        if dry_run:
+            return _dry(found, around, budget)
         settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=steps.say)
     told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
     if not settled.met:
@@ -121,8 +120,9 @@ def _plan_file(job: Job) -> Path | None:
     return None if folder is None or not job.training_steps else Path(folder) / "plan.json"
 
 
-def _dry(found: Survey, budget: Budget) -> Made:
-    choice = choose(found.groups, found.measure, budget.fraction * found.total - found.fixed)
+def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
+    picked = choose(around.groups, found.measure, budget.fraction * found.total - found.fixed)
+    choice = unscaled(picked, found)
     choices = site_choices(choice)
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total

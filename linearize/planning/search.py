@@ -9,7 +9,7 @@ Source of the idea: Frantar and Alistarh, "SPDY: Accurate Pruning with Speedup G
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +84,7 @@ def unscaled(picked: Choice, found: Survey) -> Choice:
 
 def _spread(data: Iterable[Any], count: int) -> list[Any]:
     """Some batches, spread over the data."""
-    total = sum(1 for _ in data)
+    total = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
     step = max(1, total // count)
     return list(itertools.islice(itertools.islice(data, step - 1, None, step), count))
 
