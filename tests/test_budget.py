@@ -271,6 +271,15 @@ def test_fine_tuning_walks_to_the_plan(model: nn.Module, data: Batches, gradual:
     assert set(result.report.quality["accuracy"]) == {"before", "gated", "collapsed"}
 
 
+def test_fine_tuning_that_spoils_the_model_is_told(model: nn.Module, data: Batches) -> None:
+    def notes(lr: float) -> str:
+        options = {"epochs": 2, "lr": lr, "distill_weight": 1.0}
+        return " ".join(compress(model, data, flops=0.8, finetune=options, **QUIET).report.notes)
+
+    assert "further from the original's" in notes(3.0)
+    assert "further" not in notes(1e-6)
+
+
 def test_without_learning_the_path_ends_in_the_closed_form(model: nn.Module, data: Batches) -> None:
     options = {"epochs": 1, "lr": 0.0, "gate_lr": 0.0, "weight_decay": 0.0, "gradual": 0.7}
     cut = compress(model, data, flops=0.3, **QUIET).model

@@ -20,7 +20,7 @@ from linearize.planning.choose import choose, uniform
 from linearize.planning.job import Job, Made
 from linearize.planning.latency import cache_file
 from linearize.planning.options import BLOCKS, SiteChoice
-from linearize.planning.search import searched, unscaled
+from linearize.planning.search import real_loss, searched, some_of, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
 from linearize.planning.survey import Survey, describe, survey
@@ -110,8 +110,19 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
                 found, choices, job.data, seed=how.seed, progress=steps.bars, say=steps.say, notes=job.notes
             )
             small = collapsed(goal, settled.plan)
-    gated, small, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
-    return Made(gated, small, settled.plan, history, told)
+    gated, tuned, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
+    told["notes"] += _drift(job, small, tuned) if history else ()
+    return Made(gated, tuned, settled.plan, history, told)
+
+
+def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
+    """A note, if fine-tuning took the model away from the original; by labels it may well do so, and rightly."""
+    some = some_of(job.data, 4)
+    before, after = (real_loss(job.original, model, some) for model in (small, tuned))
+    if after <= before:
+        return ()
+    text = f"fine-tuning took the outputs further from the original's, from {before:.3g} to {after:.3g}"
+    return (f"{text} on {len(some)} batches; if labels do not ask for that, lower the learning rate",)
 
 
 def _plan_file(job: Job) -> Path | None:

@@ -23,7 +23,7 @@ from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, evaluating
 from linearize.training.losses import distillation_loss
 
-__all__ = ["real_loss", "searched", "unscaled"]
+__all__ = ["real_loss", "searched", "some_of", "unscaled"]
 
 _SPREAD = 0.5  # of the logarithm of the factors
 
@@ -50,7 +50,7 @@ def searched(
         say: told what is going on.
     """
     generator = torch.Generator().manual_seed(seed)
-    some = _spread(data, batches)
+    some = some_of(data, batches)
     first, best = choose(found.groups, found.measure, budget), found
     least = real_loss(found.gated, edited(found, site_choices(first)), some)
     say(f"  search: {least:.4g} at the start")
@@ -82,7 +82,7 @@ def unscaled(picked: Choice, found: Survey) -> Choice:
     return replace(picked, options=options, loss=sum(option.loss for option in options))
 
 
-def _spread(data: Iterable[Any], count: int) -> list[Any]:
+def some_of(data: Iterable[Any], count: int) -> list[Any]:
     """Some batches, spread over the data."""
     total = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
     step = max(1, total // count)
