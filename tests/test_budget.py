@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ import linearize
 from linearize.compress import compress
 from linearize.errors import DataError, TrainingError, UsageError
 from linearize.plan import Plan
-from linearize.planning.choose import choose, uniform
+from linearize.planning import settle as settling
+from linearize.planning.budget import Budget
+from linearize.planning.choose import Choice, choose, uniform
 from linearize.planning.latency import LatencyTable, cache_file
 from linearize.planning.options import MEASURES, Group, Option, SiteChoice
+from linearize.planning.settle import Settled
+from linearize.planning.survey import Survey
 from linearize.training.path import PlannedPath
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
@@ -468,3 +473,23 @@ def test_tiny_transformers(kind: str, tmp_path: Path) -> None:
         assert torch.equal(again(**data[0])[0], result.model(**data[0])[0])
     if kind == "llama":
         assert result.model.generate(**data[0], max_new_tokens=3, do_sample=False).shape == (4, 43)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("bend", [lambda cost: cost**0.5, lambda cost: 0.5 + 0.5 * cost, lambda cost: cost**2])
+def test_a_latency_that_was_predicted_wrongly_is_neither_missed_nor_overdone(
+    bend: Callable[[float], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans are made on predicted latencies, and judged by others."""
+    options = tuple(
+        Option((), (1 - share) ** 2, 0, 0, 0, latency=share) for share in torch.linspace(1, 0, 101).tolist()
+    )
+    found = Survey(nn.Identity(), "latency", [Group(("a",), options)], 1.0, None)  # type: ignore[arg-type]
+
+    def measured(_: Any, budget: Budget, choice: Choice, *__: Any) -> Settled:
+        reached = bend(choice.cost)
+        return Settled(choice, nn.Identity(), nn.Identity(), Plan(()), choice.cost, reached, reached <= budget.fraction)
+
+    monkeypatch.setattr(settling, "_try", measured)
+    settled = settling.settle(found, Budget("latency", 0.6), None, time_ratio=lambda _: 1.0)
+    assert settled.met
+    assert settled.reached >= 0.5 or bend(0.6) < 0.5  # what was predicted too high is not loosened

@@ -125,7 +125,7 @@ def methods_of(network: str, seed: int, size: Size, out: Path) -> dict[str, Meth
     fresh = partial(make, network, 1000 + seed)
     redraw: Callable[[nn.Module], object] = partial(draw, network)
     every: dict[str, Method] = {
-        "plan": plan("flops"),
+        "plan": plan("flops", cache=out / "latency.json", timed=True),
         "plan, latency": _some(plan("latency", cache=out / "latency.json"), 0, 2, 4),
         "width + refit": by_width,
         "Torch-Pruning, magnitude": torch_pruning("all", "magnitude"),
@@ -160,6 +160,6 @@ def jobs(size: Size, seeds: int, folder: Path, out: Path) -> list[Job]:
         for network in size.networks:
             asked = {"experiment": "images", "network": network, "seed": seed, **asdict(size), "networks": None}
             asked |= {"asked_budgets": size.of(network)}
-            name = "-".join(["images", network, str(seed), *(method.replace(" ", "_") for method in size.methods)])
+            name = "-".join(["images", network, str(seed), *(method.replace(",", "").replace(" ", "_") for method in size.methods)])
             made.append(Job(name, asked, partial(work, network, seed, size, folder, out)))
     return made

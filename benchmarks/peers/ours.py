@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from linearize.planning.budget import Budget
 from linearize.planning.options import Measure
 from linearize.planning.search import searched, unscaled
 from linearize.planning.settle import settle, site_choices
-from linearize.planning.survey import survey
+from linearize.planning.survey import Survey, survey
 
 __all__ = ["plan"]
 
@@ -23,28 +24,18 @@ _ROUNDS = 9
 _TRIALS = 24  # plans tried with the real loss, on four batches
 
 
-def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = None) -> Method:
+def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = None, timed: bool = False) -> Method:
     """The method whose budgets are fractions of FLOPs, or of latency at the subject's batch sizes.
 
     Args:
         measure: what the budgets limit.
         cache: file of measured latencies; None measures anew.
         exclude: pattern of sites that stay as they are.
+        timed: measure latencies in any case, for another plan of the same subject, which then needs no survey.
     """
 
     def method(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
-        gated = linearize.convert(subject.model, subject.example, exclude=exclude)
-        found = survey(
-            subject.model,
-            gated,
-            subject.calibration,
-            subject.example,
-            measure=measure,
-            batch_sizes=list(subject.sizes),
-            seed=subject.seed,
-            cache=cache,
-            progress=False,
-        )
+        found = _surveyed(subject, measure, cache, exclude, timed=timed)
 
         def time_ratio(small: nn.Module) -> float:
             pair = {"original": subject.model, "small": small}
@@ -63,6 +54,26 @@ def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = N
         return made
 
     return method
+
+
+def _surveyed(subject: Subject, measure: Measure, cache: Path | None, exclude: str | None, *, timed: bool) -> Survey:
+    """What the sites of a subject could become; one survey with latencies serves every measure."""
+    known: Survey | None = subject.surveys.get(str(exclude))
+    if known is None or (measure == "latency" and known.measure != "latency"):
+        known = survey(
+            subject.model,
+            linearize.convert(subject.model, subject.example, exclude=exclude),
+            subject.calibration,
+            subject.example,
+            measure="latency" if timed else measure,
+            batch_sizes=list(subject.sizes),
+            seed=subject.seed,
+            cache=cache,
+            progress=False,
+        )
+        subject.surveys[str(exclude)] = known
+    total = {"flops": float(known.before.flops), "params": float(known.before.parameters)}.get(measure, 1.0)
+    return replace(known, measure=measure, total=total)
 
 
 def _alone(model: nn.Module) -> nn.Module:

@@ -6,11 +6,15 @@ No labels are needed: the original's own answers are the labels, and its logits 
 from __future__ import annotations
 
 import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.peers.hidden import hidden_of
@@ -27,6 +31,7 @@ __all__ = ["Size", "crops", "jobs"]
 
 _RATE = 3e-4
 _BATCH = 16
+_SMALLEST = 240  # pixels of a side, for images inside of other files
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -37,8 +42,8 @@ class Size:
     pixels: int = 160
     train: int = 2000
     held: int = 192
-    test: int = 500
-    calibrate: int = 24
+    test: int = 1000
+    calibrate: int = 90
     tune: int = 100
     rounds: int = 9
     budgets: tuple[float, ...] = (0.75, 0.5)
@@ -49,38 +54,62 @@ QUICK = Size(64, 48, 16, 32, 2, 2, 2, (0.75,), ("width + refit", "Torch-Pruning,
 FULL = Size(192, 10000, 1000, 2000, 64, 1000, 15)
 
 
+def images_in(folder: Path) -> dict[str, Image.Image]:
+    """The images in a folder's files, by a name each; those inside of Qt's resource files (.rcc) too, if not small."""
+    found: dict[str, Image.Image] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix.lower() in _ENDINGS:
+            found[path.name] = Image.open(path)
+        if path.suffix != ".rcc":
+            continue
+        data = path.read_bytes()
+        for start in re.finditer(rb"\xff\xd8\xff|RIFF....WEBP", data, re.DOTALL):  # a JPEG or WebP behind its length
+            place = start.start()
+            length = int.from_bytes(data[max(0, place - 4) : place])
+            try:
+                image = Image.open(io.BytesIO(data[place : place + length]))
+                image.load()
+            except OSError:  # what only looked like an image
+                continue
+            if image.mode == "RGB" and min(image.size) >= _SMALLEST:
+                found[f"{path.stem}-{place}"] = image
+    return found
+
+
 @cache
-def crops(folder: Path, pixels: int, train: int, test: int) -> tuple[Tensor, Tensor]:
-    """Square crops (N, 3, pixels, pixels) in [-1, 1] to train and to test on, of different photographs.
+def crops(folder: Path, pixels: int, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Square crops (N, 3, pixels, pixels) in [-1, 1] to train on, hold back and test on, of different photographs.
 
-    Where a crop lies is drawn from the name of its photograph, and so is which fifth of them are for testing. A crop's
-    side is between a fifth of the photograph's shorter side and all of it.
+    Where a crop lies is drawn from the name of its photograph, and so is which fifth of them are for testing and which
+    tenth is held back. A crop's side is between a fifth of the photograph's shorter side and all of it.
     """
-    from PIL import Image
+    images = images_in(folder)
+    marks = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in images}
+    names = sorted(images, key=lambda name: marks[name])
+    assert len(names) >= 3, f"there are fewer than three photographs in {folder}"
+    test, held = max(1, len(names) // 5), max(1, len(names) // 10)
+    parts = names[test + held :], names[test : test + held], names[:test]
+    train, apart, last = (_crops(images, part, marks, pixels, n) for part, n in zip(parts, counts, strict=True))
+    return train, apart, last
 
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _ENDINGS and path.is_file()]
-    marks = {path: int(hashlib.sha256(path.name.encode()).hexdigest()[:8], 16) for path in paths}
-    paths.sort(key=lambda path: marks[path])
-    apart = max(1, len(paths) // 5)
-    found = []
-    for some, count in ((paths[apart:], train), (paths[:apart], test)):
-        assert some, f"there are fewer than two photographs in {folder}"
-        each = -(-count // len(some))
-        tensors: list[Tensor] = []
-        for path in some:
-            generator = torch.Generator().manual_seed(marks[path])
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-            for _ in range(each):
-                share, left, top = torch.rand(3, generator=generator).tolist()
-                side = int(min(image.size) * (0.2 + 0.8 * share))
-                x, y = int(left * (image.width - side)), int(top * (image.height - side))
-                small = image.resize((pixels, pixels), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
-                tensors.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(pixels, pixels, 3))
-        order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0))[:count]
-        stacked = torch.stack([tensors[place] for place in order.tolist()]).permute(0, 3, 1, 2)
-        found.append(stacked.contiguous().float() / 127.5 - 1)
-    return found[0], found[1]
+
+def _crops(
+    images: Mapping[str, Image.Image], names: Sequence[str], marks: Mapping[str, int], pixels: int, count: int
+) -> Tensor:
+    each = -(-count // len(names))
+    tensors: list[Tensor] = []
+    for name in names:
+        generator = torch.Generator().manual_seed(marks[name])
+        image = images[name].convert("RGB")
+        for _ in range(each):
+            share, left, top = torch.rand(3, generator=generator).tolist()
+            side = int(min(image.size) * (0.2 + 0.8 * share))
+            x, y = int(left * (image.width - side)), int(top * (image.height - side))
+            small = image.resize((pixels, pixels), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+            tensors.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(pixels, pixels, 3))
+    order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0))[:count]
+    stacked = torch.stack([tensors[place] for place in order.tolist()]).permute(0, 3, 1, 2)
+    return stacked.contiguous().float() / 127.5 - 1
 
 
 def efficientnet(weights: Path) -> nn.Module:
@@ -103,11 +132,10 @@ def said(model: nn.Module, images: Tensor) -> Tensor:
 
 def subject_of(seed: int, size: Size, folder: Path, weights: Path) -> Subject:
     """The pretrained model."""
-    every, test = crops(folder, size.pixels, size.train + size.held, size.test)
+    images, apart, test = crops(folder, size.pixels, (size.train, size.held, size.test))
     model = efficientnet(weights)
-    classes, reference = said(model, every), said(model, test)
-    images, labels = every[: size.train], classes[: size.train]
-    held = list(zip(every[size.train :].split(_BATCH), classes[size.train :].split(_BATCH), strict=True))
+    labels, reference = said(model, images), said(model, test)
+    held = list(zip(apart.split(_BATCH), said(model, apart).split(_BATCH), strict=True))
     order = epochs(len(images), _BATCH, seed)
 
     def pick(step: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +156,7 @@ def work(seed: int, size: Size, folder: Path, weights: Path, out: Path) -> Plain
     """One run."""
     subject = subject_of(seed, size, folder, weights)
     methods: dict[str, Method] = {
-        "plan": plan("flops"),
+        "plan": plan("flops", cache=out / "latency.json", timed=True),
         "plan, latency": plan("latency", cache=out / "latency.json"),
         "width + refit": by_width,
         "Torch-Pruning, magnitude": torch_pruning("all", "magnitude"),

@@ -51,6 +51,7 @@ class Subject:
         remember: keep what the teacher says of each step's batch, for the next method.
         sizes: batch sizes of latencies.
         seed: of whatever a method draws.
+        surveys: what the plans here have found out already, by what they may not change.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Subject:
     remember: bool = True
     sizes: tuple[int, ...] = (1, 64)
     seed: int = 0
+    surveys: dict[str, Any] = field(default_factory=dict, repr=False)
     _taught: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property

@@ -32,7 +32,7 @@ class Edit:
         keep: indices of the channels that stay nonlinear, ascending.
         carriers: indices of the channels that carry the skip, (r,).
         weights, biases: of each consumer, (O_j, C * g) and (O_j,).
-        source: the whole weight (outputs, I) of the producer, with the skip's rows in it; None without a skip.
+        source: the whole weight (outputs, I * taps) of the producer, with the skip's rows in it; None without a skip.
         slope, intercept: of the gate, (C,).
     """
 
@@ -73,15 +73,18 @@ def edit_for(model: nn.Module, observation: Observation, keep: Tensor, found: Fi
     bias = found.bias.clone()
     slope, intercept = torch.zeros(2, channels, dtype=torch.float64, device=device).unbind()
     carriers, source = keep.new_zeros(0), None
-    port = skip_source(model, site)
-    if rank and port is not None:
+    start = skip_source(model, site)
+    if rank and start is not None:
+        port = start.port
         scale, shift = fold_of(model, () if site.gated_unit else site.folds, channels)
         size = scale.abs().masked_fill(~gone, -1)
         carriers = size.topk(rank).indices.sort().values
         own = bias_of(model, port, port.total)[port.start : port.stop]
         source = matrix(model, port)
-        source[port.start + carriers] = found.right / scale[carriers, None]
-        weight[:, carriers] = found.left
+        rows = port.start + carriers
+        source[rows] = 0
+        source[rows[:, None], start.columns().to(rows.device)] = found.right / scale[carriers, None]
+        weight[:, carriers * group + group // 2] = found.left  # the middle tap
         if site.gated_unit:  # the carried value is up(x) itself, with its bias: the consumer takes that off again
             intercept[carriers] = 1
             bias = bias - found.left @ own[carriers]
@@ -110,7 +113,7 @@ def carry_out(model: nn.Module, edit: Edit) -> None:
         write_bias(model, port, bias)
     start = skip_source(model, site)
     if edit.source is not None and start is not None:
-        write_matrix(model, start, edit.source)
+        write_matrix(model, start.port, edit.source)
     gate.slope.copy_(edit.slope)
     gate.intercept.copy_(edit.intercept)
     gate.linearize_(edit.linear().to(gate.frozen.device))

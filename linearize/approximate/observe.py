@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.approximate.covariance import Covariance
-from linearize.approximate.editable import Consumer, bias_of, consumers_of, matrix, obstacle_to_refit, skip_source
+from linearize.approximate.editable import (
+    Consumer,
+    Source,
+    bias_of,
+    consumers_of,
+    matrix,
+    obstacle_to_refit,
+    skip_source,
+)
 from linearize.approximate.probes import projection
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
@@ -93,9 +101,10 @@ class Observation:
 
 @dataclass
 class _Watch:
-    """What one site shows during one batch."""
+    """What one site shows during one batch; its skip would start at `start`."""
 
     found: Observation
+    start: Source | None
     x: Tensor | None = None
     h: Tensor | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)
@@ -107,11 +116,13 @@ class _Watch:
         found, consumer = self.found, self.found.consumers[0]
         gradient = _gradient_rows(found, self.gradients, mask)
         if consumer.spatial:
-            h, weights = _patches(self.h, consumer.module, generator), None
+            h, where = _patches(self.h, consumer.module, generator)
+            weights = None
         else:
             h, weights = rows_of(self.h, consumer.port.dims, mask), _row_weights(gradient)
         if found.inputs and self.x is not None:
-            x = rows_of(self.x, consumer.port.dims, mask).to(h)
+            x = self._at(where) if consumer.spatial else rows_of(self.x, consumer.port.dims, mask)
+            x = x.to(h)
             if len(x) != len(h):  # a pooling lies between: the consumer has rows of its own, and no skip is possible
                 found.inputs, found.rows = 0, Covariance(h.shape[1], found.rows.mean.device)
             else:
@@ -124,6 +135,12 @@ class _Watch:
             found.sensitivity.addmm_(g.t(), g)
         self.x = self.h = None
         self.gradients.clear()
+
+    def _at(self, where: Tensor) -> Tensor:
+        """Rows of the site's input at some positions (R, I)."""
+        if self.x is None or math.prod(self.x.shape[2:]) <= int(where.max()):
+            return where.new_zeros(0, 1)
+        return self.x.flatten(2)[:, :, where].transpose(1, 2).flatten(0, 1)
 
 
 def observe(
@@ -191,7 +208,7 @@ def _empty(model: nn.Module, site: Site | None) -> Observation:
         raise DataError("observe", "found a gate without a site", "Put gates in with linearize.convert.")
     consumers = consumers_of(model, site)
     source = skip_source(model, site)
-    inputs = matrix(model, source).shape[1] if source is not None else 0
+    inputs = source.inputs if source is not None else 0
     device = device_of(model)
     place = torch.device("cpu") if device.type == "mps" else device
     outputs = sum(consumer.outputs for consumer in consumers)
@@ -211,7 +228,7 @@ def _in_memory(model: nn.Module, names: list[str], memory: float) -> Iterator[li
             continue
         source = skip_source(model, site)
         features = site.channels * consumers_of(model, site)[0].group
-        features += matrix(model, source).shape[1] if source is not None else 0
+        features += source.inputs if source is not None else 0
         size = 8.0 * features**2
         if group and used + size > memory:
             yield group
@@ -232,7 +249,7 @@ def _pass(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
-    watches = {name: _Watch(observation) for name, observation in found.items()}
+    watches = {name: _Watch(seen, skip_source(model, seen.site)) for name, seen in found.items()}
     total = len(batches) if isinstance(batches, Sized) else None
     count = 0
     hooks = functools.partial(_hooks, model, watches)
@@ -273,7 +290,8 @@ def _hooks(model: nn.Module, watches: dict[str, _Watch], source: Tensor | None) 
 
 def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        watch.x = inputs[0].detach() if watch.found.inputs else None
+        start = watch.start if watch.found.inputs else None
+        watch.x = None if start is None else start.at_outputs(inputs[0].detach())
         watch.found.shape = watch.found.shape or tuple(inputs[0].shape)
 
     return see
@@ -326,12 +344,12 @@ def _row_weights(gradient: Tensor | None) -> Tensor | None:
     return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
 
 
-def _patches(h: Tensor, conv: Any, generator: torch.Generator) -> Tensor:
-    """Some of the patches that a spatial consumer reads, (R, C * g): the same random positions of every image."""
-    found, where = [], None
+def _patches(h: Tensor, conv: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some of the patches that a spatial consumer reads, (R, C * g), and where: the same random positions of images."""
+    found, where = [], torch.empty(0)
     for some in h.split(8):
         patches = functional.unfold(some, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-        if where is None:
+        if not len(where):
             where = torch.randperm(patches.shape[2], generator=generator)[:_POSITIONS].to(h.device)
         found.append(patches[:, :, where].transpose(1, 2).flatten(0, 1))
-    return torch.cat(found)
+    return torch.cat(found), where

@@ -31,7 +31,9 @@ __all__ = ["Settled", "collapsed", "edited", "fraction_of", "planned", "settle",
 
 # A latency within this of the target counts as met: measurements differ by as much.
 _LATENCY_TOLERANCE = 0.02
-_ROUNDS = 4
+_ROUNDS = (4, 8)  # of other measures, and of latency
+_CLOSE = 0.9  # a latency from this share of the target on needs no looser plan
+_STEP = 0.75  # the least that an aim may fall to at a time, relative to itself
 
 
 @dataclass
@@ -75,15 +77,22 @@ def settle(
     """
     aim = budget.fraction
     best: Settled | None = None
-    for _ in range(_ROUNDS):
+    met, missed = 0.0, float("inf")  # the largest aim that kept to the budget, and the smallest that did not
+    for _ in range(_ROUNDS[budget.measure == "latency"]):
         choice = choose(found.groups, found.measure, aim * found.total - found.fixed)
         settled = _try(found, budget, choice, batch, time_ratio)
         say(f"  predicted {settled.predicted:.3f}, reached {settled.reached:.3f} of the original's {budget.measure}")
-        if best is None or (settled.met, -settled.reached) > (best.met, -best.reached):
+        if best is None or _rank(settled) > _rank(best):
             best = settled
-        if settled.met or not choice.reachable:
-            break
-        aim = _tightened(aim, budget, settled)
+        if settled.met:
+            met = max(met, aim)
+            if missed == float("inf") or settled.reached >= _CLOSE * budget.fraction:
+                break
+        else:
+            missed = min(missed, aim)
+            if not choice.reachable:
+                break
+        aim = (met + missed) / 2 if met else _tightened(aim, budget, settled)
         if aim <= 0:
             break
     if best is None:
@@ -91,11 +100,17 @@ def settle(
     return best
 
 
+def _rank(settled: Settled) -> tuple[bool, float]:
+    """A budget that is met counts first, then the least predicted loss; of those that miss it, the nearest."""
+    return settled.met, -settled.choice.loss if settled.met else -settled.reached
+
+
 def _tightened(aim: float, budget: Budget, settled: Settled) -> float:
-    """What to ask of the plan next, after this one missed the budget."""
-    if budget.measure == "latency":  # so much of the gain that was promised came true
+    """What to ask of the plan next, after this one missed the budget and none has met it."""
+    if budget.measure == "latency":  # so much of the gain that was promised came true; one measurement is no proof
         came = (1 - settled.reached) / max(1e-6, 1 - settled.predicted)
-        return min(aim - 0.01, 1 - (1 - budget.fraction) / min(1.0, max(0.2, came)))
+        wanted = 1 - (1 - budget.fraction) / min(1.0, max(0.2, came))
+        return max(_STEP * aim, min(aim - 0.01, wanted))
     return aim - (settled.reached - budget.fraction) * 1.1 - 1e-4
 
 
