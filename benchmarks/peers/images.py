@@ -160,6 +160,7 @@ def jobs(size: Size, seeds: int, folder: Path, out: Path) -> list[Job]:
         for network in size.networks:
             asked = {"experiment": "images", "network": network, "seed": seed, **asdict(size), "networks": None}
             asked |= {"asked_budgets": size.of(network)}
-            name = "-".join(["images", network, str(seed), *(method.replace(",", "").replace(" ", "_") for method in size.methods)])
+            some = [method.replace(",", "").replace(" ", "_") for method in size.methods]
+            name = "-".join(["images", network, str(seed), *some])
             made.append(Job(name, asked, partial(work, network, seed, size, folder, out)))
     return made
