@@ -227,6 +227,15 @@ def test_behind_a_pooling_the_consumer_has_rows_of_its_own() -> None:
     assert linearize.verify(gated, small, data[0]).max_error < 1e-12
 
 
+def test_a_pooling_before_a_spatial_consumer_leaves_no_skip() -> None:
+    layers = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(16, 5, 3, padding=1)
+    data = [torch.randn(20, 3, 12, 12) for _ in range(4)]
+    gated = linearize.convert(nn.Sequential(*layers).eval(), data[0])
+    found = observe(gated, data, progress=False)["1"]
+    assert found.inputs == 0
+    assert found.rows.count == 80 * 36
+
+
 def test_dropping_alone_leaves_ordinary_layers() -> None:
     for name in ("mlp", "unit", "packed"):
         build, shape = MODELS[name]

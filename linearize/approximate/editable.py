@@ -30,6 +30,8 @@ __all__ = [
 
 # Features of a spatial consumer beyond which the covariance would not fit a sensible memory or time.
 _WIDEST = 5000
+# Beyond this no skip is tried beside a spatial consumer: its curves take several times as long as those without.
+_WIDEST_WITH_SKIP = 1500
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ def skip_source(model: nn.Module, site: Site) -> Source | None:
     if not all(_centred(model, p) if alone or p == port else _in_place(model, p) for p in (port, *readers)):
         return None
     if site.up is not None and not _in_place(model, port):
+        return None
+    if any(c.spatial and c.group * site.channels > _WIDEST_WITH_SKIP for c in consumers_of(model, site)):
         return None
     module: Any = model.get_submodule(port.module)
     steps = _numbers(getattr(module, "stride", ()))

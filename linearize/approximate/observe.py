@@ -116,12 +116,12 @@ class _Watch:
         found, consumer = self.found, self.found.consumers[0]
         gradient = _gradient_rows(found, self.gradients, mask)
         if consumer.spatial:
-            h, where = _patches(self.h, consumer.module, generator)
+            h, where, positions = _patches(self.h, consumer.module, generator)
             weights = None
         else:
             h, weights = rows_of(self.h, consumer.port.dims, mask), _row_weights(gradient)
         if found.inputs and self.x is not None:
-            x = self._at(where) if consumer.spatial else rows_of(self.x, consumer.port.dims, mask)
+            x = self._at(where, positions) if consumer.spatial else rows_of(self.x, consumer.port.dims, mask)
             x = x.to(h)
             if len(x) != len(h):  # a pooling lies between: the consumer has rows of its own, and no skip is possible
                 found.inputs, found.rows = 0, Covariance(h.shape[1], found.rows.mean.device)
@@ -136,9 +136,9 @@ class _Watch:
         self.x = self.h = None
         self.gradients.clear()
 
-    def _at(self, where: Tensor) -> Tensor:
-        """Rows of the site's input at some positions (R, I)."""
-        if self.x is None or math.prod(self.x.shape[2:]) <= int(where.max()):
+    def _at(self, where: Tensor, positions: int) -> Tensor:
+        """Rows of the site's input at some positions (R, I); none if it has another number of them."""
+        if self.x is None or math.prod(self.x.shape[2:]) != positions:
             return where.new_zeros(0, 1)
         return self.x.flatten(2)[:, :, where].transpose(1, 2).flatten(0, 1)
 
@@ -344,12 +344,17 @@ def _row_weights(gradient: Tensor | None) -> Tensor | None:
     return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
 
 
-def _patches(h: Tensor, conv: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some of the patches that a spatial consumer reads, (R, C * g), and where: the same random positions of images."""
-    found, where = [], torch.empty(0)
+def _patches(h: Tensor, conv: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    """Some of the patches that a spatial consumer reads, (R, C * g), the same random positions of every image.
+
+    Returns:
+        The patches, where they are, and how many positions there are.
+    """
+    found, where, total = [], torch.empty(0), 0
     for some in h.split(8):
         patches = functional.unfold(some, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-        if not len(where):
-            where = torch.randperm(patches.shape[2], generator=generator)[:_POSITIONS].to(h.device)
+        if not total:
+            total = patches.shape[2]
+            where = torch.randperm(total, generator=generator)[:_POSITIONS].to(h.device)
         found.append(patches[:, :, where].transpose(1, 2).flatten(0, 1))
-    return torch.cat(found), where
+    return torch.cat(found), where, total
