@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
 from linearize.gate import ChannelGate, gates
+from linearize.groups import groups_of
 from linearize.training.compete import SCHEDULES, Competition, channel_costs
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = ["SparsityPrior", "param_groups"]
 
 Kind = Literal["paper", "folding", "target"]
 Unit = Literal["channels", "cost"]
+Together = Literal["channels", "sites", "blocks"]
 
 
 class SparsityPrior:
@@ -62,6 +64,9 @@ class SparsityPrior:
             channel's place by the residual of its line (1 for the least of all layers, 0 for the most), so that
             channels whose line leaves next to nothing go first.
         tolerance: a channel whose alpha is at least `1 - tolerance` after a step has arrived: it is frozen.
+        together: whose alphas are one and the same: every channel's own, those of a whole site (as in "Layer
+            Folding"), or those of all sites that share maps, such as an inverted residual (as in Fu et al.,
+            "DepthShrinker", ICML 2022): these become linear together, and collapse into one map. Not for "target".
 
     Raises:
         UsageError: an argument is out of range or does not belong to the kind; the model has no gates, or no
@@ -91,6 +96,7 @@ class SparsityPrior:
         cost_weighted: bool = False,
         calibration: Calibration | None = None,
         tolerance: float = 1e-3,
+        together: Together = "channels",
     ) -> None:
         _check("kind", kind, kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}")
         weight = (0.0 if kind == "target" else 1e-4) if weight is None else weight
@@ -98,12 +104,18 @@ class SparsityPrior:
         _check("p", p, 0 < p < math.inf, "a positive number")
         _check("tolerance", tolerance, 0 < tolerance < 1, "a number between 0 and 1")
         _check("by", by, by in get_args(Unit), f"one of {', '.join(get_args(Unit))}")
+        _check("together", together, together in get_args(Together), f"one of {', '.join(get_args(Together))}")
+        _check("together", together, kind != "target" or together == "channels", '"channels" with kind="target"')
         named = gates(model)
         if not named:
             raise UsageError("SparsityPrior", "found no gate in the model", "Pass linearize.convert(model).")
         self.kind, self.weight, self.p, self.tolerance = kind, float(weight), float(p), float(tolerance)
         self.gates = list(named.values())
         self.steps_taken = 0
+        self._tied: list[list[ChannelGate]] = []
+        if together != "channels":
+            groups = groups_of(model) if together == "blocks" else [[name] for name in named]
+            self._tied = [[named[name] for name in group] for group in groups]
         sizes = [gate.channels for gate in self.gates]
         ones = torch.ones(sum(sizes), dtype=torch.float64)
         costs = channel_costs(self.gates) if cost_weighted or by == "cost" else ones
@@ -159,6 +171,10 @@ class SparsityPrior:
         if self.competition is not None:
             self.competition.advance(self.steps_taken)
             return
+        for group in self._tied:
+            free = torch.cat([gate.alpha[~gate.frozen] for gate in group])
+            for gate in group:
+                gate.alpha.copy_(torch.where(gate.frozen, gate.alpha, free.mean()))
         for gate in self.gates:
             gate.alpha.clamp_(0, 1)
             gate.linearize_(gate.frozen | (gate.alpha >= 1 - self.tolerance))

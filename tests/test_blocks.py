@@ -14,7 +14,7 @@ import linearize
 from linearize.approximate.blocks import blocks_of, observe_blocks, replace_block
 from linearize.compress import compress
 from linearize.gate import gates
-from linearize.planning.candidates import groups_of
+from linearize.groups import groups_of
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> No
         "broken": broken,
     }
     found = side_by_side(made, methods, (0.6, 0.05), rounds=1, say=False)
+    json.dumps(found, allow_nan=False)
     rows = {(row["method"], row["budget"]): row for row in found["rows"]}
     assert rows["broken", 0.6]["failed"] == "no"
     for name in list(methods)[:4]:

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from linearize.calibrate import calibrate
+from linearize.collapse import collapse
+from linearize.convert import convert
 from linearize.errors import TrainingError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.prior import SparsityPrior, param_groups
 from linearize.sites import Site
 from linearize.training.compete import SCHEDULES
+from linearize.verify import verify
 
 
 def network(*widths: int, saved: tuple[float, ...] = (), reason: str | None = None) -> nn.Sequential:
@@ -227,12 +230,41 @@ def test_state_of_another_prior() -> None:
         {"kind": "target", "target": 0.5, "steps": 5, "by": "weight"},
         {"kind": "target", "target": 0.5, "steps": 5, "by": "cost"},
         {"cost_weighted": True},
+        {"together": "layers"},
+        {"kind": "target", "target": 0.5, "steps": 5, "together": "blocks"},
     ],
     ids=str,
 )
 def test_bad_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         SparsityPrior(network(5), **options)
+
+
+@pytest.mark.parametrize("together", ["sites", "blocks"])
+def test_whole_sites_and_whole_blocks_become_linear_together(together: Any) -> None:
+    torch.manual_seed(0)
+    block = nn.Conv2d(2, 12, 1), nn.ReLU6(), nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ReLU6(), nn.Conv2d(12, 2, 1)
+    x = torch.randn(4, 2, 6, 6).double()
+    model = convert(nn.Sequential(*block, nn.Flatten(), nn.Linear(72, 9), nn.GELU(), nn.Linear(9, 2)).double(), x)
+    prior = SparsityPrior(model, kind="paper", weight=0.1, together=together)
+    optimizer = torch.optim.AdamW(param_groups(model, gate_lr=0.02))
+    shares = []
+    for _ in range(120):
+        optimizer.zero_grad()
+        ((model(x) - 1).square().mean() + prior()).backward()
+        optimizer.step()
+        prior.step()
+        first, second, _ = (gate.alpha.detach() for gate in gates(model).values())
+        assert len(first.unique()) == 1
+        assert together == "sites" or torch.equal(first, second)
+        shares.append(prior.share)
+    assert shares[-1] == 1
+    assert set(shares) <= ({0, 24 / 33, 9 / 33, 1} if together == "blocks" else {0, *shares})
+    small = collapse(model.eval(), when="always")
+    kinds = [type(module) for module in small.modules()]
+    assert nn.ReLU6 not in kinds
+    assert sum(issubclass(kind, nn.Conv2d) for kind in kinds) == 1  # the whole block is one convolution
+    assert verify(model, small, x).max_error < 1e-12
 
 
 def test_no_gates_and_no_cost() -> None:

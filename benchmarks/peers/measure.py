@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +65,8 @@ def _tuned(subject: Subject, name: str, made: Sequence[Candidate], models: Model
     rows = []
     whole = cost(subject.model, subject.example)
     for candidate in made:
-        row = {"method": name, "budget": candidate.budget, "reached": candidate.reached, "met": candidate.met}
+        reached = candidate.reached if math.isfinite(candidate.reached) else None  # JSON knows no NaN
+        row = {"method": name, "budget": candidate.budget, "reached": reached, "met": candidate.met}
         row |= {"told": candidate.told}
         if candidate.model is None:
             rows.append({**row, "failed": candidate.failed})

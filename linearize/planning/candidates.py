@@ -12,39 +12,20 @@ from linearize.algebra.forms import Infeasible
 from linearize.approximate.blocks import Block
 from linearize.approximate.editable import obstacle_to_refit
 from linearize.gate import gates
+from linearize.groups import groups_of
 from linearize.plan import NARROWED
 from linearize.planning.curves import Curve, levels
 from linearize.planning.options import BLOCKS, BORDERED, Group, Option, SiteChoice
-from linearize.planning.price import Pricer, ports_of
+from linearize.planning.price import Pricer
 from linearize.running.progress import progress_bar
 from linearize.surgery.narrow import chains_of
 
-__all__ = ["candidates", "groups_of"]
+__all__ = ["candidates"]
 
 Choices = tuple[tuple[SiteChoice, ...], float]  # of sites that are decided together, and the loss
 
 # Ranks of a skip between none and the full one.
 _RANKS = (8, 16, 32, 64, 128, 256)
-
-
-def groups_of(model: nn.Module) -> list[list[str]]:
-    """Names of sites that share a map, and so must be priced together; in order of execution.
-
-    Example:
-        >>> import linearize, torch
-        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
-        >>> groups_of(linearize.convert(net, torch.randn(1, 2)))
-        [['1', '3']]
-    """
-    groups: list[tuple[list[str], set[str]]] = []
-    for name, gate in gates(model).items():
-        maps = {port.module for port in ports_of(gate.site)} if gate.site is not None else set()
-        names = [name]
-        for group in [g for g in groups if g[1] & maps]:
-            groups.remove(group)
-            names, maps = [*group[0], *names], maps | group[1]
-        groups.append((names, maps))
-    return [names for names, _ in groups]
 
 
 def candidates(

@@ -24,8 +24,9 @@ from linearize.approximate.blocks import Block
 from linearize.approximate.editable import fold_of
 from linearize.bench import interleaved
 from linearize.gate import ChannelGate, gates
+from linearize.groups import ports_of
 from linearize.planning.options import BORDERED, Group, Option, SiteChoice
-from linearize.planning.price import Pricer, ports_of
+from linearize.planning.price import Pricer
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
 from linearize.sites import Port, Site

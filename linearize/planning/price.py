@@ -13,13 +13,14 @@ from torch import nn
 
 from linearize.algebra.forms import FORMS, IDENTITY, Infeasible, Piece, Pieces
 from linearize.gate import ChannelGate
+from linearize.groups import ports_of
 from linearize.plan import NARROWED
 from linearize.planning.options import SiteChoice
-from linearize.sites import Port, Site
+from linearize.sites import Site
 from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import chains_of, narrow
 
-__all__ = ["Price", "Pricer", "ports_of"]
+__all__ = ["Price", "Pricer"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,6 @@ class Price:
     params: float
     activations: float
     pieces: Pieces
-
-
-def ports_of(site: Site) -> list[Port]:
-    """The maps of a site."""
-    return [port for port in (site.producer, site.up, *site.consumers) if port is not None]
 
 
 @dataclass

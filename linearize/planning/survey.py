@@ -19,7 +19,8 @@ from linearize.calibrate import Calibration, calibrate
 from linearize.collapse import collapse
 from linearize.cost import Cost, cost
 from linearize.gate import gates
-from linearize.planning.candidates import candidates, groups_of
+from linearize.groups import groups_of
+from linearize.planning.candidates import candidates
 from linearize.planning.curves import Curve, curve_of
 from linearize.planning.latency import LatencyTable, with_latencies
 from linearize.planning.notes import NOTHING, Notes

@@ -1,0 +1,35 @@
+"""Sites that belong together: those that share a map, such as the two activations of an inverted residual."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from linearize.gate import gates
+from linearize.sites import Port, Site
+
+__all__ = ["groups_of", "ports_of"]
+
+
+def ports_of(site: Site) -> list[Port]:
+    """The maps of a site."""
+    return [port for port in (site.producer, site.up, *site.consumers) if port is not None]
+
+
+def groups_of(model: nn.Module) -> list[list[str]]:
+    """Names of sites that share a map, and so must be priced together; in order of execution.
+
+    Example:
+        >>> import linearize, torch
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> groups_of(linearize.convert(net, torch.randn(1, 2)))
+        [['1', '3']]
+    """
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, gate in gates(model).items():
+        maps = {port.module for port in ports_of(gate.site)} if gate.site is not None else set()
+        names = [name]
+        for group in [g for g in groups if g[1] & maps]:
+            groups.remove(group)
+            names, maps = [*group[0], *names], maps | group[1]
+        groups.append((names, maps))
+    return [names for names, _ in groups]
