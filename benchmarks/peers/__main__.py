@@ -46,9 +46,8 @@ def report(out: Path, *, published: bool) -> None:
     from benchmarks.peers.pictures import draw_all
     from benchmarks.peers.tables import markdown, names_of
 
-    results: list[Plain] = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))
-    ]
+    paths = sorted((out / "runs").glob("*.json"), key=lambda path: path.stem)
+    results: list[Plain] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results.sort(key=lambda result: EXPERIMENTS.index(result["experiment"]))
     if not results:
         raise SystemExit(f"There are no runs in {out / 'runs'}.")

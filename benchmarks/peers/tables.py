@@ -54,7 +54,13 @@ def names_of(results: Sequence[Plain]) -> list[tuple[str, str]]:
 
 def lines_of(results: Sequence[Plain], experiment: str, network: str) -> dict[str, list[Point]]:
     """By method, its points in the order of the budgets."""
-    rows = [row for r in results if (r["experiment"], r["network"]) == (experiment, network) for row in r["rows"]]
+    latest = {  # a method that was run again, by itself, counts once
+        (r["seed"], row["method"], row["budget"]): row
+        for r in results
+        if (r["experiment"], r["network"]) == (experiment, network)
+        for row in r["rows"]
+    }
+    rows = list(latest.values())
     lines: dict[str, list[Point]] = {}
     for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
         same = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
@@ -64,7 +70,8 @@ def lines_of(results: Sequence[Plain], experiment: str, network: str) -> dict[st
 
 def metric_of(results: Sequence[Plain], experiment: str, network: str) -> tuple[str, tuple[float, float]]:
     """The first score's name, and the original's value."""
-    found = [r["original"]["scores"] for r in results if (r["experiment"], r["network"]) == (experiment, network)]
+    same = [r for r in results if (r["experiment"], r["network"]) == (experiment, network)]
+    found = list({r["seed"]: r["original"]["scores"] for r in same}.values())
     name = next(iter(found[0]))
     return name, _mean([scores[name] for scores in found])
 
