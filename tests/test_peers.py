@@ -237,3 +237,12 @@ def test_a_small_vit_by_plan_and_by_width(tmp_path: Path) -> None:
     found = job.work()
     assert [row["method"] for row in found["rows"]] == ["plan", "width + refit"]
     assert all(row["met"] and row["flops"] <= 0.7 for row in found["rows"])
+
+
+def test_the_page_holds_the_tables_of_the_published_runs() -> None:
+    from benchmarks.peers.page import PAGE, fill
+
+    text = PAGE.read_text(encoding="utf-8")
+    published = json.loads(Path("benchmarks/results/peers.json").read_text(encoding="utf-8"))
+    assert fill(text, published["runs"]) == text
+    assert "<!-- units, resnet -->" in text

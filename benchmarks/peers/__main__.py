@@ -43,6 +43,7 @@ def jobs_of(experiment: str, options: argparse.Namespace, out: Path) -> list[Job
 
 def report(out: Path, *, published: bool) -> None:
     """Tables, pictures and one file of all runs that have been done."""
+    from benchmarks.peers.page import PAGE, fill
     from benchmarks.peers.pictures import draw_all
     from benchmarks.peers.tables import markdown, names_of
 
@@ -57,6 +58,7 @@ def report(out: Path, *, published: bool) -> None:
         print(markdown(results, experiment, network) + "\n")
     if published:
         publish(out / "peers.json", pictures)
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 def main() -> None:
