@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.editable import bias_of, fold_of, matrix, skip_source, write_bias, write_matrix
+from linearize.approximate.editable import bias_of, fold_of, matrix, write_bias, write_matrix
 from linearize.approximate.observe import Observation
 from linearize.approximate.regression import Fit
+from linearize.approximate.skip import skip_source
 from linearize.gate import ChannelGate, gates
 
 __all__ = ["Edit", "carry_out", "edit_for"]

@@ -17,21 +17,10 @@ from linearize.sites import Fold, Port, Site
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.probe import has_own_forward, probed
 
-__all__ = [
-    "Consumer",
-    "Source",
-    "consumers_of",
-    "fold_of",
-    "matrix",
-    "obstacle_to_refit",
-    "skip_source",
-    "write_matrix",
-]
+__all__ = ["Consumer", "consumers_of", "conv_groups", "fold_of", "matrix", "obstacle_to_refit", "write_matrix"]
 
 # Features of a spatial consumer beyond which the covariance would not fit a sensible memory or time.
 _WIDEST = 5000
-# Beyond this no skip is tried beside a spatial consumer: its curves take several times as long as those without.
-_WIDEST_WITH_SKIP = 1500
 
 
 @dataclass(frozen=True)
@@ -47,34 +36,6 @@ class Consumer:
     def spatial(self) -> bool:
         """True if it reads more than one position at a time."""
         return self.group > 1
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a linear skip starts: the input of a map at the very position, or at the middle tap of its kernel.
-
-    Attributes:
-        port: the map.
-        inputs: I.
-        taps: of its kernel.
-        steps: strides from its input to where the consumer writes.
-    """
-
-    port: Port
-    inputs: int
-    taps: int
-    steps: tuple[int, ...]
-
-    def columns(self) -> Tensor:
-        """Where the middle taps stand in a row of the map's `matrix`, (I,)."""
-        return torch.arange(self.inputs) * self.taps + self.taps // 2
-
-    def at_outputs(self, x: Tensor) -> Tensor:
-        """The input at the positions that the consumer writes to."""
-        if set(self.steps) <= {1}:
-            return x
-        index: Any = (..., *(slice(None, None, step) for step in self.steps))
-        return x[index]
 
 
 def matrix(model: nn.Module, port: Port) -> Tensor:
@@ -129,7 +90,7 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
     for port in (site.producer, site.up, *site.consumers):
         if port is not None and not _plain(model, port):
             return f"the weight of {port.module} is computed, or has a hook"
-        grouped = port is not None and _groups(model, port) > 1
+        grouped = port is not None and conv_groups(model, port) > 1
         if port is not None and grouped and not (port == site.producer and _narrows(model, site)):
             return f"{port.module} has groups"
     kinds = consumers_of(model, site)
@@ -144,7 +105,8 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
     return None
 
 
-def _groups(model: nn.Module, port: Port) -> int:
+def conv_groups(model: nn.Module, port: Port) -> int:
+    """Groups of a map; 1 of a matrix."""
     return int(getattr(model.get_submodule(port.module), "groups", 1))
 
 
@@ -174,56 +136,6 @@ def _plain(model: nn.Module, port: Port) -> bool:
     own = weight.detach().double()
     own = own.t() if port.transposed else own
     return found.weight.shape == own.shape and torch.allclose(found.weight, own, rtol=1e-5, atol=1e-7)
-
-
-def skip_source(model: nn.Module, site: Site) -> Source | None:
-    """The map whose input a linear skip can start from, so that its rows are like the consumers'.
-
-    Of convolutions the middle taps alone: a skip of kernel 1x1 beside channels that look around.
-    """
-    port = site.producer if site.up is None else site.up
-    if port is None or site.producer is None or not site.steady or site.up_folds or _groups(model, port) > 1:
-        return None
-    readers = [site.producer, *site.consumers] if site.up is not None else list(site.consumers)
-    if len({p.dims for p in (port, *readers)}) != 1:
-        return None
-    alone = len(readers) == 1
-    if not all(_centred(model, p) if alone or p == port else _in_place(model, p) for p in (port, *readers)):
-        return None
-    if site.up is not None and not _in_place(model, port):
-        return None
-    if any(c.spatial and c.group * site.channels > _WIDEST_WITH_SKIP for c in consumers_of(model, site)):
-        return None
-    module: Any = model.get_submodule(port.module)
-    steps = _numbers(getattr(module, "stride", ()))
-    if alone:
-        last = _numbers(getattr(model.get_submodule(readers[0].module), "stride", ()))
-        steps = tuple(one * other for one, other in zip(steps, last, strict=True))
-    return Source(port, module.weight.shape[0 if port.transposed else 1], math.prod(module.weight.shape[2:]), steps)
-
-
-def _in_place(model: nn.Module, port: Port) -> bool:
-    """True if a map works at every position by itself."""
-    module: Any = model.get_submodule(port.module)
-    unpadded = not any(_numbers(getattr(module, "padding", 0)))
-    return unpadded and math.prod(module.weight.shape[2:]) == 1 and set(_numbers(getattr(module, "stride", ()))) <= {1}
-
-
-def _centred(model: nn.Module, port: Port) -> bool:
-    """True if the middle tap of a map's kernel stands on the position that the output has, times the stride."""
-    module: Any = model.get_submodule(port.module)
-    kernel = tuple(int(k) for k in module.weight.shape[2:])
-    if math.prod(kernel) == 1:
-        return not any(_numbers(getattr(module, "padding", 0)))
-    reach = tuple(d * (k // 2) for d, k in zip(module.dilation, kernel, strict=True))
-    return has_own_forward(module) and all(k % 2 for k in kernel) and module.padding in ("same", reach)
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
-    """Padding or stride in numbers; padding in words pads nothing, as the kernel is 1x1."""
-    if isinstance(value, str):
-        return (0,)
-    return value if isinstance(value, tuple) else (value,)
 
 
 def fold_of(model: nn.Module, folds: tuple[Fold, ...], channels: int) -> tuple[Tensor, Tensor]:

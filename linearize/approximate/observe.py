@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from linearize.approximate.covariance import Covariance
 from linearize.approximate.editable import (
     Consumer,
-    Source,
     bias_of,
     consumers_of,
     matrix,
     obstacle_to_refit,
-    skip_source,
 )
 from linearize.approximate.probes import projection
+from linearize.approximate.rows import gradient_rows, patches_of, row_weights, rows_of
+from linearize.approximate.skip import Source, skip_source
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
 from linearize.gate import gates
@@ -39,9 +38,7 @@ from linearize.running.models import device_of, watching
 from linearize.running.progress import progress_bar
 from linearize.sites import Site
 
-__all__ = ["Observation", "observe", "rows_of"]
-
-_POSITIONS = 64  # sampled per image where a consumer reads patches: neighbours tell the same
+__all__ = ["Observation", "observe"]
 
 
 @dataclass
@@ -114,12 +111,12 @@ class _Watch:
         if self.h is None:
             return
         found, consumer = self.found, self.found.consumers[0]
-        gradient = _gradient_rows(found, self.gradients, mask)
+        gradient = gradient_rows(found.consumers, self.gradients, mask)
         if consumer.spatial:
-            h, where, positions = _patches(self.h, consumer.module, generator)
+            h, where, positions = patches_of(self.h, consumer.module, generator)
             weights = None
         else:
-            h, weights = rows_of(self.h, consumer.port.dims, mask), _row_weights(gradient)
+            h, weights = rows_of(self.h, consumer.port.dims, mask), row_weights(gradient)
         if found.inputs and self.x is not None:
             x = self._at(where, positions) if consumer.spatial else rows_of(self.x, consumer.port.dims, mask)
             x = x.to(h)
@@ -314,47 +311,3 @@ def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[n
         return output
 
     return see
-
-
-def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
-    """(R, channels), without the rows that a mask (B, T) marks as padding."""
-    x = x.movedim(-1 - dims, -1)
-    if mask is not None:
-        if x.shape[:-1] == mask.shape:
-            return x[mask.bool()]
-        if x.shape[:-1] == (mask.numel(),):
-            return x[mask.flatten().bool()]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _gradient_rows(found: Observation, gradients: dict[int, Tensor], mask: Tensor | None) -> Tensor | None:
-    """Gradients at the rows of all consumers' outputs, (R, O); None if a consumer got none."""
-    if len(gradients) < len(found.consumers):
-        return None
-    parts = [rows_of(gradients[i], consumer.port.dims, mask) for i, consumer in enumerate(found.consumers)]
-    return torch.cat(parts, 1) if len({len(part) for part in parts}) == 1 else None
-
-
-def _row_weights(gradient: Tensor | None) -> Tensor | None:
-    """Half the weight of every row is its own sensitivity: the rows that the output depends on count more."""
-    if gradient is None:
-        return None
-    energy = gradient.double().square().sum(1)
-    mean = float(energy.mean())
-    return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
-
-
-def _patches(h: Tensor, conv: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Some of the patches that a spatial consumer reads, (R, C * g), the same random positions of every image.
-
-    Returns:
-        The patches, where they are, and how many positions there are.
-    """
-    found, where, total = [], torch.empty(0), 0
-    for some in h.split(8):
-        patches = functional.unfold(some, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-        if not total:
-            total = patches.shape[2]
-            where = torch.randperm(total, generator=generator)[:_POSITIONS].to(h.device)
-        found.append(patches[:, :, where].transpose(1, 2).flatten(0, 1))
-    return torch.cat(found), where, total

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.moments import SiteCalibration
-from linearize.approximate.observe import rows_of
 from linearize.approximate.probes import projection
+from linearize.approximate.rows import rows_of
 from linearize.calibrate import padding_mask
 from linearize.gate import ChannelGate, gates
 from linearize.planning.options import Group, Option, SiteChoice
