@@ -24,6 +24,7 @@ from linearize.algebra.forms import Infeasible
 from linearize.approximate.covariance import Covariance
 from linearize.approximate.probes import projection
 from linearize.approximate.removal import regularised
+from linearize.approximate.rows import positions_for
 from linearize.gate import gates
 from linearize.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batch, to_device
@@ -33,7 +34,6 @@ from linearize.surgery.specs import Spec, build, replace_module
 
 __all__ = ["Block", "BlockFit", "blocks_of", "observe_blocks", "replace_block"]
 
-_POSITIONS = 64  # sampled per image
 _WIDEST = 4000  # features of a patch
 
 
@@ -230,14 +230,16 @@ def _take(block: Block, seen: dict[str, Tensor], generator: torch.Generator, pos
         return
     x, y = seen["x"], seen["y"]
     block.shape = block.shape or tuple(x.shape)
-    place = torch.randperm(math.prod(y.shape[2:]), generator=generator)[:_POSITIONS].to(x.device)
+    rows = max((found.count for found in block.rows.values()), default=0)
+    count = positions_for(rows, max((len(found.mean) for found in block.rows.values()), default=1))
+    place = torch.randperm(math.prod(y.shape[2:]), generator=generator)[:count].to(x.device)
     target = y.flatten(2)[:, :, place].transpose(1, 2).flatten(0, 1)
     for kernel in block.kernels:
-        rows = [_patches(block, some, kernel, tuple(y.shape[2:]), place) for some in x.split(8)]
-        if any(part is None for part in rows):
+        parts = [_patches(block, some, kernel, tuple(y.shape[2:]), place) for some in x.split(8)]
+        if any(part is None for part in parts):
             block.rows.pop(kernel, None)
             continue
-        features = torch.cat([part for part in rows if part is not None])
+        features = torch.cat([part for part in parts if part is not None])
         if kernel not in block.rows:
             block.rows[kernel] = Covariance(features.shape[1] + block.outputs, x.device)
         block.rows[kernel].update(torch.cat((features, target.to(features)), 1))

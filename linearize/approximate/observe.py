@@ -28,7 +28,7 @@ from linearize.approximate.editable import (
     obstacle_to_refit,
 )
 from linearize.approximate.probes import projection
-from linearize.approximate.rows import gradient_rows, patches_of, row_weights, rows_of
+from linearize.approximate.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
 from linearize.approximate.skip import Source, skip_source
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
@@ -113,7 +113,7 @@ class _Watch:
         found, consumer = self.found, self.found.consumers[0]
         gradient = gradient_rows(found.consumers, self.gradients, mask)
         if consumer.spatial:
-            h, where, positions = patches_of(self.h, consumer.module, generator)
+            h, where, positions = patches_of(self.h, consumer.module, self._wanted, generator)
             weights = None
         else:
             h, weights = rows_of(self.h, consumer.port.dims, mask), row_weights(gradient)
@@ -132,6 +132,10 @@ class _Watch:
             found.sensitivity.addmm_(g.t(), g)
         self.x = self.h = None
         self.gradients.clear()
+
+    @property
+    def _wanted(self) -> int:
+        return positions_for(self.found.rows.count, len(self.found.rows.mean))
 
     def _at(self, where: Tensor, positions: int) -> Tensor:
         """Rows of the site's input at some positions (R, I); none if it has another number of them."""

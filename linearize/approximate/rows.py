@@ -15,9 +15,11 @@ from torch.nn import functional
 
 from linearize.approximate.editable import Consumer
 
-__all__ = ["gradient_rows", "patches_of", "row_weights", "rows_of"]
+__all__ = ["gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
 
-_POSITIONS = 64  # sampled per image where a consumer reads patches: neighbours tell the same
+# Positions sampled per image where patches are read (neighbours tell the same): at first, and with enough rows.
+_POSITIONS = (64, 8)
+_ENOUGH = (20, 20_000)  # rows for each feature, and rows that cost next to nothing
 
 
 def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
@@ -48,8 +50,18 @@ def row_weights(gradient: Tensor | None) -> Tensor | None:
     return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
 
 
-def patches_of(h: Tensor, conv: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Some of the patches that a spatial consumer reads, (R, C * g), the same random positions of every image.
+def positions_for(rows: int, features: int) -> int:
+    """How many positions of an image to sample, given how many rows there are already.
+
+    Example:
+        >>> positions_for(0, 2000), positions_for(40_000, 2000)
+        (64, 8)
+    """
+    return _POSITIONS[rows >= max(_ENOUGH[0] * features, _ENOUGH[1])]
+
+
+def patches_of(h: Tensor, conv: Any, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    """Some of the patches that a spatial consumer reads, (R, C * g), the same random `count` positions of every image.
 
     Returns:
         The patches, where they are, and how many positions there are.
@@ -59,6 +71,6 @@ def patches_of(h: Tensor, conv: Any, generator: torch.Generator) -> tuple[Tensor
         patches = functional.unfold(some, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
         if not total:
             total = patches.shape[2]
-            where = torch.randperm(total, generator=generator)[:_POSITIONS].to(h.device)
+            where = torch.randperm(total, generator=generator)[:count].to(h.device)
         found.append(patches[:, :, where].transpose(1, 2).flatten(0, 1))
     return torch.cat(found), where, total
