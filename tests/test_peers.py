@@ -21,7 +21,7 @@ from benchmarks.peers.refit import consumed, refit, removal
 from benchmarks.peers.subject import Candidate, Subject
 from benchmarks.peers.tables import markdown
 from benchmarks.peers.training import epochs, pace, train
-from benchmarks.peers.widths import by_removal, by_width, from_scratch
+from benchmarks.peers.widths import by_removal, by_width, from_scratch, no_cut
 from linearize.cost import cost
 
 
@@ -128,6 +128,7 @@ def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> No
         "removal + refit": by_removal,
         "layer folding": layer_folding(),
         "scratch": from_scratch(Net, lambda model: model, 3),
+        "no cut": no_cut,
         "broken": broken,
     }
     found = side_by_side(made, methods, (0.6, 0.05), rounds=1, say=False)

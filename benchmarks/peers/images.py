@@ -21,7 +21,7 @@ from benchmarks.peers.ours import plan
 from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs, train
-from benchmarks.peers.widths import by_width, from_scratch
+from benchmarks.peers.widths import by_width, from_scratch, no_cut
 from benchmarks.runs import Job, Plain
 from linearize.data import load_data
 from linearize.running.models import evaluating
@@ -134,6 +134,7 @@ def methods_of(network: str, seed: int, size: Size, out: Path) -> dict[str, Meth
         "Torch-Pruning hidden, Taylor": torch_pruning("hidden", "taylor"),
         "ModelOpt FastNAS": modelopt,
         "layer folding": layer_folding(),
+        "no cut": no_cut,
         "scratch": _some(from_scratch(fresh, redraw, size.steps + size.tune), 2),
     }
     return {name: method for name, method in every.items() if not size.methods or name in size.methods}

@@ -18,7 +18,7 @@ from benchmarks.peers.ours import plan
 from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs, train
-from benchmarks.peers.widths import by_removal, by_width
+from benchmarks.peers.widths import by_removal, by_width, no_cut
 from benchmarks.runs import Job, Plain
 from linearize.running.models import evaluating
 
@@ -44,7 +44,7 @@ class Size:
     layers: int = 4
     vocabulary: int = 1024
     rounds: int = 9
-    budgets: tuple[float, ...] = (0.5, 0.333, 0.25)
+    budgets: tuple[float, ...] = (0.8, 0.5, 0.333, 0.25)
 
 
 QUICK = Size(10, 3, 200, 16, 4, 32, 2, 300, 2, (0.5,))
@@ -130,6 +130,7 @@ def work(seed: int, size: Size) -> Plain:
         "Torch-Pruning hidden, magnitude": torch_pruning("hidden", "magnitude"),
         "Torch-Pruning hidden, Taylor": torch_pruning("hidden", "taylor"),
         "whole FFNs, one by one": one_by_one,
+        "no cut": no_cut,
     }
     names = of_hidden(subject, size.budgets)
     found = side_by_side(subject, methods, list(names), rounds=size.rounds)

@@ -1,6 +1,6 @@
 """Equal widths: the same share of channels stays in every layer, and the layers that read them are refitted.
 
-Also the control that is trained from random weights at the same widths.
+Also the controls: the same widths trained from random weights, and the original trained on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.peers.hidden import Hidden, channels_of, cut
 from benchmarks.peers.refit import consumed, refit, removal, sizes, weight_of
 from benchmarks.peers.subject import Candidate, Subject
 
-__all__ = ["by_removal", "by_width", "from_scratch"]
+__all__ = ["by_removal", "by_width", "from_scratch", "no_cut"]
 
 _LEVELS = 64
 
@@ -60,6 +60,11 @@ def from_scratch(fresh: Callable[[], nn.Module], redraw: Callable[[nn.Module], o
         return found
 
     return method
+
+
+def no_cut(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
+    """The control: the original itself, fine-tuned like all others; it stands under the largest budget."""
+    return [Candidate(budgets[0], subject.model, 1.0, budgets[0] >= 1)]
 
 
 def _equal(
