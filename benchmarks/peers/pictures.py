@@ -47,28 +47,30 @@ def draw_all(results: Sequence[Plain], folder: Path) -> dict[str, Path]:
 
 
 def _draw(results: Sequence[Plain], experiment: str, networks: Sequence[str], path: Path) -> None:
-    """A column for each network, a row for each kind of cost."""
+    """A row for each network, a column for each kind of cost; the other way round if there is one kind only."""
     every = {network: lines_of(results, experiment, network) for network in networks}
     sizes = {size for lines in every.values() for points in lines.values() for p in points for size in p.latency}
     kinds = ["units"] if experiment == "units" else ["flops", *sorted(sizes, key=int)]
-    figure, grid = new_figure(
-        (1.2 + 3.4 * len(networks), 0.9 + 2.7 * len(kinds)), len(kinds), len(networks), sharey="col"
-    )
-    for row, kind in enumerate(kinds):
-        for column, network in enumerate(networks):
-            axes = grid[row, column]
+    down, across = (len(networks), len(kinds)) if len(kinds) > 1 else (1, len(networks))
+    width = 1.2 + 3.4 * across
+    figure, grid = new_figure((width, 0.9 + 2.7 * down), down, across, sharey="row" if len(kinds) > 1 else "none")
+    for place, kind in enumerate(kinds):
+        for index, network in enumerate(networks):
+            axes = grid[index, place] if len(kinds) > 1 else grid[0, index]
             name, (whole, _) = metric_of(results, experiment, network)
             factor, _, up = SCORES.get(name, (1.0, 3, True))
             axes.axhline(factor * whole, color=INK, linewidth=0.6, linestyle=":")
             for method, points in every[network].items():
                 _curve(axes, method, points, kind, factor)
             label = f"{name}, %" if factor == 100 else name
-            _frame(axes, kind, "" if row else network, "" if column else label)
-            _window(axes, factor * whole, up=up)
+            _frame(axes, kind, network if place == 0 or len(kinds) == 1 else "", "" if place else label)
+            heights = [factor * p.after[0] for points in every[network].values() for p in points if p.after]
+            _window(axes, factor * whole, heights, up=up)
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
+    figure.legend(list(handles.values()), list(handles), ncols=max(2, int(width // 2.4)), **legend)
     figure.savefig(path, dpi=150)
 
 
@@ -99,10 +101,14 @@ def _frame(axes: Any, kind: str, title: str, label: str) -> None:
         axes.minorticks_off()
 
 
-def _window(axes: Any, whole: float, *, up: bool) -> None:
-    """Do not let a model that has forgotten everything flatten all others."""
+def _window(axes: Any, whole: float, heights: Sequence[float], *, up: bool) -> None:
+    """Do not let a few models that have forgotten everything flatten all others."""
     low, high = axes.get_ylim()
+    end = 0.65 * whole if up else 3 * whole
+    inside = [height for height in heights if (height > end if up else height < end)]
+    if 3 * len(inside) < 2 * len(heights):
+        return
     if up:
-        axes.set_ylim(max(low, whole - 0.35 * abs(whole)), high)
+        axes.set_ylim(max(low, end), high)
     else:
-        axes.set_ylim(low, min(high, 3 * whole))
+        axes.set_ylim(low, min(high, end))
