@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.compress import compress
+from linearize.cost import Cost
 from linearize.errors import DataError, TrainingError, UsageError
 from linearize.plan import Plan
 from linearize.planning import settle as settling
@@ -481,9 +482,9 @@ def test_a_latency_that_was_predicted_wrongly_is_neither_missed_nor_overdone(
 ) -> None:
     """Plans are made on predicted latencies, and judged by others."""
     options = tuple(
-        Option((), (1 - share) ** 2, 0, 0, 0, latency=share) for share in torch.linspace(1, 0, 101).tolist()
+        Option((), (1 - share) ** 2, share, 0, 0, latency=share) for share in torch.linspace(1, 0, 101).tolist()
     )
-    found = Survey(nn.Identity(), "latency", [Group(("a",), options)], 1.0, None)  # type: ignore[arg-type]
+    found = Survey(nn.Identity(), "latency", [Group(("a",), options)], 1.0, Cost(1, 1))
 
     def measured(_: Any, budget: Budget, choice: Choice, *__: Any) -> Settled:
         reached = bend(choice.cost)
@@ -493,3 +494,24 @@ def test_a_latency_that_was_predicted_wrongly_is_neither_missed_nor_overdone(
     settled = settling.settle(found, Budget("latency", 0.6), None, time_ratio=lambda _: 1.0)
     assert settled.met
     assert settled.reached >= 0.5 or bend(0.6) < 0.5  # what was predicted too high is not loosened
+
+
+def test_where_the_table_of_latencies_is_wrong_a_plan_by_flops_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer "b" is promised to cost nothing in time, and costs half of it; FLOPs tell."""
+
+    def group(name: str, latency: float) -> Group:
+        def option(keep: int, loss: float) -> Option:
+            return Option((SiteChoice(name, keep),), loss, keep / 20, 0, 0, latency=latency * keep / 10)
+
+        return Group((name,), (option(10, 0.0), option(5, 1.0), option(0, 3.0)))
+
+    found = Survey(nn.Identity(), "latency", [group("a", 1.0), group("b", 0.0)], 1.0, Cost(1, 1))
+
+    def measured(_: Any, budget: Budget, choice: Choice, *__: Any) -> Settled:
+        reached = sum(option.flops for option in choice.options)
+        return Settled(choice, nn.Identity(), nn.Identity(), Plan(()), choice.cost, reached, reached <= budget.fraction)
+
+    monkeypatch.setattr(settling, "_try", measured)
+    settled = settling.settle(found, Budget("latency", 0.5), None, time_ratio=lambda _: 1.0)
+    assert settled.met
+    assert [choice.keep for option in settled.choice.options for choice in option.choices] == [5, 5]
