@@ -98,10 +98,12 @@ def _train_one(subject: Subject, candidate: Candidate) -> tuple[nn.Module, Plain
         steps = train(model, subject.task_loss, candidate.scratch, subject.fresh_lr)
     else:
         train(model, subject.loss, steps, subject.lr)
-    facts = {"before": before, "steps": steps, "seconds": round(time.perf_counter() - start, 1)}
-    if before is not None and subject.judge(untouched) <= subject.judge(model):
+    spent, tuned = round(time.perf_counter() - start, 1), subject.score(model)
+    facts = {"before": before, "steps": steps, "seconds": spent, "tuned": tuned}
+    control = untouched is subject.model  # its distillation loss is 0 before training: that tells nothing
+    if before is not None and not control and subject.judge(untouched) <= subject.judge(model):
         return copy.deepcopy(untouched), {**facts, "after": before, "kept": "before"}
-    return model, {**facts, "after": subject.score(model), "kept": "after"}
+    return model, {**facts, "after": tuned, "kept": "after"}
 
 
 def _time(subject: Subject, models: Models, rows: list[Plain], rounds: int) -> None:
