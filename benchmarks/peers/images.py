@@ -32,7 +32,7 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fas
 _MEAN, _STD = 0.286, 0.353
 _BATCH = 64
 _RATE = 3e-3  # of training from random weights
-_TUNE = {"vit": 3e-4}  # of fine-tuning, else a third of that: tried for Torch-Pruning's models and "width + refit"
+_TUNE = {"vit": 3e-4}  # of fine-tuning, else a third of that: docs/peers.md tells how that came
 
 
 # FFNs are 6 tenths of the ViT's FLOPs, and most of the others'.

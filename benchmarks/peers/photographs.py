@@ -51,7 +51,7 @@ class Size:
 
 
 QUICK = Size(64, 48, 16, 32, 2, 2, 2, (0.75,), ("width + refit", "Torch-Pruning, magnitude"))
-FULL = Size(192, 10000, 1000, 2000, 64, 1000, 15)
+FULL = Size(192, 10000, 1000, 2000, 128, 1000, 15)
 
 
 def images_in(folder: Path) -> dict[str, Image.Image]:
