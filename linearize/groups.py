@@ -16,7 +16,7 @@ def ports_of(site: Site) -> list[Port]:
 
 
 def groups_of(model: nn.Module) -> list[list[str]]:
-    """Names of sites that share a map, and so must be priced together; in order of execution.
+    """Names of sites that share a map, and so must be decided together; in order of execution.
 
     Example:
         >>> import linearize, torch

@@ -17,9 +17,9 @@ from linearize.approximate.editable import Consumer
 
 __all__ = ["gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
 
-# Positions sampled per image where patches are read (neighbours tell the same): at first, and with enough rows.
-_POSITIONS = (64, 8)
-_ENOUGH = (20, 20_000)  # rows for each feature, and rows that cost next to nothing
+_MANY, _FEW = 64, 8  # positions sampled per image where patches are read: neighbours tell the same
+_PER_FEATURE = 20  # rows that are enough, but for
+_CHEAP = 20_000  # rows that cost next to nothing
 
 
 def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ def positions_for(rows: int, features: int) -> int:
         >>> positions_for(0, 2000), positions_for(40_000, 2000)
         (64, 8)
     """
-    return _POSITIONS[rows >= max(_ENOUGH[0] * features, _ENOUGH[1])]
+    return _FEW if rows >= max(_PER_FEATURE * features, _CHEAP) else _MANY
 
 
 def patches_of(h: Tensor, conv: Any, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:

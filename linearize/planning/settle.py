@@ -31,7 +31,8 @@ __all__ = ["Settled", "collapsed", "edited", "fraction_of", "planned", "settle",
 
 # A latency within this of the target counts as met: measurements differ by as much.
 _LATENCY_TOLERANCE = 0.02
-_ROUNDS = (4, 8)  # of other measures, and of latency
+_ROUNDS = 4
+_LATENCY_ROUNDS = 8  # predictions of latency are further off
 _CLOSE = 0.9  # a latency from this share of the target on needs no looser plan
 _STEP = 0.75  # the least that an aim may fall to at a time, relative to itself
 
@@ -96,7 +97,7 @@ def _nearest(
     aim = budget.fraction
     best: Settled | None = None
     met, missed = 0.0, float("inf")  # the largest aim that kept to the budget, and the smallest that did not
-    for _ in range(_ROUNDS[budget.measure == "latency"]):
+    for _ in range(_LATENCY_ROUNDS if budget.measure == "latency" else _ROUNDS):
         choice = choose(found.groups, found.measure, aim * found.total - found.fixed)
         settled = _try(found, budget, choice, batch, time_ratio)
         say(f"  predicted {settled.predicted:.3f}, reached {settled.reached:.3f} of the original's {budget.measure}")
