@@ -88,7 +88,7 @@ def benchmark(
             for size in sizes:
                 if progress is not None:
                     progress(f"timing {', '.join(named)} at batch size {size}" + " compiled" * compiled)
-                sized = move(_resized(batch, size), place, dtype)
+                sized = move(resized(batch, size), place, dtype)
                 for name, model in ready.items():
                     call(name, model, sized)
                 runs = {name: _bound(model, sized, compiled) for name, model in ready.items()}
@@ -127,7 +127,7 @@ def _batch_size(batch: Inputs) -> int:
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
-def _resized(batch: Inputs, size: int) -> Inputs:
+def resized(batch: Inputs, size: int) -> Inputs:
     """The batch repeated or cut to a size, in every tensor whose first axis is the batch."""
     old = _batch_size(batch)
 

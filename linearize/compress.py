@@ -36,6 +36,8 @@ from linearize.verify import verify
 
 __all__ = ["Result", "compress"]
 
+_GENTLE = 3e-4  # learning rate behind a plan: the model is close already, and a large rate takes it away
+
 
 @dataclass(frozen=True)
 class Result:
@@ -74,6 +76,7 @@ def compress(
     search: int = 16,
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
+    modules: bool = True,
     round_to: int = 8,
     when: When = "cheaper",
     batch_sizes: Sequence[int] | None = None,
@@ -86,9 +89,10 @@ def compress(
     """Make a model cost what a budget allows, at the least loss of its function, and prove what came out.
 
     For each site the candidates are: stay; drop channels and refit the others by least squares; the same beside a
-    linear skip of some rank; one linear map for the whole. Their cost is counted or measured, their loss predicted from
-    the sensitivity of the model's output, and the best choice within the budget is taken (docs/compress.md). Choice and
-    refit are approximate, and what they lose is measured; what then is folded away is folded exactly.
+    linear skip of some rank; one linear map for all of it. Whole modules, such as attention or a residual block, may
+    become one linear map, too. Costs are counted or measured, losses predicted from the sensitivity of the model's
+    output, and the best choice within the budget is taken (docs/compress.md). Choice and refit are approximate, and
+    what they lose is measured; what then is folded away is folded exactly.
 
     Args:
         model: a trained model; it is left as it is.
@@ -102,7 +106,8 @@ def compress(
         linear: in place of a budget: share of all gated channels that shall be linear, in (0, 1].
         plan: in place of a budget: a plan that `compress` made for this model, perhaps edited, to carry out again.
         finetune: number of epochs, or keyword arguments of `linearize.finetune` (and `gradual`, the share of the steps
-            that the way to the plan takes; 0, the default, starts in the planned state); None trains nothing.
+            that the way to the plan takes; 0, the default, starts in the planned state); None trains nothing. Behind a
+            budget or a plan the learning rate is 3e-4 if none is given.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: imitate the original model in fine-tuning, besides the labels.
         example_inputs: as for `linearize.convert`, and what costs are counted for; None takes the first batch.
@@ -115,6 +120,8 @@ def compress(
         uniform: keep equal widths in all sites of equal shape, as serving runtimes ask for; or glob patterns of sites.
         stock: take only options that leave ordinary layers: equal widths, no skip, no new bias; a transformers model
             then has a true config again (`linearize.zoo.stock_copy`).
+        modules: whole modules, such as attention or a residual block, may become one linear map; not with `uniform` or
+            `stock`, not under `activations=`, and none that holds an activation outside `include` and `exclude`.
         round_to: widths are multiples of this.
         when: with `linear`, as for `linearize.collapse`.
         batch_sizes: for latencies; None takes that of the data.
@@ -146,7 +153,7 @@ def compress(
         raise UsageError(
             "dry_run", "found without a budget", "Pass one of latency, flops, params, speedup, activations."
         )
-    options = _options(finetune)
+    options = _options(finetune, gentle=linear is None)
     check_data(data)
     steps = Steps(progress)
     batches = _some_batches(model, data)
@@ -160,13 +167,28 @@ def compress(
                 example = batches[0] if example_inputs is None else example_inputs
                 gated = convert(model, example, include=include, exclude=exclude)
             trainer = _trainer(data, steps, evaluate, model, distill)
-            settings = (budget, linear, plan, options, seed, sequential, search, uniform, stock, round_to, distill)
+            settings = (
+                budget,
+                linear,
+                plan,
+                options,
+                seed,
+                sequential,
+                search,
+                uniform,
+                stock,
+                modules,
+                round_to,
+                distill,
+            )
             notes = _notes(checkpoint_dir, gated, batches[0], settings, options)
             job = Job(model, gated, data, example, steps, options, trainer, notes)
             if linear is not None:
                 made = to_share(job, linear, when)
             else:
-                how = How(seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock, search)
+                how = How(
+                    seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock, search, modules
+                )
                 made = to_budget(job, budget, plan, how, dry_run=dry_run)
         if dry_run:
             costs = cost(model, example)
@@ -233,11 +255,13 @@ def _some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list
     return found
 
 
-def _options(finetune: int | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments of `finetune`, the number of epochs among them; 0 for none."""
+def _options(finetune: int | Mapping[str, Any] | None, *, gentle: bool) -> dict[str, Any]:
+    """Keyword arguments of `finetune`, the number of epochs among them, 0 for none; if gentle, with a low rate."""
     if finetune is None:
         return {"epochs": 0}
-    options = {"epochs": 10, **finetune} if isinstance(finetune, Mapping) else {"epochs": finetune}
+    options: dict[str, Any] = {"epochs": 10, **finetune} if isinstance(finetune, Mapping) else {"epochs": finetune}
+    if gentle:
+        options.setdefault("lr", _GENTLE)
     taken = sorted(set(options) & {"prior", "teacher", "evaluate", "progress", "on_epoch", "seed"})
     if taken:
         found = f"found {taken[0]!r} among the options of fine-tuning"

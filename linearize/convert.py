@@ -29,6 +29,8 @@ from linearize.surgery.specs import replace_module
 
 _log = logging.getLogger(__name__)
 
+UNSELECTED = ("not in include=", "in exclude=")  # why a site has no gate if the user did not want one
+
 
 def convert(
     model: nn.Module,
@@ -206,8 +208,8 @@ def _selected(
         if site.ungated is not None:
             return site
         if wanted is not None and not _matches(site.name, wanted):
-            return replace(site, ungated="not in include=")
-        return replace(site, ungated="in exclude=") if _matches(site.name, unwanted or ()) else site
+            return replace(site, ungated=UNSELECTED[0])
+        return replace(site, ungated=UNSELECTED[1]) if _matches(site.name, unwanted or ()) else site
 
     return tuple(choose(site) for site in sites)
 

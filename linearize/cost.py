@@ -15,7 +15,7 @@ from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, untouched
 from linearize.running.models import batches_of, call, evaluating
 
-__all__ = ["Cost", "cost"]
+__all__ = ["Cost", "cost", "flops_of_modules"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,25 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     return Cost(sum(p.numel() for p in model.parameters()), _flops(model, batches[0]))
 
 
+def flops_of_modules(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """FLOPs of every module that runs, by path, what its children do included; "" is the model.
+
+    Example:
+        >>> flops_of_modules(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.zeros(2, 3))
+        {'': 60, '0': 60}
+    """
+    counts = _counted(model, batches_of(inputs)[0]).get_flop_counts()
+    root = type(model).__name__
+    found = {name.removeprefix(root).removeprefix("."): sum(ops.values()) for name, ops in counts.items()}
+    return {path: flops for path, flops in found.items() if path != "Global"}
+
+
 def _flops(model: nn.Module, batch: Inputs) -> int:
+    return int(_counted(model, batch).get_total_flops())
+
+
+def _counted(model: nn.Module, batch: Inputs) -> Any:
+    """The counter of one run."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with evaluating(model), untouched(model), _without_gradients(model):
@@ -69,7 +87,7 @@ def _flops(model: nn.Module, batch: Inputs) -> int:
         except Exception:  # whatever a model does with the values in its tensors, it can do only for real
             with FlopCounterMode(display=False) as counter:
                 call("model", model, batch)
-    return int(counter.get_total_flops())
+    return counter
 
 
 @contextmanager

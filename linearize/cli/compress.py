@@ -26,6 +26,7 @@ from linearize.training.losses import main_output
 __all__ = ["compress"]
 
 _SHARE = 0.6  # of linear channels, where nothing else is asked for
+_RATE = 1e-3  # of training before
 _TRAIN_FIRST = 15  # epochs for a model that comes with random weights
 
 
@@ -51,7 +52,11 @@ def compress(
     train: Annotated[
         int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    modules: Annotated[bool, typer.Option(help="Whole modules may become one linear map.")] = True,
+    search: Annotated[int, typer.Option(min=0, help="Plans around the chosen one to try with the real loss.")] = 16,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; without: 1e-3, and 3e-4 behind a budget.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
@@ -79,14 +84,15 @@ def compress(
     network, source = _open(model, data, model_arg, pretrained, batch=batch, size=size, limit=limit, seed=seed)
     unfinished = None if folder is None or dry_run else folder / "unfinished"
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
+    rate = _RATE if lr is None else lr
     if first:
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
         resume: dict[str, Any] = {}
         if unfinished is not None:
-            key = fingerprint(network, data, first, lr, batch, size, limit, seed)
+            key = fingerprint(network, data, first, rate, batch, size, limit, seed)
             resume = {"checkpoint_dir": unfinished / f"first-{key[:12]}", "resume": True}
         torch.manual_seed(seed)
-        finetune(network, source.train, epochs=first, lr=lr, evaluate=source.test, on_epoch=_tell, **resume)
+        finetune(network, source.train, epochs=first, lr=rate, evaluate=source.test, on_epoch=_tell, **resume)
     result = compress_model(
         network,
         source.train,
@@ -96,11 +102,13 @@ def compress(
         flops=flops,
         params=params,
         activations=activations,
-        finetune={"epochs": epochs, "lr": lr} if epochs else None,
+        finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
         evaluate=source.test,
         dry_run=dry_run,
         uniform=uniform,
         stock=stock,
+        modules=modules,
+        search=search,
         checkpoint_dir=unfinished,
         seed=seed,
         progress=common.say,

@@ -17,10 +17,11 @@ from linearize.gate import gates
 from linearize.plan import MASKED, UNCHANGED, Plan
 from linearize.planning.budget import Budget
 from linearize.planning.choose import choose, uniform
+from linearize.planning.distance import real_loss, some_of
 from linearize.planning.job import Job, Made
 from linearize.planning.latency import cache_file
-from linearize.planning.options import BLOCKS, SiteChoice
-from linearize.planning.search import real_loss, searched, some_of, unscaled
+from linearize.planning.options import BLOCKS, WHOLE, SiteChoice
+from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
 from linearize.planning.survey import Survey, describe, survey
@@ -45,6 +46,7 @@ class How:
     sequential: bool = False
     stock: bool = False
     search: int = 0
+    modules: bool = True
 
     @property
     def table(self) -> Path | None:
@@ -68,6 +70,7 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
             round_to=how.round_to,
             uniform=how.uniform,
             stock=how.stock,
+            modules=how.modules,
             seed=how.seed,
             rounds=min(how.rounds, 9),
             cache=how.table,
@@ -179,6 +182,9 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     keep: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for site in plan.sites:
+        if site.form == WHOLE and (site.site in named or site.site in found.wholes):
+            choices[site.site] = SiteChoice(site.site, 0, site.rank, WHOLE)
+            continue
         if site.site not in named:
             raise UsageError(site.site, "is in the plan, but not in the model", "Make the plan from this model.")
         if site.form in BLOCKS and found.blocks:

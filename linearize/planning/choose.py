@@ -1,15 +1,15 @@
 """The best option of every group within a budget: a knapsack with one choice per group.
 
-Groups are merged one after the other; of all partial choices only those survive that none beats in both cost and loss.
-If these become more than `limit`, the best of each small interval of cost survives, so that what comes out never
-exceeds the budget, and misses the optimum by what `limit` intervals cannot tell apart.
+Groups are merged one after the other, those inside a module first; of all partial choices only those survive that none
+beats in both cost and loss. If these become more than `limit`, the best of each small interval of cost survives, so
+that what comes out never exceeds the budget, and misses the optimum by what `limit` intervals cannot tell apart.
 
 Source: Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", Management Science 1969.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,28 +53,114 @@ def choose(groups: Sequence[Group], measure: Measure, budget: float, *, limit: i
         >>> found.loss, found.cost
         (1.0, 13.0)
     """
-    cheapest = [min(group.options, key=lambda o: (o.cost(measure), o.loss)) for group in groups]
+    tree = _Tree(groups, measure, limit)
+    cheapest = tree.cheapest()
     if sum(o.cost(measure) for o in cheapest) > budget * (1 + 1e-12):
         return _sum(cheapest, measure, reachable=False)
-    rest = _suffix([o.cost(measure) for o in cheapest])
-    costs: Numbers = np.zeros(1)
-    losses: Numbers = np.zeros(1)
-    back: list[tuple[NDArray[np.int64], NDArray[np.int64], list[Option]]] = []
-    for index, group in enumerate(groups):
-        options = group.pareto(measure).options
-        c = (costs[:, None] + np.array([o.cost(measure) for o in options])[None, :]).ravel()
-        v = (losses[:, None] + np.array([o.loss for o in options])[None, :]).ravel()
-        chosen = _survivors(c, v, budget * (1 + 1e-12) - rest[index + 1], limit)
-        back.append((chosen // len(options), chosen % len(options), list(options)))
-        costs, losses = c[chosen], v[chosen]
-    position = int(losses.argmin())
-    picked: list[Option] = []
-    for parents, which, options_ in reversed(back):
-        picked.append(options_[int(which[position])])
-        position = int(parents[position])
-    best = _sum(picked[::-1], measure, reachable=True)
+    best = _sum(tree.best(budget), measure, reachable=True)
     plain = uniform(groups, measure, budget)
     return plain if plain is not None and plain.loss < best.loss else best
+
+
+@dataclass(frozen=True)
+class _Front:
+    """Partial choices that no other beats in both cost and loss; `pick` gives the options of one, by group."""
+
+    costs: Numbers
+    losses: Numbers
+    pick: Callable[[int], dict[int, Option]]
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Groups, some of them modules with other groups inside, which are gone when the module becomes one linear map."""
+
+    groups: Sequence[Group]
+    measure: Measure
+    limit: int
+
+    def cheapest(self) -> list[Option]:
+        """The options of least cost."""
+        found: dict[int, Option] = {}
+        for root in self._inside(""):
+            found |= self._cheapest(root)[1]
+        return [found[index] for index in range(len(self.groups))]
+
+    def best(self, budget: float) -> list[Option]:
+        """The options of least loss within a budget that can be met."""
+        roots = self._inside("")
+        front = self._joined(roots, budget * (1 + 1e-12))
+        found = front.pick(int(front.losses.argmin()))
+        return [found[index] for index in range(len(self.groups))]
+
+    def _inside(self, path: str) -> list[int]:
+        return [index for index, group in enumerate(self.groups) if group.inside == path]
+
+    def _below(self, index: int) -> list[int]:
+        if not self.groups[index].module:
+            return []
+        inner = self._inside(self.groups[index].sites[0])
+        return [*inner, *(other for child in inner for other in self._below(child))]
+
+    def _gone(self, index: int) -> dict[int, Option]:
+        return {other: self.groups[other].gone for other in self._below(index)}
+
+    def _cheapest(self, index: int) -> tuple[tuple[float, float], dict[int, Option]]:
+        group = self.groups[index]
+        ways = [{index: option} for option in group.options]
+        if group.module:
+            stay, linear = group.options
+            inner = [self._cheapest(child)[1] for child in self._inside(group.sites[0])]
+            ways = [{index: stay} | {k: v for some in inner for k, v in some.items()}]
+            ways.append({index: linear} | self._gone(index))
+        priced = [(sum(o.cost(self.measure) for o in way.values()), sum(o.loss for o in way.values())) for way in ways]
+        least = min(range(len(ways)), key=priced.__getitem__)
+        return priced[least], ways[least]
+
+    def _front(self, index: int) -> _Front:
+        group = self.groups[index]
+        if not group.module:
+            options = group.pareto(self.measure).options
+            costs, losses = (np.array([get(o) for o in options]) for get in (self._cost, lambda o: o.loss))
+            return _Front(costs, losses, lambda position: {index: options[position]})
+        stay, linear = group.options
+        inner, gone = self._joined(self._inside(group.sites[0]), float("inf")), self._gone(index)
+        costs = np.append(inner.costs + self._cost(stay), self._cost(linear))
+        losses = np.append(inner.losses, linear.loss)
+
+        def pick(position: int) -> dict[int, Option]:
+            if position == len(inner.costs):
+                return {index: linear} | gone
+            return {index: stay} | inner.pick(position)
+
+        return _Front(costs, losses, pick)
+
+    def _cost(self, option: Option) -> float:
+        return option.cost(self.measure)
+
+    def _joined(self, indices: Sequence[int], budget: float) -> _Front:
+        """The choices for several groups together, of which all others can still be met."""
+        rest = _suffix([self._cheapest(index)[0][0] for index in indices])
+        costs: Numbers = np.zeros(1)
+        losses: Numbers = np.zeros(1)
+        back: list[tuple[NDArray[np.int64], NDArray[np.int64], _Front]] = []
+        for place, index in enumerate(indices):
+            front = self._front(index)
+            count = len(front.costs)
+            c = (costs[:, None] + front.costs[None, :]).ravel()
+            v = (losses[:, None] + front.losses[None, :]).ravel()
+            chosen = _survivors(c, v, budget - rest[place + 1], self.limit)
+            back.append((chosen // count, chosen % count, front))
+            costs, losses = c[chosen], v[chosen]
+
+        def pick(position: int) -> dict[int, Option]:
+            found: dict[int, Option] = {}
+            for parents, which, front in reversed(back):
+                found |= front.pick(int(which[position]))
+                position = int(parents[position])
+            return found
+
+        return _Front(costs, losses, pick)
 
 
 def uniform(groups: Sequence[Group], measure: Measure, budget: float) -> Choice | None:
@@ -82,10 +168,13 @@ def uniform(groups: Sequence[Group], measure: Measure, budget: float) -> Choice 
 
     A kind is a share of channels that stay, with the same rank of the skip; groups without it stay as they are.
     """
-    kinds = dict.fromkeys(_kind(group, option) for group in groups for option in group.options)
+    kinds = dict.fromkeys(_kind(group, o) for group in groups if not group.module for o in group.options)
     best: Choice | None = None
     for kind in kinds:
-        same = [next((o for o in group.options if _kind(group, o) == kind), group.stay) for group in groups]
+        same = [
+            group.stay if group.module else next((o for o in group.options if _kind(group, o) == kind), group.stay)
+            for group in groups
+        ]
         found = _sum(same, measure, reachable=True)
         if found.cost <= budget * (1 + 1e-12) and (best is None or found.loss < best.loss):
             best = found

@@ -1,8 +1,8 @@
 """Measured latencies of options: the real layers in the real shapes, in turns, remembered on disk as ratios.
 
 A table entry is the time of an option's layers relative to those that stand there now, at one batch size. The ratio
-is remembered, by device, threads, dtype, library versions and shapes; the time of the present layers is measured anew
-in each session, next to that of the whole model, so that a slow day does not spoil the table.
+is remembered, by device, threads, dtype, library versions and shapes; the share of the model's time that the present
+layers take is measured anew each time, inside the model (`in_place`), so that a slow day does not spoil the table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from linearize.approximate.editable import fold_of
 from linearize.bench import interleaved
 from linearize.gate import ChannelGate, gates
 from linearize.groups import ports_of
+from linearize.planning.in_place import Shares
 from linearize.planning.options import BORDERED, Group, Option, SiteChoice
 from linearize.planning.price import Pricer
 from linearize.report.timing import environment
@@ -106,6 +107,7 @@ def with_latencies(
     *,
     batch: int,
     table: LatencyTable,
+    shares: Shares | None = None,
     blocks: Mapping[str, Block] | None = None,
     rounds: int = 7,
 ) -> list[Group]:
@@ -117,15 +119,16 @@ def with_latencies(
         shapes: of each site's input in a batch of size `batch`; a site without one is not measured.
         whole: seconds of the whole original model, by batch size.
         batch: size of the batch in which the shapes were seen.
-        blocks: by the name of their first site.
         table: where ratios are looked up and noted.
+        shares: of the model's time, by the name of a group's first site; one that is not known is measured by itself.
+        blocks: by the name of their first site.
         rounds: measurements of each.
 
     Options whose layers cannot be run by themselves are given the share of time that their FLOPs would take.
     """
     bench = _Bench(model, shapes, batch, list(whole), rounds, blocks or {})
     with evaluating(model):
-        measured = [_measured(bench, group, whole, table) for group in groups]
+        measured = [_measured(bench, group, whole, table, shares or {}) for group in groups]
     table.save()
     # Layers run by themselves take longer than in the model, where calls overlap: together no longer than the whole.
     parts = sum(group.stay.cost("latency") for group in measured)
@@ -135,13 +138,14 @@ def with_latencies(
     ]
 
 
-def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: LatencyTable) -> Group:
-    shares = [0.0] * len(group.options)
+def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: LatencyTable, shares: Shares) -> Group:
+    found = [0.0] * len(group.options)
     for size, seconds in whole.items():
         ratios, own = _ratios(bench, group, size, table) if len(group.options) > 1 else ([1.0], 0.0)
+        stay = shares.get(group.sites[0], {}).get(size, own / seconds) if own else 0.0
         for index, ratio in enumerate(ratios):
-            shares[index] += ratio * own / seconds / len(whole)
-    options = tuple(replace(o, latency=share) for o, share in zip(group.options, shares, strict=True))
+            found[index] += ratio * stay / len(whole)
+    options = tuple(replace(o, latency=share) for o, share in zip(group.options, found, strict=True))
     return replace(group, options=options)
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from linearize.report.table import render
 
-__all__ = ["BLOCKS", "BORDERED", "MEASURES", "Group", "Measure", "Option", "SiteChoice", "frontier"]
+__all__ = ["BLOCKS", "BORDERED", "MEASURES", "WHOLE", "Group", "Measure", "Option", "SiteChoice", "frontier"]
 
 Measure = Literal["latency", "flops", "params", "activations"]
 BORDERED = "bordered block"
 BLOCKS = ("block", BORDERED)
+WHOLE = "whole module"
 MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations")
 
 
@@ -28,7 +29,8 @@ class SiteChoice:
         rank: r of the linear skip; 0 for none.
         form: "unchanged", "factored", "merged", "vanished" or "narrowed"; "line" for channels that go to their own line
             in place; "block" for one dense convolution in place of all sites of the group, with `rank` for its kernel;
-            "bordered block" for one whose bias is another near the border.
+            "bordered block" for one whose bias is another near the border; "whole module" for a module (`site` is its
+            path) that one linear map stands for, and for the sites inside, which go with it.
     """
 
     site: str
@@ -38,12 +40,14 @@ class SiteChoice:
 
     @property
     def block(self) -> bool:
-        """True if one convolution takes the place of the group."""
-        return self.form in BLOCKS
+        """True if other modules take the place of the site's, at once."""
+        return self.form in (*BLOCKS, WHOLE)
 
     def __str__(self) -> str:
         if self.form in ("unchanged", "line"):
             return f"keep {self.keep}" if self.form == "unchanged" else f"keep {self.keep}, lines"
+        if self.form == WHOLE:
+            return f"the whole of it one linear map of rank {self.rank}" if self.rank else "gone with its module"
         if self.block:
             return f"one {self.rank}x{self.rank} convolution{' and a border' if self.form == BORDERED else ''}"
         skip = "" if not self.rank else f" + skip of rank {self.rank}"
@@ -88,19 +92,31 @@ class Group:
         sites: names, in order of execution.
         options: the possibilities.
         reason: why there is no other option than to stay, if there is none.
+        inside: path of the smallest module around them that has a group of its own; "" for none.
+        module: True for the group of a module: its only site is the path, its options are to stay, at the cost of what
+            is no other group's, and to become one linear map, whereupon all groups inside are gone.
     """
 
     sites: tuple[str, ...]
     options: tuple[Option, ...]
     reason: str | None = None
+    inside: str = ""
+    module: bool = False
 
     @property
     def stay(self) -> Option:
         """The option that changes nothing."""
         return self.options[0]
 
+    @property
+    def gone(self) -> Option:
+        """What is left of it when the module around it becomes one linear map."""
+        return Option(tuple(SiteChoice(site, 0, form=WHOLE) for site in self.sites), 0.0, 0.0, 0.0, 0.0, 0.0)
+
     def pareto(self, measure: Measure) -> Group:
-        """Only the options that no other beats in both loss and cost."""
+        """Only the options that no other beats in both loss and cost; of a module all."""
+        if self.module:
+            return self
         return replace(self, options=(self.stay, *(o for o in frontier(self.options, measure) if o is not self.stay)))
 
     def to_dict(self) -> dict[str, Any]:

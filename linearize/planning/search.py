@@ -8,22 +8,18 @@ Source of the idea: Frantar and Alistarh, "SPDY: Accurate Pruning with Speedup G
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from linearize.planning.choose import Choice, choose
+from linearize.planning.distance import real_loss, some_of
 from linearize.planning.settle import edited, site_choices
 from linearize.planning.survey import Survey
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, evaluating
-from linearize.training.losses import distillation_loss
 
-__all__ = ["real_loss", "searched", "some_of", "unscaled"]
+__all__ = ["searched", "unscaled"]
 
 _SPREAD = 0.5  # of the logarithm of the factors
 
@@ -77,27 +73,6 @@ def searched(
 
 def unscaled(picked: Choice, found: Survey) -> Choice:
     """The same options with the losses that were predicted for them."""
-    known = {option.choices: option for group in found.groups for option in group.options}
+    known = {option.choices: option for group in found.groups for option in (*group.options, group.gone)}
     options = tuple(known[option.choices] for option in picked.options)
     return replace(picked, options=options, loss=sum(option.loss for option in options))
-
-
-def some_of(data: Iterable[Any], count: int) -> list[Any]:
-    """Some batches, spread over the data."""
-    total = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    step = max(1, total // count)
-    return list(itertools.islice(itertools.islice(data, step - 1, None, step), count))
-
-
-def real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> float:
-    """Mean distance of a model's output to another's: relative squared error, or divergence of logits."""
-    total, count = 0.0, 0
-    device = device_of(reference)
-    with evaluating(reference, candidate):
-        for raw in batches:
-            batch = read_batch(reference, to_device(raw, device))
-            taught = reference(*batch.args, **batch.kwargs)
-            output = candidate(*batch.args, **batch.kwargs)
-            total += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
-            count += batch.size
-    return total / max(1, count)

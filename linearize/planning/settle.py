@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from linearize.approximate.blocks import replace_block
 from linearize.approximate.edit import carry_out
+from linearize.approximate.wholes import replace_whole
 from linearize.collapse import collapse
 from linearize.cost import cost
 from linearize.duplicate import duplicate
@@ -23,7 +24,7 @@ from linearize.gate import gates
 from linearize.plan import Plan, SitePlan, make_plan
 from linearize.planning.budget import Budget
 from linearize.planning.choose import Choice, choose
-from linearize.planning.options import BORDERED, SiteChoice
+from linearize.planning.options import BORDERED, WHOLE, SiteChoice
 from linearize.planning.survey import Survey
 from linearize.record import Record, record_of, set_record
 
@@ -181,12 +182,16 @@ def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, 
     """A copy of the gated model with the choices carried out; `keep` overrides which channels stay."""
     model = duplicate(found.gated, CollapseError)
     named = gates(model)
-    for name, choice in choices.items():
+    for name, choice in _modules_last(choices):
         if choice.form == "line":
             order = found.unit_costs[name].argsort(stable=True)
             mask = torch.zeros(named[name].channels, dtype=torch.bool)
             mask[order[: named[name].channels - choice.keep]] = True
             named[name].linearize_(mask)
+        elif choice.form == WHOLE:
+            fit = found.wholes[name].fit() if choice.rank and name in found.wholes else None
+            if fit is not None:
+                replace_whole(model, found.wholes[name], fit)
         elif choice.block:
             if name in found.blocks:
                 block = found.blocks[name]
@@ -194,6 +199,11 @@ def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, 
         elif choice.keep < named[name].channels and name in found.curves:
             carry_out(model, found.curves[name].edit(found.gated, choice, None if keep is None else keep.get(name)))
     return model
+
+
+def _modules_last(choices: Mapping[str, SiteChoice]) -> list[tuple[str, SiteChoice]]:
+    """Sites that go with their module are gone by then."""
+    return sorted(choices.items(), key=lambda item: item[1].form == WHOLE)
 
 
 def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:

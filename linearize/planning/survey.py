@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from linearize.approximate.blocks import Block, blocks_of, observe_blocks
+from linearize.approximate.find_wholes import wholes_of
 from linearize.approximate.observe import observe
+from linearize.approximate.wholes import Whole, observe_wholes
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.collapse import collapse
 from linearize.cost import Cost, cost
 from linearize.gate import gates
-from linearize.groups import groups_of
+from linearize.groups import groups_of, ports_of
 from linearize.planning.candidates import candidates
+from linearize.planning.choose import choose
 from linearize.planning.curves import Curve, curve_of
+from linearize.planning.distance import some_of
+from linearize.planning.in_place import shares_in_place
 from linearize.planning.latency import LatencyTable, with_latencies
+from linearize.planning.modules import with_module_latencies, with_modules
 from linearize.planning.notes import NOTHING, Notes
 from linearize.planning.options import Group, Measure
 from linearize.planning.units import sensitivities, unit_costs, unit_groups
@@ -46,6 +53,7 @@ class Survey:
         before: parameters and FLOPs of the original.
         curves: by site name; empty for budgets in units.
         blocks: by the name of their first site.
+        wholes: modules that could become one linear map, by path.
         unit_costs: by site name, for budgets in units.
         notes: what a reader should know, such as too little data.
     """
@@ -57,6 +65,7 @@ class Survey:
     before: Cost
     curves: dict[str, Curve] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
+    wholes: dict[str, Whole] = field(default_factory=dict)
     unit_costs: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -68,8 +77,7 @@ class Survey:
     @property
     def least(self) -> float:
         """The smallest fraction of the total that the options can reach, as predicted."""
-        cheapest = sum(min(o.cost(self.measure) for o in group.options) for group in self.groups)
-        return (self.fixed + cheapest) / self.total
+        return (self.fixed + choose(self.groups, self.measure, -math.inf).cost) / self.total
 
 
 def survey(
@@ -83,6 +91,7 @@ def survey(
     round_to: int = 8,
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
+    modules: bool = True,
     seed: int = 0,
     rounds: int = 9,
     cache: Path | None = None,
@@ -103,6 +112,7 @@ def survey(
         uniform: True keeps equal numbers of channels in all sites of the same shape; or glob patterns of site names,
             each a group of its own.
         stock: only options that leave ordinary layers, all of one width.
+        modules: whether whole modules may become one linear map; not where equal widths are asked for.
         seed: of random projections.
         rounds: measurements of each latency.
         cache: file of latencies; None remembers none.
@@ -143,16 +153,69 @@ def survey(
         )  # fmt: skip
     ties = _ties(gated, uniform)
     groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, progress=progress)
+    wholes: dict[str, Whole] = {}
+    if modules and not ties:
+        wholes = _wholes(gated, data, batch, seed, notes)
+        groups = with_modules(groups, list(wholes.values()), gated, some_of(data, 4))
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "latency":
         say("measure")
         shapes = {name: block.shape for name, block in blocks.items() if block.shape}
         shapes |= {name: found.shape for name, found in observations.items() if found.shape}
-        size = _batch_size(batch)
-        whole = _whole(original, batch, batch_sizes or [size], rounds)
-        table = LatencyTable.open(cache)
-        groups = with_latencies(gated, groups, shapes, whole, batch=size, table=table, blocks=blocks, rounds=rounds)
-    return Survey(gated, measure, groups, total, before, curves, blocks, notes=few)
+        groups = _timed(original, gated, groups, shapes, blocks, wholes, batch, batch_sizes, rounds, cache)
+    return Survey(gated, measure, groups, total, before, curves, blocks, wholes, notes=few)
+
+
+def _timed(
+    original: nn.Module,
+    gated: nn.Module,
+    groups: list[Group],
+    shapes: dict[str, tuple[int, ...]],
+    blocks: dict[str, Block],
+    wholes: dict[str, Whole],
+    batch: Any,
+    batch_sizes: Sequence[int] | None,
+    rounds: int,
+    cache: Path | None,
+) -> list[Group]:
+    """The groups with latencies."""
+    size = _batch_size(batch)
+    sizes = batch_sizes or [size]
+    parts = {group.sites[0]: _modules_of(gated, group) for group in groups}
+    shares = shares_in_place(original, batch, sizes, parts, rounds=rounds)
+    whole = _whole(original, batch, sizes, rounds)
+    own = [group for group in groups if not group.module]
+    table = LatencyTable.open(cache)
+    own = with_latencies(
+        gated, own, shapes, whole, batch=size, table=table, shares=shares, blocks=blocks, rounds=rounds
+    )
+    modules = [group for group in groups if group.module]
+    return with_module_latencies(original, [*own, *modules], wholes, shares, batch=size, rounds=rounds)
+
+
+def _modules_of(gated: nn.Module, group: Group) -> list[str]:
+    """The modules of a group: its maps, and the norms between them; or the module that it is."""
+    if group.module:
+        return list(group.sites)
+    sites = [site for name in group.sites if (site := gates(gated)[name].site) is not None]
+    ports = [port.module for site in sites for port in ports_of(site)]
+    folds = [f.module for site in sites for f in (*site.folds, *site.up_folds, *site.consumer_folds)]
+    return list(dict.fromkeys((*ports, *folds)))
+
+
+def _wholes(gated: nn.Module, data: Iterable[Any], batch: Any, seed: int, notes: Notes) -> dict[str, Whole]:
+    """The modules that could become one linear map, observed."""
+    found = {whole.path: whole for whole in wholes_of(gated, batch, groups_of(gated))}
+    held = notes.some("module", found)
+    for path, state in held.items():
+        found[path].restore(state, device_of(gated))
+    new = [whole for path, whole in found.items() if path not in held]
+    if new:
+        observe_wholes(
+            gated, data, new, seed=seed,
+            finished=lambda some: notes.write("module", {whole.path: whole.state() for whole in some}),
+        )  # fmt: skip
+    return found
 
 
 def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, before: Cost, seed: int) -> Survey:

@@ -192,3 +192,27 @@ class Ones(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.width)
+
+
+class _Only(nn.Module):
+    """Stands where a module was called with more than one argument: the first alone counts."""
+
+    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
+        out: Tensor = super().forward(input)
+        return out
+
+
+class OnlyLinear(_Only, nn.Linear):
+    pass
+
+
+class OnlyConv1d(_Only, nn.Conv1d):
+    pass
+
+
+class OnlyConv2d(_Only, nn.Conv2d):
+    pass
+
+
+class OnlyConv3d(_Only, nn.Conv3d):
+    pass

@@ -24,11 +24,12 @@ _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 _PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ("in_features", "out_features")),
     "CarryLinear": (carriers.CarryLinear, ("in_features", "out_features", "start")),
+    "OnlyLinear": (carriers.OnlyLinear, ("in_features", "out_features")),
     "OnesLinear": (carriers.OnesLinear, ("in_features", "out_features", "at", "ones")),
     **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
     **{
         f"{kind}{n}d": (getattr(carriers, f"{kind}{n}d"), _CONV)
-        for kind in ("SameConv", "BorderConv", "BorderSameConv")
+        for kind in ("SameConv", "BorderConv", "BorderSameConv", "OnlyConv")
         for n in (1, 2, 3)
     },
 }

@@ -1,0 +1,197 @@
+"""Which modules could become one linear map as a whole: one tensor in, one of its shape out, and nothing else said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from linearize.approximate.wholes import Whole
+from linearize.convert import UNSELECTED
+from linearize.cost import flops_of_modules
+from linearize.gate import ChannelGate, gates
+from linearize.graph.capture import untouched
+from linearize.groups import ports_of
+from linearize.record import record_of
+from linearize.running.models import batches_of, call, evaluating
+
+__all__ = ["wholes_of"]
+
+_WIDEST = 4000  # features of input and output together
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass
+class _Call:
+    """How a module was called, and what came out."""
+
+    times: int = 0
+    single: bool = True
+    alone: bool = True
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    fits: bool = False
+    version: int = 0
+
+
+def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> list[Whole]:
+    """The modules of a gated model that one linear map could stand for, and would make cheaper, outermost first.
+
+    A module qualifies if it is called once, with one tensor besides plain values, which it does not overwrite, and
+    gives one tensor whose shape differs in the channels at most; if it holds all sites of a group or none; and if no
+    activation inside was excluded by the user. A module that holds nothing but one group of sites does not, since that
+    group has the same option.
+
+    Args:
+        model: gated.
+        batch: one, for which costs are counted.
+        groups: of sites, by name.
+    """
+    calls = _calls(model, batch)
+    flops = flops_of_modules(model, batch)
+    homes = _homes(model, groups)
+    found: list[Whole] = []
+    for path, seen in calls.items():
+        module = model.get_submodule(path)
+        axis = _axis(module, seen)
+        if axis is None or not _free(model, path, homes):
+            continue
+        inputs, outputs = seen.before[axis], seen.after[axis]
+        least = 2.0 * math.prod(seen.before) * outputs
+        if inputs + outputs > _WIDEST or flops.get(path, 0) <= least:
+            continue
+        sites = tuple(name for names in groups for name in names if _within(path, homes[name]))
+        gated = sum(gate.alpha.numel() for gate in module.modules() if isinstance(gate, ChannelGate))
+        params = float(sum(parameter.numel() for parameter in module.parameters()) - gated)
+        costs = float(flops[path]), params
+        found.append(Whole(path, sites, _around(path, found), inputs, outputs, axis, seen.alone, *costs, seen.before))
+    kept = _needed(found, flops, groups, homes)
+    return [replace(whole, inside=_around(whole.path, kept)) for whole in kept]
+
+
+def _around(path: str, wholes: Sequence[Whole]) -> str:
+    """The path of the smallest whole module around a module, of those listed outermost first; "" for none."""
+    return next((whole.path for whole in reversed(wholes) if path.startswith(f"{whole.path}.")), "")
+
+
+def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
+    """How every module with children was called in one forward, outermost first."""
+    found: dict[str, _Call] = {}
+    inner = {path for path, module in model.named_modules() if isinstance(module, ChannelGate)}
+
+    def begin(seen: _Call) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            leaves = pytree.tree_leaves((args[1:], dict(kwargs)))
+            seen.times += 1
+            seen.single = bool(args) and isinstance(args[0], Tensor) and all(isinstance(x, _PLAIN) for x in leaves)
+            seen.alone = len(args) == 1 and not kwargs
+            if seen.single:
+                seen.before, seen.version = tuple(args[0].shape), args[0]._version
+                seen.single = args[0].is_floating_point()
+
+        return see
+
+    def end(seen: _Call) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            good = seen.single and type(output) is Tensor and output.is_floating_point()
+            seen.fits = good and args[0]._version == seen.version and output is not args[0]
+            seen.after = tuple(output.shape) if good else ()
+
+        return see
+
+    def hooks() -> Iterator[Any]:
+        for path, module in model.named_modules():
+            within = any(path == gate or path.startswith(f"{gate}.") for gate in inner)
+            if path and not within and any(True for _ in module.children()) and not _hooked(module):
+                seen = found[path] = _Call()
+                yield module.register_forward_pre_hook(begin(seen), with_kwargs=True)
+                yield module.register_forward_hook(end(seen))
+
+    with evaluating(model), untouched(model):
+        handles = list(hooks())
+        try:
+            call("model", model, batches_of(batch)[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {path: seen for path, seen in found.items() if seen.times == 1 and seen.fits}
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _axis(module: nn.Module, seen: _Call) -> int | None:
+    """Where the channels are, counted from the end, as the first map inside that reads so many says.
+
+    None if there is no such map, or if another axis changes.
+    """
+    before, after = seen.before, seen.after
+    if len(before) != len(after) or not 2 <= len(before) <= 5:
+        return None
+    for inner in module.modules():
+        for name, axis in (("in_features", len(before) - 1), ("in_channels", 1)):
+            if getattr(inner, name, None) == before[axis]:
+                same = before[:axis] + before[axis + 1 :] == after[:axis] + after[axis + 1 :]
+                return axis - len(before) if same else None
+    return None
+
+
+def _homes(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """By site, the paths of all that belongs to its group: gates, maps and folds."""
+    named = gates(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, list[str]] = {}
+    for names in groups:
+        parts: list[str] = []
+        for name in names:
+            gate = named[name]
+            parts.append(paths[id(gate)])
+            if gate.site is not None:
+                parts += [port.module for port in ports_of(gate.site)]
+                parts += [f.module for f in (*gate.site.folds, *gate.site.up_folds, *gate.site.consumer_folds)]
+        found |= dict.fromkeys(names, parts)
+    return found
+
+
+def _within(path: str, parts: Sequence[str]) -> bool:
+    return all(part.startswith(f"{path}.") for part in parts)
+
+
+def _free(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
+    """True if no group of sites is half inside, and the user's choice of sites does not speak against it."""
+    for parts in homes.values():
+        inside = [part == path or part.startswith(f"{path}.") for part in parts]
+        if any(inside) and not _within(path, parts):
+            return False
+    record = record_of(model)
+    barred = [site for site in (record.sites if record else ()) if site.ungated in UNSELECTED]
+    if any(site.module == path or site.module.startswith(f"{path}.") for site in barred):
+        return False
+    return not barred or any(_within(path, parts) for parts in homes.values())
+
+
+def _needed(
+    found: Sequence[Whole],
+    flops: Mapping[str, int],
+    groups: Sequence[Sequence[str]],
+    homes: Mapping[str, Sequence[str]],
+) -> list[Whole]:
+    """Without those that hold nothing but one other whole module, or one group of sites and its maps."""
+    kept = []
+    for whole in found:
+        inner = [other for other in found if other.inside == whole.path]
+        direct = [
+            names for names in groups
+            if _within(whole.path, homes[names[0]]) and not any(_within(o.path, homes[names[0]]) for o in inner)
+        ]  # fmt: skip
+        own = whole.flops - sum(flops[other.path] for other in inner)
+        for names in direct:
+            own -= sum(flops.get(part, 0) for part in dict.fromkeys(homes[names[0]]))
+        if own > 0.01 * whole.flops or len(inner) + len(direct) > 1:
+            kept.append(whole)
+    return kept

@@ -1,0 +1,244 @@
+"""Whole modules as one linear map: attention, a residual block, whatever takes one tensor and gives one of its shape.
+
+A residual block often does little to its input. Its least-squares matrix, applied at every position, then stands for
+all of it: attention, norms and depthwise maps included, where no activation could be collapsed. This is approximate;
+what it loses is predicted like every other option.
+
+Source of the idea: Shopkhoev et al., "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
+Linearization", 2025.
+
+Shape letters: I inputs and O outputs of the module, R rows (positions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.approximate.covariance import Covariance
+from linearize.approximate.probes import projection
+from linearize.approximate.removal import regularised
+from linearize.approximate.rows import positions_for, rows_of
+from linearize.calibrate import padding_mask
+from linearize.gate import ChannelGate
+from linearize.record import Record, record_of, set_record
+from linearize.running.batches import read_batch, to_device
+from linearize.running.models import device_of, watching
+from linearize.surgery.specs import Spec, build, replace_module
+
+__all__ = ["Whole", "WholeFit", "layer_of", "observe_wholes", "replace_whole"]
+
+
+@dataclass
+class Whole:
+    """A module that one linear map could stand for, and what a pass over data found about it.
+
+    Attributes:
+        path: of the module.
+        sites: names of the gated sites inside.
+        inside: path of the smallest other whole module around it; "" for none.
+        inputs, outputs: I and O.
+        axis: of the channels, counted from the end.
+        alone: True if the module is called with one argument only.
+        flops, params: of the module, for the example batch.
+        shape: of the input in the example batch.
+        rows: covariance of (input, output).
+        sensitivity: G of the output, (O, O).
+        samples: what the sensitivity is a sum over.
+    """
+
+    path: str
+    sites: tuple[str, ...]
+    inside: str
+    inputs: int
+    outputs: int
+    axis: int
+    alone: bool
+    flops: float
+    params: float
+    shape: tuple[int, ...]
+    rows: Covariance | None = None
+    sensitivity: Tensor | None = None
+    samples: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What the pass found, as plain values and tensors; `restore` takes it back."""
+        rows = None if self.rows is None else self.rows.state()
+        return {"samples": self.samples, "rows": rows, "sensitivity": self.sensitivity}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take what `state` gave."""
+        self.rows = None if state["rows"] is None else Covariance.of(state["rows"], device)
+        sensitivity: Tensor | None = state["sensitivity"]
+        self.sensitivity = None if sensitivity is None else sensitivity.to(device)
+        self.samples = state["samples"]
+
+    @property
+    def spec(self) -> Spec:
+        """The layer that would stand for the module."""
+        kind = "" if self.alone else "Only"
+        if self.axis == -1:
+            return {"type": f"{kind}Linear", "in_features": self.inputs, "out_features": self.outputs, "bias": True}
+        n = -1 - self.axis
+        sizes = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [1] * n}
+        rest = {"stride": [1] * n, "padding": [0] * n, "dilation": [1] * n, "groups": 1, "bias": True}
+        return {"type": f"{kind}Conv{n}d", **sizes, **rest}
+
+    @property
+    def least(self) -> float:
+        """FLOPs of that layer, for the example batch."""
+        return 2.0 * math.prod(self.shape) * self.outputs
+
+    def fit(self, ridge: float = 1e-3) -> WholeFit | None:
+        """Least squares; of the change, where input and output have equal widths, so that the ridge draws to none.
+
+        None if no batch reached the module.
+        """
+        if self.rows is None or not self.rows.count:
+            return None
+        inputs, covariance, mean = self.inputs, self.rows.covariance, self.rows.mean
+        ridge = ridge if self.rows.count > inputs else 0.1 * inputs / self.rows.count
+        kind: dict[str, Any] = {"dtype": mean.dtype, "device": mean.device}
+        same = torch.eye(self.outputs, inputs, **kind) * float(inputs == self.outputs)
+        change = covariance[:inputs, inputs:] - covariance[:inputs, :inputs] @ same.t()
+        factor = torch.linalg.cholesky(regularised(covariance[:inputs, :inputs], ridge))
+        weight = torch.cholesky_solve(change, factor).t() + same
+        bias = mean[inputs:] - weight @ mean[:inputs]
+        error = torch.cat((-weight, torch.eye(self.outputs, **kind)), 1)
+        left = error @ covariance @ error.t()
+        metric = torch.eye(self.outputs, **kind)
+        if self.sensitivity is not None and self.samples:
+            metric = self.sensitivity / self.samples
+        return WholeFit(weight, bias, float((metric * left).sum()))
+
+
+@dataclass(frozen=True)
+class WholeFit:
+    """Weight (O, I) and bias (O,) of a linear map, float64, and the predicted loss."""
+
+    weight: Tensor
+    bias: Tensor
+    loss: float
+
+
+def observe_wholes(
+    model: nn.Module,
+    batches: Iterable[Any],
+    wholes: Sequence[Whole],
+    *,
+    seed: int = 0,
+    memory: float = 2e9,
+    finished: Callable[[Sequence[Whole]], None] = lambda _: None,
+) -> None:
+    """Fill in what data tells about whole modules, as many in a pass as fit into memory; `finished` is given those."""
+    group, used = list[Whole](), 0.0
+    for whole in wholes:
+        size = 8.0 * (whole.inputs + 2 * whole.outputs) ** 2
+        if group and used + size > memory:
+            _observe(model, batches, group, seed)
+            finished(group)
+            group, used = [], 0.0
+        group.append(whole)
+        used += size
+    if group:
+        _observe(model, batches, group, seed)
+        finished(group)
+
+
+def _observe(model: nn.Module, batches: Iterable[Any], wholes: Sequence[Whole], seed: int) -> None:
+    generator, device = torch.Generator().manual_seed(seed), device_of(model)
+    watches = [_Watch(whole, generator) for whole in wholes]
+    with watching(model, lambda source: _hooks(model, watches, source)) as source:
+        for raw in batches:
+            batch = read_batch(model, to_device(raw, device))
+            for watch in watches:
+                watch.mask = padding_mask(model, watch.whole.path, batch.kwargs)
+            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+            if scalar.requires_grad:
+                torch.autograd.grad(scalar, source, allow_unused=True)
+            for watch in watches:
+                watch.whole.samples += positions
+                watch.seen = None
+
+
+def _hooks(model: nn.Module, watches: Sequence[_Watch], source: Tensor) -> Iterator[Any]:
+    for watch in watches:
+        module = model.get_submodule(watch.whole.path)
+        yield module.register_forward_pre_hook(watch.begin)
+        yield module.register_forward_hook(watch.end(source))
+
+
+@dataclass
+class _Watch:
+    """Takes rows of a module's input and output as they pass: what comes later may overwrite them."""
+
+    whole: Whole
+    generator: torch.Generator
+    mask: Tensor | None = None
+    seen: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = self._rows(args[0].detach())
+        known = 0 if self.whole.rows is None else self.whole.rows.count
+        count = positions_for(known, self.whole.inputs) * len(args[0])
+        chosen = torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)
+        self.seen = rows[chosen].clone(), chosen
+
+    def end(self, source: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            self._take(output.detach())
+            output = output + source.to(output.dtype)
+            if output.requires_grad:
+                output.register_hook(self._weigh)
+            return output
+
+        return see
+
+    @torch.no_grad()
+    def _take(self, output: Tensor) -> None:
+        if self.seen is None:
+            return
+        inputs, chosen = self.seen
+        rows = torch.cat((inputs, self._rows(output)[chosen]), 1)
+        self.whole.rows = self.whole.rows or Covariance(rows.shape[1], rows.device)
+        self.whole.rows.update(rows)
+
+    @torch.no_grad()
+    def _weigh(self, gradient: Tensor) -> None:
+        g = self._rows(gradient).double()
+        total = g.t() @ g
+        self.whole.sensitivity = total if self.whole.sensitivity is None else self.whole.sensitivity + total
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return rows_of(x, -1 - self.whole.axis, self.mask)
+
+
+@torch.no_grad()
+def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
+    """The layer that would stand for a module of a model, in its dtype and on its device."""
+    old = model.get_submodule(whole.path)
+    like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
+    layer = build(whole.spec, old).to(like.device, like.dtype)
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    weight.copy_(found.weight.view_as(weight))
+    bias.copy_(found.bias)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(like.requires_grad)
+    return layer
+
+
+def replace_whole(model: nn.Module, whole: Whole, found: WholeFit) -> None:
+    """Put a linear map in the place of a module of a gated model; sites inside have no gates any more."""
+    old = model.get_submodule(whole.path)
+    gone = {gate.site.name for gate in old.modules() if isinstance(gate, ChannelGate) and gate.site is not None}
+    replace_module(model, whole.path, layer_of(model, whole, found))
+    record = record_of(model) or Record()
+    why = f"{whole.path} became one linear map"
+    sites = tuple(replace(site, ungated=why) if site.name in gone else site for site in record.sites)
+    set_record(model, Record(sites, [*record.steps, {"path": whole.path, "module": whole.spec}], record.inputs))

@@ -1,0 +1,352 @@
+"""Whole modules that become one linear map: which ones may, what stands for them, and the choice among all options."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import linearize
+from linearize.approximate.find_wholes import wholes_of
+from linearize.approximate.wholes import observe_wholes, replace_whole
+from linearize.compress import compress
+from linearize.gate import gates
+from linearize.groups import groups_of
+from linearize.planning.choose import choose
+from linearize.planning.distance import losses_with
+from linearize.planning.modules import with_module_latencies
+from linearize.planning.options import WHOLE, Group, Option, SiteChoice
+from linearize.planning.survey import survey
+
+QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+
+
+class Mixer(nn.Module):
+    """Attention in small: every position looks at all the others; `strength` 0 makes it the zero map."""
+
+    def __init__(self, width: int, strength: float = 1.0) -> None:
+        super().__init__()
+        self.norm, self.qk, self.out = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.strength = strength
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        q, k = self.qk(self.norm(x)).chunk(2, -1)
+        return self.strength * scale * self.out((q @ k.transpose(1, 2)).softmax(-1) @ x)
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 8, strength: float = 1.0) -> None:
+        super().__init__()
+        self.mixer = Mixer(width, strength)
+        self.mlp = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width))
+        self.strength = strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(x, mask=None)
+        return x + self.strength * self.mlp(x)
+
+
+def network(*strengths: float) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 8), *(Layer(8, s) for s in strengths), nn.Flatten(), nn.Linear(48, 5)).eval()
+
+
+@pytest.fixture
+def data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 6, 8, generator=generator) for _ in range(8)]
+
+
+def found_in(model: nn.Module, x: Any, **options: Any) -> list[str]:
+    gated = linearize.convert(model, x, **options)
+    return [whole.path for whole in wholes_of(gated, x, groups_of(gated))]
+
+
+# Which modules
+
+
+def test_attention_and_residual_blocks_are_found_and_ffns_left_to_their_sites(data: list[Tensor]) -> None:
+    gated = linearize.convert(network(1.0, 1.0), data[0])
+    wholes = wholes_of(gated, data[0], groups_of(gated))
+    assert [(w.path, w.inside, w.sites, w.alone) for w in wholes] == [
+        ("1", "", ("1.mlp.1",), True),
+        ("1.mixer", "1", (), False),
+        ("2", "", ("2.mlp.1",), True),
+        ("2.mixer", "2", (), False),
+    ]
+    assert all((w.inputs, w.outputs, w.axis) == (8, 8, -1) for w in wholes)
+    assert wholes[0].params == sum(p.numel() for p in network(1.0)[1].parameters())
+
+
+def test_channels_of_images_are_behind_the_batch() -> None:
+    block = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(block, nn.Conv2d(4, 4, 3, padding=1)), nn.Flatten(),
+                          nn.Linear(64, 2)).eval()  # fmt: skip
+    gated = linearize.convert(model, torch.randn(2, 3, 4, 4))
+    (whole,) = wholes_of(gated, torch.randn(2, 3, 4, 4), groups_of(gated))
+    assert (whole.path, whole.axis) == ("1", -3)  # as wide as the image, so that only the maps inside can tell
+
+
+class Refusing(nn.Module):
+    """A model with one module in the middle that is called in some way."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.middle, self.last, self.way = nn.Linear(8, 8), Layer(8), nn.Linear(8, 2), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.way == "twice":
+            return self.last(self.middle(self.middle(x)))
+        return self.last(self.middle(x))
+
+
+class Overwriting(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.mlp(x)
+        return x + self.mixer(x, mask=None)
+
+
+class Several(Layer):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+class Listening(Refusing):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.middle.mixer(x, torch.ones(6, 6)) + self.middle.mlp(x))
+
+
+def test_what_is_no_candidate(data: list[Tensor]) -> None:
+    assert found_in(Refusing("once"), data[0]) == ["middle", "middle.mixer"]
+    assert found_in(Refusing("twice"), data[0]) == []
+    assert found_in(Listening("once"), data[0]) == []  # a second tensor
+    model = Refusing("once")
+    model.middle = Overwriting()
+    assert found_in(model, data[0]) == ["middle.mixer"]
+    model = Refusing("once")
+    model.middle.register_forward_hook(lambda *_: None)
+    assert found_in(model, data[0]) == ["middle.mixer"]
+
+
+def test_a_module_that_gives_several_tensors_is_none(data: list[Tensor]) -> None:
+    class Taking(Refusing):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.middle(self.first(x))[0])
+
+    model = Taking("once")
+    model.middle = Several()
+    assert found_in(model, data[0]) == ["middle.mixer"]
+
+
+def test_the_users_choice_of_sites_counts_for_modules(data: list[Tensor]) -> None:
+    assert found_in(network(1.0, 1.0), data[0], exclude="1.*") == ["2"]
+    assert found_in(network(1.0, 1.0), data[0], include="2.*") == ["2"]
+
+
+# What stands for them
+
+
+def observed(model: nn.Module, data: list[Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    gated = linearize.convert(model, data[0])
+    wholes = wholes_of(gated, data[0], groups_of(gated))
+    observe_wholes(gated, data, wholes)
+    return gated, {whole.path: whole for whole in wholes}
+
+
+def test_the_map_is_that_of_least_squares(data: list[Tensor]) -> None:
+    model = network(1.0).double()
+    several = [x.double() for x in data]
+    _, wholes = observed(model, several)
+    x = torch.cat([model[0](x).flatten(0, 1) for x in several])
+    y = torch.cat([model[1](model[0](x)).flatten(0, 1) for x in several])
+    ones = torch.cat((x, torch.ones_like(x[:, :1])), 1)
+    wanted = torch.linalg.lstsq(ones, y).solution.t()
+    fit = wholes["1"].fit(ridge=0.0)
+    torch.testing.assert_close(fit.weight, wanted[:, :-1], rtol=0, atol=1e-5)  # a ridge of 1e-8 is left
+    torch.testing.assert_close(fit.bias, wanted[:, -1], rtol=0, atol=1e-5)
+
+
+def test_a_linear_module_is_replaced_exactly_and_another_is_not(data: list[Tensor]) -> None:
+    model = network(0.0, 1.0).double()
+    several = [x.double() for x in data]
+    gated, wholes = observed(model, several)
+    before = gated(several[0])
+    replace_whole(gated, wholes["1"], wholes["1"].fit())
+    torch.testing.assert_close(gated(several[0]), before, rtol=0, atol=1e-12)
+    assert list(gates(gated)) == ["2.mlp.1"]
+    replace_whole(gated, wholes["2"], wholes["2"].fit())
+    assert (gated(several[0]) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_replaced_is_collapsed_is_saved_is_loaded_in_a_new_process(
+    data: list[Tensor], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    timm = pytest.importorskip("timm")
+    images = [torch.randn(4, 3, 32, 32, dtype=dtype) for _ in range(2)]
+    model = timm.create_model("test_vit", num_classes=5, img_size=32).to(dtype).eval()
+    gated, wholes = observed(model, images)
+    path = "blocks.1.attn"  # called with more than one argument
+    replace_whole(gated, wholes[path], wholes[path].fit())
+    replace_whole(gated, wholes["blocks.0"], wholes["blocks.0"].fit())
+    for gate in gates(gated).values():
+        gate.slope.normal_()
+        gate.linearize_(torch.rand(gate.channels) < 0.5)
+    small = linearize.collapse(gated)
+    with torch.no_grad():
+        expected = small(images[0])
+        error = (gated(images[0]) - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-12)
+    torch.save((images[0], expected), tmp_path / "expected.pt")
+    linearize.save(small, tmp_path / "m.safetensors")
+    code = (
+        "import sys, torch, linearize; x, y = torch.load(sys.argv[2]); m = linearize.load(sys.argv[1]);"
+        "assert torch.equal(m(x), y); print(*(type(x).__name__ for x in (m, m.blocks[0], m.blocks[1].attn)))"
+    )
+    files = [str(tmp_path / "m.safetensors"), str(tmp_path / "expected.pt")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["VisionTransformer", "Linear", "OnlyLinear"]
+
+
+def test_what_a_pass_found_comes_back_from_plain_values(data: list[Tensor]) -> None:
+    gated, wholes = observed(network(1.0), data)
+    for whole in wholes_of(gated, data[0], groups_of(gated)):
+        whole.restore(wholes[whole.path].state(), torch.device("cpu"))
+        fit, known = whole.fit(), wholes[whole.path].fit()
+        assert fit is not None
+        assert torch.equal(fit.weight, known.weight)
+        assert fit.loss == known.loss
+
+
+def test_losses_are_measured_and_the_model_left_as_it_was(data: list[Tensor]) -> None:
+    model = network(1.0, 1.0)
+    places = dict(model.named_modules())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = {"1": nn.Identity(), "2": model[2], "3": nn.Linear(1, 1)}
+    found = losses_with(model, layers, data[:2])
+    assert found["1"] > 0
+    assert found["2"] == pytest.approx(0, abs=1e-6)
+    assert found["3"] == float("inf")  # it cannot run
+    assert dict(model.named_modules()) == places
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# The choice
+
+
+def tree(seed: int) -> list[Group]:
+    """Two sites in a module, one of them in a module inside of that, and a site outside."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(count: int) -> list[tuple[float, float]]:
+        return [(float(v), float(c)) for v, c in torch.rand(count, 2, generator=generator).mul(50).round()]
+
+    def group(name: str, inside: str, *pairs: tuple[float, float], module: bool = False) -> Group:
+        choices = [SiteChoice(name, 0, i, WHOLE if module and i else "factored") for i in range(len(pairs))]
+        options = tuple(Option((c,), v, p, p, p, p) for c, (v, p) in zip(choices, pairs, strict=True))
+        return Group((name,), options, inside=inside, module=module)
+
+    return [
+        group("a", "m", (0.0, 60.0), *numbers(3)),
+        group("b", "n", (0.0, 60.0), *numbers(3)),
+        group("c", "", (0.0, 60.0), *numbers(3)),
+        group("m", "", (0.0, 30.0), *numbers(1), module=True),
+        group("n", "m", (0.0, 20.0), *numbers(1), module=True),
+    ]
+
+
+def everything(groups: list[Group]) -> list[tuple[Option, ...]]:
+    a, b, c, m, n = groups
+    inner = [(bb, n.stay) for bb in b.options] + [(b.gone, n.options[1])]
+    outer = [(aa, bb, m.stay, nn_) for aa in a.options for bb, nn_ in inner] + [(a.gone, b.gone, m.options[1], n.gone)]
+    return [(aa, bb, cc, mm, nn_) for (aa, bb, mm, nn_), cc in itertools.product(outer, c.options)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_among_modules_and_sites_is_the_best_of_all(seed: int) -> None:
+    groups = tree(seed)
+    for budget in (5.0, 20.0, 60.0, 120.0, 200.0):
+        losses = [sum(o.loss for o in some) for some in everything(groups) if sum(o.flops for o in some) <= budget]
+        found = choose(groups, "flops", budget)
+        assert found.reachable is bool(losses)
+        least = min(sum(o.flops for o in some) for some in everything(groups))
+        assert found.cost == least if not losses else found.loss == min(losses)
+        assert len(found.options) == len(groups)
+        assert tuple(found.options) in everything(groups)
+
+
+def test_costs_of_a_module_and_of_what_is_inside_add_up(data: list[Tensor]) -> None:
+    model = network(1.0, 0.1)
+    gated = linearize.convert(model, data[0])
+    found = survey(model, gated, data, data[0], measure="flops", progress=False)
+    modules = {group.sites[0]: group for group in found.groups if group.module}
+    assert {"2", "2.mixer"} <= set(modules)
+    inside = [group for group in found.groups if group.inside == "2"]
+    whole = next(w for p, w in found.wholes.items() if p == "2")
+    assert modules["2"].stay.flops + sum(g.stay.flops for g in inside) == whole.flops
+    assert modules["2"].stay.params + sum(g.stay.params for g in inside) == whole.params
+    assert 0 <= found.fixed < found.total
+    timed = [Group(g.sites, tuple(Option(o.choices, o.loss, o.flops, o.params, 0.0, 0.01) for o in g.options),
+                   inside=g.inside, module=g.module) for g in found.groups]  # fmt: skip
+    timed = with_module_latencies(model, timed, found.wholes, {"2": {16: 0.5}}, batch=16, rounds=2)
+    assert all(option.cost("latency") >= 0 for group in timed for option in group.options)
+
+
+# From end to end
+
+
+def test_compress_takes_the_modules_that_do_little(data: list[Tensor], tmp_path: Path) -> None:
+    model = network(1.0, 0.01, 1.0)
+    result: Any = compress(model, data, flops=0.6, **QUIET)
+    assert type(result.model[2]) is nn.Linear
+    assert result.report.outcome is not None
+    assert result.report.outcome.met
+    assert result.report.after.flops <= 0.6 * result.report.before.flops
+    forms = {site.site: site.form for site in result.plan.sites}
+    assert forms["2"] == forms["2.mlp.1"] == WHOLE
+    sites_only = compress(model, data, flops=0.6, modules=False, **QUIET)
+    assert WHOLE not in {site.form for site in sites_only.plan.sites}
+
+    def distance(small: nn.Module) -> float:
+        with torch.no_grad():
+            return float(sum((small(x) - model(x)).square().sum() for x in data))
+
+    assert distance(result.model) < distance(sites_only.model)
+    again = compress(model, data, plan=linearize.Plan.from_json(result.plan.to_json()), **QUIET)
+    with torch.no_grad():
+        assert torch.equal(again.model(data[0]), result.model(data[0]))
+    linearize.save(result.model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(linearize.load(tmp_path / "m.safetensors", model=network(1.0, 0.01, 1.0))(data[0]),
+                           result.model(data[0]))  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"sequential": True}, {"finetune": {"epochs": 1, "gradual": 0.5}}])
+def test_modules_go_together_with_refits_and_training(data: list[Tensor], options: dict[str, Any]) -> None:
+    model = network(1.0, 0.01)
+    pairs = [(x, model(x).argmax(1).detach()) for x in data]
+    result: Any = compress(model, pairs, flops=0.5, **options, **QUIET)
+    assert type(result.model[2]) is nn.Linear
+    assert result.report.verification
+
+
+def test_a_plan_for_modules_of_another_model_is_refused(data: list[Tensor]) -> None:
+    plan = compress(network(1.0, 0.01, 1.0), data, flops=0.6, **QUIET).plan
+    with pytest.raises(linearize.UsageError, match="is in the plan, but not in the model"):
+        compress(nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3)), data, plan=plan, **QUIET)
+
+
+def test_equal_widths_and_plain_layers_leave_modules_alone(data: list[Tensor]) -> None:
+    some: list[dict[str, Any]] = [{"uniform": True}, {"stock": True}, {"modules": False}]
+    for options in some:
+        plan = compress(network(1.0, 0.01), data, flops=0.8, **options, **QUIET).plan
+        assert WHOLE not in {site.form for site in plan.sites}
