@@ -26,12 +26,12 @@ def jobs_of(experiment: str, options: argparse.Namespace, out: Path) -> list[Job
     from benchmarks.peers import images, photographs, sentences, text, units
 
     def size(room: Any) -> Any:
-        return room.QUICK if options.quick else room.FULL if options.full else room.Size()
+        found = room.QUICK if options.quick else room.FULL if options.full else room.Size()
+        return replace(found, methods=tuple(options.method)) if options.method else found
 
     several = options.seeds or (1 if options.quick else 3)  # where a seed decides the original's weights
     if experiment == "images":
-        some = replace(size(images), methods=tuple(options.method)) if options.method else size(images)
-        return images.jobs(some, several, options.images, out)
+        return images.jobs(size(images), several, options.images, out)
     if experiment == "units":
         return units.jobs(size(units), several, options.images)
     if experiment == "text":
@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "report"))
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", default="", help="only runs whose names begin like this")
-    parser.add_argument("--method", action="append", help="of images: only this one, as a run of its own")
+    parser.add_argument(
+        "--method", action="append", help="of images and photographs: only this one, as a run of its own"
+    )
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photographs", type=Path, help="folder of photographs")
     parser.add_argument("--weights", type=Path, help="weights of EfficientNet-Lite0")

@@ -171,7 +171,12 @@ def jobs(size: Size, seeds: int, folder: Path | None, weights: Path | None, out:
     if folder is None or weights is None:
         raise SystemExit("Pass --photographs FOLDER and --weights FILE.pth: see benchmarks/peers/README.md.")
     asked = {"experiment": "photographs", "network": "EfficientNet-Lite0", **asdict(size)}
+    some = [method.replace(",", "").replace(" ", "_") for method in size.methods]
     return [
-        Job(f"photographs-{seed}", {**asked, "seed": seed}, partial(work, seed, size, folder, weights, out))
+        Job(
+            "-".join(["photographs", str(seed), *some]),
+            {**asked, "seed": seed},
+            partial(work, seed, size, folder, weights, out),
+        )
         for seed in range(seeds)
     ]

@@ -34,6 +34,7 @@ __all__ = ["Settled", "collapsed", "edited", "fraction_of", "planned", "settle",
 _LATENCY_TOLERANCE = 0.02
 _ROUNDS = 4
 _LATENCY_ROUNDS = 8  # predictions of latency are further off
+_TRUSTED = 0.05  # a prediction of latency no further off than this share of the original's was a good one
 _CLOSE = 0.9  # a latency from this share of the target on needs no looser plan
 _STEP = 0.75  # the least that an aim may fall to at a time, relative to itself
 
@@ -78,7 +79,8 @@ def settle(
         say: told what is going on.
     """
     best = _nearest(found, budget, batch, time_ratio, say)
-    if budget.measure == "latency":  # a table of single layers may be far off: plans by FLOPs are judged by time, too
+    wrong = not best.met or abs(best.reached - best.predicted) > _TRUSTED
+    if budget.measure == "latency" and wrong:  # a table of single layers may be far off: then plans by FLOPs, too
         by_flops = replace(found, measure="flops", total=float(found.before.flops))
         other = _nearest(by_flops, budget, batch, time_ratio, say)
         if _rank(other) > _rank(best):
