@@ -20,6 +20,7 @@ from linearize.gate import gates
 from linearize.groups import groups_of
 from linearize.planning.choose import choose
 from linearize.planning.distance import losses_with
+from linearize.planning.in_place import shares_in_place
 from linearize.planning.modules import with_module_latencies
 from linearize.planning.options import WHOLE, Group, Option, SiteChoice
 from linearize.planning.survey import survey
@@ -121,13 +122,18 @@ class Several(Layer):
 class Listening(Refusing):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return self.last(x + self.middle.mixer(x, torch.ones(6, 6)) + self.middle.mlp(x))
+        extra = torch.ones(6, 6) if self.way == "tensor" else [object()]
+        return self.last(x + self.middle.mixer(x, extra) + self.middle.mlp(x))
 
 
 def test_what_is_no_candidate(data: list[Tensor]) -> None:
     assert found_in(Refusing("once"), data[0]) == ["middle", "middle.mixer"]
     assert found_in(Refusing("twice"), data[0]) == []
-    assert found_in(Listening("once"), data[0]) == []  # a second tensor
+    assert found_in(Listening("tensor"), data[0]) == ["middle.mixer"]
+    assert found_in(Listening("cache"), data[0]) == []
+    model = Listening("tensor")
+    model.can_generate = lambda: True  # type: ignore[assignment]
+    assert found_in(model, data[0]) == []
     model = Refusing("once")
     model.middle = Overwriting()
     assert found_in(model, data[0]) == ["middle.mixer"]
@@ -149,6 +155,37 @@ def test_a_module_that_gives_several_tensors_is_none(data: list[Tensor]) -> None
 def test_the_users_choice_of_sites_counts_for_modules(data: list[Tensor]) -> None:
     assert found_in(network(1.0, 1.0), data[0], exclude="1.*") == ["2"]
     assert found_in(network(1.0, 1.0), data[0], include="2.*") == ["2"]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2", "Llama", "ViT"])
+def test_models_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more: dict[str, dict[str, Any]] = {
+        "Bert": {"intermediate_size": 64, "vocab_size": 99},
+        "GPT2": {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 0},
+        "Llama": {"intermediate_size": 64, "vocab_size": 99, "use_cache": False},
+        "ViT": {"intermediate_size": 64, "image_size": 16, "patch_size": 4},
+    }
+    head = {"Bert": "Model", "GPT2": "LMHeadModel", "Llama": "ForCausalLM", "ViT": "Model"}[kind]
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more[kind])
+    model = getattr(transformers, f"{kind}{head}")(config).eval()
+    mask = (torch.arange(12) < torch.tensor([[12], [9]])).long()
+    text = {"input_ids": torch.randint(1, 99, (2, 12)), "attention_mask": mask}
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)} if kind == "ViT" else text
+    gated = linearize.convert(model, batch)
+    found = wholes_of(gated, batch, groups_of(gated))
+    if kind in ("GPT2", "Llama"):  # a cache may come with the next call
+        assert not found
+        return
+    layers = [whole for whole in found if whole.path.split(".")[-1].isdigit()]
+    assert len(layers) == 2
+    assert all(len(whole.sites) == 1 and whole.inputs == 32 for whole in layers)
+    observe_wholes(gated, [batch], found)
+    assert [whole.rows and whole.rows.count for whole in layers] == [34 if kind == "ViT" else 21] * 2  # without padding
+    replace_whole(gated, layers[1], layers[1].fit())  # type: ignore[arg-type]
+    assert gated(**batch)[0].isfinite().all()
+    assert len(gates(gated)) == 2  # the first layer's, and the pooler's
 
 
 # What stands for them
@@ -299,6 +336,19 @@ def test_costs_of_a_module_and_of_what_is_inside_add_up(data: list[Tensor]) -> N
                    inside=g.inside, module=g.module) for g in found.groups]  # fmt: skip
     timed = with_module_latencies(model, timed, found.wholes, {"2": {16: 0.5}}, batch=16, rounds=2)
     assert all(option.cost("latency") >= 0 for group in timed for option in group.options)
+
+
+def test_shares_are_measured_inside_the_model() -> None:
+    slow, fast = nn.Sequential(nn.Linear(8, 2048), nn.Linear(2048, 8)), nn.Linear(8, 8)
+    model = nn.Sequential(slow, fast, nn.ReLU())
+    parts = {"slow": ["0"], "fast": ["1"], "inner": ["0.0", "0.1"], "both": ["0", "1"]}
+    found = shares_in_place(model, torch.randn(64, 8), [64, 128], parts, rounds=5)
+    for size in (64, 128):
+        assert found["fast"][size] < found["inner"][size] <= found["slow"][size] < found["both"][size] <= 1
+        assert found["slow"][size] > 0.5
+    twice = nn.Sequential(slow, fast, fast)
+    assert shares_in_place(twice, torch.randn(4, 8), [4], {"fast": ["1"], "slow": ["0"]}, rounds=1)["fast"] == {}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 # From end to end

@@ -1,4 +1,4 @@
-"""Which modules could become one linear map as a whole: one tensor in, one of its shape out, and nothing else said."""
+"""Which modules could become one linear map as a whole: those that make one tensor of another, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ class _Call:
     """How a module was called, and what came out."""
 
     times: int = 0
-    single: bool = True
+    plain: bool = True
     alone: bool = True
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     fits: bool = False
-    version: int = 0
+    versions: tuple[int, ...] = ()
 
 
 def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> list[Whole]:
     """The modules of a gated model that one linear map could stand for, and would make cheaper, outermost first.
 
-    A module qualifies if it is called once, with one tensor besides plain values, which it does not overwrite, and
-    gives one tensor whose shape differs in the channels at most; if it holds all sites of a group or none; and if no
-    activation inside was excluded by the user. A module that holds nothing but one group of sites does not, since that
-    group has the same option.
+    A module qualifies if it is called once, with tensors and plain values only, of which it overwrites none, and gives
+    one tensor whose shape differs from that of the first in the channels at most; if it holds all sites of a group or
+    none; and if no activation inside was excluded by the user. In a model that generates text, one tensor only: what
+    else is told may belong to a cache, which another call would miss. A module that holds nothing but one group of
+    sites does not qualify, since that group has the same option.
 
     Args:
         model: gated.
@@ -83,22 +84,24 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
     found: dict[str, _Call] = {}
     inner = {path for path, module in model.named_modules() if isinstance(module, ChannelGate)}
 
+    lonely = any(_generates(module) for module in model.modules())
+
     def begin(seen: _Call) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            leaves = pytree.tree_leaves((args[1:], dict(kwargs)))
+            rest = pytree.tree_leaves((args[1:], dict(kwargs)))
             seen.times += 1
-            seen.single = bool(args) and isinstance(args[0], Tensor) and all(isinstance(x, _PLAIN) for x in leaves)
             seen.alone = len(args) == 1 and not kwargs
-            if seen.single:
-                seen.before, seen.version = tuple(args[0].shape), args[0]._version
-                seen.single = args[0].is_floating_point()
+            seen.plain = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor) and not lonely) for x in rest)
+            seen.plain &= bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+            seen.before = tuple(args[0].shape) if seen.plain else ()
+            seen.versions = _versions(args, kwargs)
 
         return see
 
     def end(seen: _Call) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            good = seen.single and type(output) is Tensor and output.is_floating_point()
-            seen.fits = good and args[0]._version == seen.version and output is not args[0]
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            good = seen.plain and type(output) is Tensor and output.is_floating_point()
+            seen.fits = good and _versions(args, kwargs) == seen.versions and output is not args[0]
             seen.after = tuple(output.shape) if good else ()
 
         return see
@@ -109,7 +112,7 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
             if path and not within and any(True for _ in module.children()) and not _hooked(module):
                 seen = found[path] = _Call()
                 yield module.register_forward_pre_hook(begin(seen), with_kwargs=True)
-                yield module.register_forward_hook(end(seen))
+                yield module.register_forward_hook(end(seen), with_kwargs=True)
 
     with evaluating(model), untouched(model):
         handles = list(hooks())
@@ -119,6 +122,17 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
             for handle in handles:
                 handle.remove()
     return {path: seen for path, seen in found.items() if seen.times == 1 and seen.fits}
+
+
+def _versions(*values: Any) -> tuple[int, ...]:
+    """How often each tensor in some arguments has been overwritten."""
+    return tuple(leaf._version for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _generates(module: nn.Module) -> bool:
+    """True if a model of transformers generates text, step by step."""
+    can = getattr(module, "can_generate", None)
+    return callable(can) and bool(can())
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -21,10 +21,10 @@ MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations")
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """What happens to one site.
+    """What happens to one site, or to a module.
 
     Attributes:
-        site: its name.
+        site: its name; the path of a module.
         keep: K.
         rank: r of the linear skip; 0 for none.
         form: "unchanged", "factored", "merged", "vanished" or "narrowed"; "line" for channels that go to their own line
@@ -44,6 +44,8 @@ class SiteChoice:
         return self.form in (*BLOCKS, WHOLE)
 
     def __str__(self) -> str:
+        if self.form == "unchanged" and not self.keep:
+            return "stay, what is inside apart"
         if self.form in ("unchanged", "line"):
             return f"keep {self.keep}" if self.form == "unchanged" else f"keep {self.keep}, lines"
         if self.form == WHOLE:
