@@ -131,9 +131,9 @@ def test_what_is_no_candidate(data: list[Tensor]) -> None:
     assert found_in(Refusing("twice"), data[0]) == []
     assert found_in(Listening("tensor"), data[0]) == ["middle.mixer"]
     assert found_in(Listening("cache"), data[0]) == []
-    model = Listening("tensor")
-    model.can_generate = lambda: True  # type: ignore[assignment]
-    assert found_in(model, data[0]) == []
+    listening = Listening("tensor")
+    listening.can_generate = lambda: True  # type: ignore[assignment]
+    assert found_in(listening, data[0]) == []
     model = Refusing("once")
     model.middle = Overwriting()
     assert found_in(model, data[0]) == ["middle.mixer"]
