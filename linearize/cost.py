@@ -64,7 +64,7 @@ def flops_of_modules(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     Example:
         >>> flops_of_modules(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.zeros(2, 3))
-        {'': 60, '0': 60}
+        {'0': 60, '': 60}
     """
     counts = _counted(model, batches_of(inputs)[0]).get_flop_counts()
     root = type(model).__name__

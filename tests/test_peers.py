@@ -145,6 +145,13 @@ def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> No
     text = markdown([result, {**result, "seed": 1}], "images", "net")
     assert "| broken | failed |" in text
     assert "2 seeds" in text
+    timed = side_by_side(made, {"width + refit": by_width}, (0.6,), rounds=2, timing_only=True, say=False)
+    (row,) = timed["rows"]
+    assert "after" not in row
+    slow = {**result, "timing_only": True, "rows": [{**row, "latency": {"1": [7.0, 6.5, 7.5], "16": [8.0, 8.0, 8.0]}}]}
+    text = markdown([result, {**result, "seed": 1}, slow], "images", "net")
+    assert f"| width + refit | {row['flops']:.2f} / 7.00 ± 0.50 / 8.00 ± 0.00 |" in text
+    assert "2 seeds" in text
     (picture,) = draw_all([result, {**result, "seed": 1}], tmp_path).values()
     assert picture.stat().st_size > 10_000
 

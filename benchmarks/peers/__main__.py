@@ -31,7 +31,7 @@ def jobs_of(experiment: str, options: argparse.Namespace, out: Path) -> list[Job
 
     several = options.seeds or (1 if options.quick else 3)  # where a seed decides the original's weights
     if experiment == "images":
-        return images.jobs(size(images), several, options.images, out)
+        return images.jobs(size(images), several, options.images, out, timing_only=options.latencies)
     if experiment == "units":
         return units.jobs(size(units), several, options.images)
     if experiment == "text":
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", default="", help="only runs whose names begin like this")
     parser.add_argument("--method", action="append", help="of images, photographs: only this, in a run of its own")
+    parser.add_argument("--latencies", action="store_true", help="of images: only the latencies; nothing is trained")
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photographs", type=Path, help="folder of photographs")
     parser.add_argument("--weights", type=Path, help="weights of EfficientNet-Lite0")

@@ -145,23 +145,27 @@ def _some(method: Method, *places: int) -> Method:
     return lambda subject, budgets: method(subject, [budgets[i] for i in places if i < len(budgets)] or budgets)
 
 
-def work(network: str, seed: int, size: Size, folder: Path, out: Path) -> Plain:
+def work(network: str, seed: int, size: Size, folder: Path, out: Path, *, timing_only: bool = False) -> Plain:
     """One run."""
     start = time.perf_counter()
     subject = subject_of(network, seed, size, folder)
     spent = time.perf_counter() - start
-    found = side_by_side(subject, methods_of(network, seed, size, out), size.of(network), rounds=size.rounds)
+    methods = methods_of(network, seed, size, out)
+    found = side_by_side(subject, methods, size.of(network), rounds=size.rounds, timing_only=timing_only)
     return {"seconds_training": round(spent, 1), **found}
 
 
-def jobs(size: Size, seeds: int, folder: Path, out: Path) -> list[Job]:
-    """A job for each network and seed."""
+def jobs(size: Size, seeds: int, folder: Path, out: Path, *, timing_only: bool = False) -> list[Job]:
+    """A job for each network and seed; a run for latencies alone is for a machine that does nothing else."""
     made = []
     for seed in range(seeds):
         for network in size.networks:
             asked = {"experiment": "images", "network": network, "seed": seed, **asdict(size), "networks": None}
             asked |= {"asked_budgets": size.of(network)}
             some = [method.replace(",", "").replace(" ", "_") for method in size.methods]
+            if timing_only:
+                asked, some = {**asked, "timing_only": True}, [*some, "latencies"]
             name = "-".join(["images", network, str(seed), *some])
-            made.append(Job(name, asked, partial(work, network, seed, size, folder, out)))
+            one = partial(work, network, seed, size, folder, out, timing_only=timing_only)
+            made.append(Job(name, asked, one))
     return made

@@ -23,7 +23,13 @@ Models = dict[str, nn.Module]
 
 
 def side_by_side(
-    subject: Subject, methods: Mapping[str, Method], budgets: Sequence[float], *, rounds: int, say: bool = True
+    subject: Subject,
+    methods: Mapping[str, Method],
+    budgets: Sequence[float],
+    *,
+    rounds: int,
+    timing_only: bool = False,
+    say: bool = True,
 ) -> Plain:
     """All methods at all budgets.
 
@@ -32,6 +38,7 @@ def side_by_side(
         methods: by name.
         budgets: fractions of the original's cost, falling; in the measure that the method limits.
         rounds: of latencies.
+        timing_only: neither train nor test the models: only their latencies are wanted.
         say: print a line for each method.
 
     Returns:
@@ -51,7 +58,7 @@ def side_by_side(
         except linearize.LinearizeError as error:
             made = [Candidate(budget, None, failed=f"{type(error).__name__}: {error}"[:200]) for budget in budgets]
         middle = time.perf_counter()
-        rows += _tuned(subject, name, made, models)
+        rows += _untouched(subject, name, made, models) if timing_only else _tuned(subject, name, made, models)
         seconds[name] = [round(middle - start, 1), round(time.perf_counter() - middle, 1)]
         if say:
             print(f"  {name}: {seconds[name][0]:.0f} s to make, {seconds[name][1]:.0f} s to fine-tune", flush=True)
@@ -84,6 +91,18 @@ def _tuned(subject: Subject, name: str, made: Sequence[Candidate], models: Model
             done[id(candidate.model)] = key, facts
         key, facts = done[id(candidate.model)]
         rows.append({**row, "model": key, **facts})
+    return rows
+
+
+def _untouched(subject: Subject, name: str, made: Sequence[Candidate], models: Models) -> list[Plain]:
+    """The models as they are."""
+    rows = []
+    for candidate in made:
+        if candidate.model is not None:
+            key = f"{name} {candidate.budget}"
+            models[key] = candidate.model.eval()
+            row: Plain = {"method": name, "budget": candidate.budget, "told": candidate.told, "model": key}
+            rows.append({**row, "flops": subject.share(candidate.model)})
     return rows
 
 

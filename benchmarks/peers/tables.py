@@ -29,7 +29,8 @@ class Point:
         method, budget: which.
         before, after: the first score, before and after fine-tuning; None if there is no such model.
         flops, reached: fractions of the original's.
-        latency: likewise, by batch size.
+        latency: likewise, by batch size, with half the distance of its quartiles if there is one seed: from the runs
+            for latencies alone, if there are any.
         met: whether all seeds are within the budget.
         failed: what the method said, if it failed for a seed.
         seeds: how many there are.
@@ -54,34 +55,43 @@ def names_of(results: Sequence[Plain]) -> list[tuple[str, str]]:
 
 def lines_of(results: Sequence[Plain], experiment: str, network: str) -> dict[str, list[Point]]:
     """By method, its points in the order of the budgets."""
+    same = [r for r in results if (r["experiment"], r["network"]) == (experiment, network)]
+    timed = {(row["method"], row["budget"]): row["latency"] for r in same if r.get("timing_only") for row in r["rows"]}
     latest = {  # a method that was run again, by itself, counts once
-        (r["seed"], row["method"], row["budget"]): row
-        for r in results
-        if (r["experiment"], r["network"]) == (experiment, network)
-        for row in r["rows"]
+        (r["seed"], row["method"], row["budget"]): row for r in same if not r.get("timing_only") for row in r["rows"]
     }
     rows = list(latest.values())
     lines: dict[str, list[Point]] = {}
     for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
-        same = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
-        lines.setdefault(method, []).append(_point(method, budget, same))
+        some = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+        latencies = [row["latency"] for row in some if "latency" in row]
+        if timed:
+            latencies = [timed[method, budget]] if (method, budget) in timed else []
+        lines.setdefault(method, []).append(_point(method, budget, some, _latency(latencies)))
     return lines
+
+
+def _latency(found: Sequence[Plain]) -> dict[str, tuple[float, float]]:
+    """By batch size: mean over seeds with deviation; of one seed the median with half the distance of its quartiles."""
+    if len(found) == 1:
+        return {size: (value[0], (value[2] - value[1]) / 2) for size, value in found[0].items()}
+    sizes = found[0] if found else {}
+    return {size: _mean([one[size][0] for one in found]) for size in sizes}
 
 
 def metric_of(results: Sequence[Plain], experiment: str, network: str) -> tuple[str, tuple[float, float]]:
     """The first score's name, and the original's value."""
-    same = [r for r in results if (r["experiment"], r["network"]) == (experiment, network)]
+    kind = (experiment, network)
+    same = [r for r in results if (r["experiment"], r["network"]) == kind and not r.get("timing_only")]
     found = list({r["seed"]: r["original"]["scores"] for r in same}.values())
     name = next(iter(found[0]))
     return name, _mean([scores[name] for scores in found])
 
 
-def _point(method: str, budget: float, rows: Sequence[Plain]) -> Point:
+def _point(method: str, budget: float, rows: Sequence[Plain], latency: dict[str, tuple[float, float]]) -> Point:
     good = [row for row in rows if "model" in row]
     before = [next(iter(row["before"].values())) for row in good if row.get("before")]
     after = [next(iter(row["after"].values())) for row in good]
-    sizes = good[0].get("latency", {}) if good else {}
-    latency = {size: _mean([row["latency"][size][0] for row in good]) for size in sizes}
     failed = next((row["failed"] for row in rows if row.get("failed")), "")
     return Point(
         method,
@@ -120,7 +130,7 @@ def markdown(results: Sequence[Plain], experiment: str, network: str) -> str:
     def cost(_: tuple[float, float] | None, point: Point) -> str:
         if point.flops is None:
             return "-"
-        return " / ".join(f"{value:.2f}" for value in (point.flops[0], *(v[0] for v in point.latency.values())))
+        return " / ".join((f"{point.flops[0]:.2f}", *(f"{v:.2f} ± {s:.2f}" for v, s in point.latency.values())))
 
     sizes = next((point.latency for points in lines.values() for point in points if point.latency), {})
     title = f"### {experiment}, {network}: {name}; the original's is {factor * whole:.{digits}f}"
