@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.approximate.find_wholes import wholes_of
-from linearize.approximate.wholes import observe_wholes, replace_whole
+from linearize.approximate.wholes import observe_wholes, replace_wholes
 from linearize.compress import compress
 from linearize.gate import gates
 from linearize.groups import groups_of
@@ -183,7 +183,7 @@ def test_models_of_transformers(kind: str) -> None:
     assert all(len(whole.sites) == 1 and whole.inputs == 32 for whole in layers)
     observe_wholes(gated, [batch], found)
     assert [whole.rows and whole.rows.count for whole in layers] == [34 if kind == "ViT" else 21] * 2  # without padding
-    replace_whole(gated, layers[1], layers[1].fit())  # type: ignore[arg-type]
+    replace_wholes(gated, [(layers[1], layers[1].fit())])  # type: ignore[list-item]
     assert gated(**batch)[0].isfinite().all()
     assert len(gates(gated)) == 2  # the first layer's, and the pooler's
 
@@ -216,11 +216,43 @@ def test_a_linear_module_is_replaced_exactly_and_another_is_not(data: list[Tenso
     several = [x.double() for x in data]
     gated, wholes = observed(model, several)
     before = gated(several[0])
-    replace_whole(gated, wholes["1"], wholes["1"].fit())
+    replace_wholes(gated, [(wholes["1"], wholes["1"].fit())])
     torch.testing.assert_close(gated(several[0]), before, rtol=0, atol=1e-12)
     assert list(gates(gated)) == ["2.mlp.1"]
-    replace_whole(gated, wholes["2"], wholes["2"].fit())
+    replace_wholes(gated, [(wholes["2"], wholes["2"].fit())])
     assert (gated(several[0]) - before).abs().max() > 1e-3
+
+
+def test_maps_that_follow_each_other_become_one(data: list[Tensor]) -> None:
+    several = [x.double() for x in data]
+
+    def maps_of(model: nn.Module) -> tuple[Any, dict[str, Any], Tensor]:
+        """The gated model with all layers replaced, and what they give one by one."""
+        gated, wholes = observed(model, several)
+        layers = [path for path in wholes if path.isdigit()]
+        x = gated[0](several[0])  # type: ignore[index]
+        for path in layers:
+            fit = wholes[path].fit()
+            x = x @ fit.weight.t() + fit.bias
+        replace_wholes(gated, [(wholes[path], wholes[path].fit()) for path in layers])
+        return gated, wholes, x
+
+    gated, wholes, expected = maps_of(network(1.0, 1.0, 1.0).double())
+    assert [wholes[path].behind for path in ("1", "2", "3")] == ["0", "1", "2"]
+    assert [type(gated[place]) for place in (1, 2, 3)] == [nn.Linear, nn.Identity, nn.Identity]
+    torch.testing.assert_close(gated[1](gated[0](several[0])), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gated(several[0]), gated[5](gated[4](expected)), rtol=0, atol=1e-12)
+
+    class Tapped(nn.Sequential):
+        """What lies between its layers is wanted elsewhere."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self[1](self[0](x))
+            return self[4](self[3](self[2](first) + first))
+
+    tapped, wholes, _ = maps_of(Tapped(*network(1.0, 1.0)).double())
+    assert [wholes[path].behind for path in ("1", "2")] == ["", ""]
+    assert [type(tapped[place]) for place in (1, 2)] == [nn.Linear, nn.Linear]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -232,8 +264,8 @@ def test_replaced_is_collapsed_is_saved_is_loaded_in_a_new_process(
     model = timm.create_model("test_vit", num_classes=5, img_size=32).to(dtype).eval()
     gated, wholes = observed(model, images)
     path = "blocks.1.attn"  # called with more than one argument
-    replace_whole(gated, wholes[path], wholes[path].fit())
-    replace_whole(gated, wholes["blocks.0"], wholes["blocks.0"].fit())
+    replace_wholes(gated, [(wholes[path], wholes[path].fit())])
+    replace_wholes(gated, [(wholes["blocks.0"], wholes["blocks.0"].fit())])
     for gate in gates(gated).values():
         gate.slope.normal_()
         gate.linearize_(torch.rand(gate.channels) < 0.5)

@@ -71,7 +71,22 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
         costs = float(flops[path]), params
         found.append(Whole(path, sites, _around(path, found), inputs, outputs, axis, seen.alone, *costs, seen.before))
     kept = _needed(found, flops, groups, homes)
-    return [replace(whole, inside=_around(whole.path, kept)) for whole in kept]
+    called = {"", *calls}
+    return [
+        replace(whole, inside=_around(whole.path, kept), behind=_behind(model, whole.path, called)) for whole in kept
+    ]
+
+
+def _behind(model: nn.Module, path: str, called: set[str]) -> str:
+    """The module before it in a chain that runs as `nn.Sequential` does: nothing else sees what lies between."""
+    parent, _, name = path.rpartition(".")
+    chain = model.get_submodule(parent)
+    if parent not in called or type(chain).forward is not nn.Sequential.forward:
+        return ""
+    names = list(chain._modules)
+    place = names.index(name)
+    before = f"{parent}.{names[place - 1]}".removeprefix(".") if place else ""
+    return "" if not before or _hooked(model.get_submodule(before)) else before
 
 
 def _around(path: str, wholes: Sequence[Whole]) -> str:

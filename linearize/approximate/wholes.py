@@ -26,12 +26,12 @@ from linearize.approximate.removal import regularised
 from linearize.approximate.rows import positions_for, rows_of
 from linearize.calibrate import padding_mask
 from linearize.gate import ChannelGate
-from linearize.record import Record, record_of, set_record
+from linearize.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
 from linearize.surgery.specs import Spec, build, replace_module
 
-__all__ = ["Whole", "WholeFit", "layer_of", "observe_wholes", "replace_whole"]
+__all__ = ["Whole", "WholeFit", "layer_of", "observe_wholes", "replace_wholes"]
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Whole:
         alone: True if the module is called with one argument only.
         flops, params: of the module, for the example batch.
         shape: of the input in the example batch.
+        behind: path of the module whose output is its input, and goes nowhere else; "" if none is known.
         rows: covariance of (input, output).
         sensitivity: G of the output, (O, O).
         samples: what the sensitivity is a sum over.
@@ -62,6 +63,7 @@ class Whole:
     flops: float
     params: float
     shape: tuple[int, ...]
+    behind: str = ""
     rows: Covariance | None = None
     sensitivity: Tensor | None = None
     samples: float = 0.0
@@ -233,12 +235,40 @@ def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
     return layer
 
 
-def replace_whole(model: nn.Module, whole: Whole, found: WholeFit) -> None:
-    """Put a linear map in the place of a module of a gated model; sites inside have no gates any more."""
-    old = model.get_submodule(whole.path)
-    gone = {gate.site.name for gate in old.modules() if isinstance(gate, ChannelGate) and gate.site is not None}
-    replace_module(model, whole.path, layer_of(model, whole, found))
+def replace_wholes(model: nn.Module, chosen: Sequence[tuple[Whole, WholeFit]]) -> None:
+    """Put linear maps in the place of modules of a gated model; sites inside have no gates any more.
+
+    Maps of which one does nothing but read the other become one.
+    """
+    steps: list[Step] = []
+    why: dict[str, str] = {}
+    for whole, found in _merged(chosen):
+        for gate in model.get_submodule(whole.path).modules():
+            if isinstance(gate, ChannelGate) and gate.site is not None:
+                why[gate.site.name] = f"{whole.path} became one linear map"
+        spec: Spec = {"type": "Identity"} if found is None else whole.spec
+        layer = build(spec, nn.Identity()) if found is None else layer_of(model, whole, found)
+        replace_module(model, whole.path, layer)
+        steps.append({"path": whole.path, "module": spec})
     record = record_of(model) or Record()
-    why = f"{whole.path} became one linear map"
-    sites = tuple(replace(site, ungated=why) if site.name in gone else site for site in record.sites)
-    set_record(model, Record(sites, [*record.steps, {"path": whole.path, "module": whole.spec}], record.inputs))
+    sites = tuple(replace(site, ungated=why.get(site.name, site.ungated)) for site in record.sites)
+    set_record(model, Record(sites, [*record.steps, *steps], record.inputs))
+
+
+def _merged(chosen: Sequence[tuple[Whole, WholeFit]]) -> list[tuple[Whole, WholeFit | None]]:
+    """The same maps, those that follow each other multiplied where that costs no more; None for what is left over."""
+    found: dict[str, tuple[Whole, WholeFit | None]] = {}
+    heads: dict[str, str] = {}  # by path of a map, the path of the one that it went into
+    for whole, fit in chosen:
+        head = heads.get(whole.behind, "")
+        first, known = found.get(head, (None, None))
+        if first is None or known is None or not (first.alone and whole.alone) or first.axis != whole.axis:
+            found[whole.path], heads[whole.path] = (whole, fit), whole.path
+            continue
+        if whole.outputs * first.inputs > first.outputs * (first.inputs + whole.outputs):
+            found[whole.path], heads[whole.path] = (whole, fit), whole.path
+            continue
+        both = WholeFit(fit.weight @ known.weight, fit.weight @ known.bias + fit.bias, known.loss + fit.loss)
+        found[head] = replace(first, outputs=whole.outputs), both
+        found[whole.path], heads[whole.path] = (whole, None), head
+    return list(found.values())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from linearize.approximate.blocks import replace_block
 from linearize.approximate.edit import carry_out
-from linearize.approximate.wholes import replace_whole
+from linearize.approximate.wholes import replace_wholes
 from linearize.collapse import collapse
 from linearize.cost import cost
 from linearize.duplicate import duplicate
@@ -184,28 +184,23 @@ def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, 
     """A copy of the gated model with the choices carried out; `keep` overrides which channels stay."""
     model = duplicate(found.gated, CollapseError)
     named = gates(model)
-    for name, choice in _modules_last(choices):
+    for name, choice in choices.items():
         if choice.form == "line":
             order = found.unit_costs[name].argsort(stable=True)
             mask = torch.zeros(named[name].channels, dtype=torch.bool)
             mask[order[: named[name].channels - choice.keep]] = True
             named[name].linearize_(mask)
         elif choice.form == WHOLE:
-            fit = found.wholes[name].fit() if choice.rank and name in found.wholes else None
-            if fit is not None:
-                replace_whole(model, found.wholes[name], fit)
+            continue
         elif choice.block:
             if name in found.blocks:
                 block = found.blocks[name]
                 replace_block(model, block, choice.rank, block.fit(choice.rank, bordered=choice.form == BORDERED))
         elif choice.keep < named[name].channels and name in found.curves:
             carry_out(model, found.curves[name].edit(found.gated, choice, None if keep is None else keep.get(name)))
+    wholes = [whole for path, whole in found.wholes.items() if path in choices and choices[path].rank]
+    replace_wholes(model, [(whole, fit) for whole in wholes if (fit := whole.fit()) is not None])
     return model
-
-
-def _modules_last(choices: Mapping[str, SiteChoice]) -> list[tuple[str, SiteChoice]]:
-    """Sites that go with their module are gone by then."""
-    return sorted(choices.items(), key=lambda item: item[1].form == WHOLE)
 
 
 def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
