@@ -21,7 +21,7 @@ import torch
 from linearize.report.timing import environment, write_json
 from linearize.running.progress import progress_bar
 
-__all__ = ["Job", "arguments", "finished", "machine", "publish", "run_all"]
+__all__ = ["Job", "arguments", "finished", "machine", "named", "publish", "run_all"]
 
 ROOT = Path(__file__).resolve().parents[1]
 Plain = dict[str, Any]
@@ -40,6 +40,16 @@ class Job:
     name: str
     asked: Plain
     work: Callable[[], Plain]
+
+
+def named(experiment: str, seed: int, parts: Sequence[str] = ()) -> str:
+    """The name of a run; of a part of one, with what is in it.
+
+    Example:
+        >>> named("images-vit", 0, ["plan, latency"])
+        'images-vit-0-plan_latency'
+    """
+    return "-".join([experiment, str(seed), *(part.replace(",", "").replace(" ", "_") for part in parts)])
 
 
 def run_all(jobs: Sequence[Job], folder: Path, label: str) -> list[Plain]:

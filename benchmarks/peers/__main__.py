@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "report"))
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", default="", help="only runs whose names begin like this")
-    parser.add_argument("--method", action="append", help="of images, photographs: only this, in a run of its own")
+    parser.add_argument("--method", action="append", help="only this one, in a run of its own; not of text and units")
     parser.add_argument("--latencies", action="store_true", help="of images: only the latencies; nothing is trained")
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photographs", type=Path, help="folder of photographs")

@@ -39,7 +39,7 @@ def relabelled(found: Plain, names: dict[float, float]) -> Plain:
 def one_by_one(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
     """Whole FFNs become one linear map each, fitted by least squares; those first that harm the output least."""
     gated = linearize.convert(subject.model, subject.example)
-    options: Any = {"measure": "flops", "seed": subject.seed, "progress": False}
+    options: Any = {"measure": "flops", "seed": subject.seed, "modules": False, "progress": False}
     found = survey(subject.model, gated, subject.calibration, subject.example, **options)
     linear: list[Option] = []
     for group in found.groups:

@@ -22,7 +22,7 @@ from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs, train
 from benchmarks.peers.widths import by_width, from_scratch, no_cut
-from benchmarks.runs import Job, Plain
+from benchmarks.runs import Job, Plain, named
 from linearize.data import load_data
 from linearize.running.models import evaluating
 
@@ -162,10 +162,10 @@ def jobs(size: Size, seeds: int, folder: Path, out: Path, *, timing_only: bool =
         for network in size.networks:
             asked = {"experiment": "images", "network": network, "seed": seed, **asdict(size), "networks": None}
             asked |= {"asked_budgets": size.of(network)}
-            some = [method.replace(",", "").replace(" ", "_") for method in size.methods]
+            some = size.methods
             if timing_only:
-                asked, some = {**asked, "timing_only": True}, [*some, "latencies"]
-            name = "-".join(["images", network, str(seed), *some])
+                asked, some = {**asked, "timing_only": True}, (*some, "latencies")
+            name = named(f"images-{network}", seed, some)
             one = partial(work, network, seed, size, folder, out, timing_only=timing_only)
             made.append(Job(name, asked, one))
     return made

@@ -24,7 +24,7 @@ from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs
 from benchmarks.peers.widths import by_width
-from benchmarks.runs import Job, Plain
+from benchmarks.runs import Job, Plain, named
 from linearize.running.models import evaluating
 
 __all__ = ["Size", "crops", "jobs"]
@@ -171,10 +171,9 @@ def jobs(size: Size, seeds: int, folder: Path | None, weights: Path | None, out:
     if folder is None or weights is None:
         raise SystemExit("Pass --photographs FOLDER and --weights FILE.pth: see benchmarks/peers/README.md.")
     asked = {"experiment": "photographs", "network": "EfficientNet-Lite0", **asdict(size)}
-    some = [method.replace(",", "").replace(" ", "_") for method in size.methods]
     return [
         Job(
-            "-".join(["photographs", str(seed), *some]),
+            named("photographs", seed, size.methods),
             {**asked, "seed": seed},
             partial(work, seed, size, folder, weights, out),
         )

@@ -17,7 +17,7 @@ from benchmarks.peers.ours import plan
 from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.widths import by_removal, by_width
-from benchmarks.runs import Job, Plain
+from benchmarks.runs import Job, Plain, named
 
 __all__ = ["Size", "jobs"]
 
@@ -86,4 +86,7 @@ def work(seed: int, size: Size) -> Plain:
 def jobs(size: Size, seeds: int) -> list[Job]:
     """A job for each seed, which decides the order of the sentences."""
     asked = {"experiment": "sentences", "network": "MiniLM-L6", **asdict(size)}
-    return [Job(f"sentences-{seed}", {**asked, "seed": seed}, partial(work, seed, size)) for seed in range(seeds)]
+    return [
+        Job(named("sentences", seed, size.methods), {**asked, "seed": seed}, partial(work, seed, size))
+        for seed in range(seeds)
+    ]
