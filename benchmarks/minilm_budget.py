@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gated = linearize.convert(original, known[0], exclude="pooler.*")
     batch = known[0]
     start = time.perf_counter()
-    found = survey(original, gated, known, batch, measure="flops", progress=False)
+    found = survey(original, gated, known, batch, measure="flops", modules=False, progress=False)  # FFNs are compared
     seconds = time.perf_counter() - start
     ffn = sum(group.stay.flops for group in found.groups)
     rows, models = [], {"original": original}
