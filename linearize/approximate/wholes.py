@@ -99,9 +99,9 @@ class Whole:
     def fit(self, ridge: float = 1e-3) -> WholeFit | None:
         """Least squares; of the change, where input and output have equal widths, so that the ridge draws to none.
 
-        None if no batch reached the module.
+        None if no batch reached the module, or something that is no number.
         """
-        if self.rows is None or not self.rows.count:
+        if self.rows is None or not self.rows.count or not bool(self.rows.scatter.isfinite().all()):
             return None
         inputs, covariance, mean = self.inputs, self.rows.covariance, self.rows.mean
         ridge = ridge if self.rows.count > inputs else 0.1 * inputs / self.rows.count
@@ -213,7 +213,9 @@ class _Watch:
 
     @torch.no_grad()
     def _weigh(self, gradient: Tensor) -> None:
-        g = self._rows(gradient).double()
+        if self.whole.rows is None:
+            return
+        g = self._rows(gradient).to(self.whole.rows.mean)  # float64, which not every device has
         total = g.t() @ g
         self.whole.sensitivity = total if self.whole.sensitivity is None else self.whole.sensitivity + total
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, evaluating
+from linearize.running.progress import progress_bar
 from linearize.surgery.specs import replace_module
 from linearize.training.losses import distillation_loss
 
@@ -37,14 +38,19 @@ def real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]
     return total / max(1, count)
 
 
-def losses_with(model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any]) -> dict[str, float]:
+def losses_with(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], *, progress: bool = False
+) -> dict[str, float]:
     """The real loss of a model with another module in one place, for each of the places; it is left as it was.
 
     Infinite where the model does not run with it.
     """
     totals, count = dict.fromkeys(modules, 0.0), 0
     places = {path: model.get_submodule(path) for path in modules}
-    with evaluating(model, *modules.values()):
+    with (
+        evaluating(model, *modules.values()),
+        progress_bar("modules", len(batches) * len(modules), enabled=progress) as advance,
+    ):
         for raw in batches:
             batch = read_batch(model, to_device(raw, device_of(model)))
             taught = model(*batch.args, **batch.kwargs)
@@ -57,5 +63,6 @@ def losses_with(model: nn.Module, modules: Mapping[str, nn.Module], batches: Seq
                     totals[path] = float("inf")
                 finally:
                     replace_module(model, path, places[path])
+                advance(path)
             count += batch.size
     return {path: total / max(1, count) for path, total in totals.items()}

@@ -23,7 +23,12 @@ _HOPELESS = 1.0  # a loss as bad as an output of zeros, or a nat of divergence
 
 
 def with_modules(
-    groups: Sequence[Group], wholes: Sequence[Whole], model: nn.Module, batches: Sequence[Any]
+    groups: Sequence[Group],
+    wholes: Sequence[Whole],
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    progress: bool = False,
 ) -> list[Group]:
     """The groups of sites, told in which module they are, and a group for each module that may become one linear map.
 
@@ -34,10 +39,11 @@ def with_modules(
         wholes: observed, outermost first.
         model: gated.
         batches: on which a module's loss is measured: how errors at many positions add up cannot be predicted.
+        progress: show a bar.
     """
     fits = {whole.path: fit for whole in wholes if (fit := whole.fit()) is not None and fit.loss < _HOPELESS}
     layers = {whole.path: layer_of(model, whole, fits[whole.path]) for whole in wholes if whole.path in fits}
-    losses = losses_with(model, layers, batches)
+    losses = losses_with(model, layers, batches, progress=progress)
     good = [(whole, losses[whole.path]) for whole in wholes if losses.get(whole.path, _HOPELESS) < _HOPELESS]
     paths = {whole.path for whole, _ in good}
     parents = {whole.path: whole.inside for whole in wholes}

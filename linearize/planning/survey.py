@@ -155,8 +155,9 @@ def survey(
     groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, progress=progress)
     wholes: dict[str, Whole] = {}
     if modules and not ties:
+        say("modules")
         wholes = _wholes(gated, data, batch, seed, notes)
-        groups = with_modules(groups, list(wholes.values()), gated, some_of(data, 4))
+        groups = with_modules(groups, list(wholes.values()), gated, some_of(data, 4), progress=progress)
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "latency":
         say("measure")
