@@ -109,6 +109,6 @@ def _window(axes: Any, whole: float, heights: Sequence[float], *, up: bool) -> N
     if 3 * len(inside) < 2 * len(heights):
         return
     if up:
-        axes.set_ylim(max(low, end), high)
+        axes.set_ylim(max(low, end), min(high, 1.03 * max(whole, *heights)))  # an error bar may reach far
     else:
         axes.set_ylim(low, min(high, end))

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from linearize.algebra.affine import same_padding
 from linearize.algebra.forms import Infeasible
-from linearize.approximate.covariance import Covariance
+from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.probes import projection
 from linearize.approximate.removal import regularised
 from linearize.approximate.rows import positions_for
@@ -196,18 +196,14 @@ def observe_blocks(
 
     `finished` is given the blocks of each pass.
     """
-    group, used = list[Block](), 0.0
-    for block in blocks:
-        size = sum(8.0 * ((block.inputs + 1) * k * k + block.outputs) ** 2 for k in block.kernels)
-        if group and used + size > memory:
-            _observe(model, batches, group, seed)
-            finished(group)
-            group, used = [], 0.0
-        group.append(block)
-        used += size
-    if group:
+    for group in in_passes(blocks, _features, memory):
         _observe(model, batches, group, seed)
         finished(group)
+
+
+def _features(block: Block) -> float:
+    """As many as one covariance would have that is as large as those of all kernels."""
+    return math.sqrt(sum(((block.inputs + 1) * k * k + block.outputs) ** 2 for k in block.kernels))
 
 
 def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:

@@ -5,14 +5,15 @@ Shape letters: R rows, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Covariance"]
+__all__ = ["Covariance", "in_passes"]
 
+Thing = TypeVar("Thing")
 _CHUNK = 2**23  # elements turned to float64 at once
 
 
@@ -86,3 +87,22 @@ class Covariance:
     def finite(self) -> bool:
         """Whether all sums are finite. On a GPU this waits for the device."""
         return bool(torch.isfinite(self.scatter.sum() + self.mean.sum()))
+
+
+def in_passes(things: Iterable[Thing], features: Callable[[Thing], float], memory: float) -> Iterator[list[Thing]]:
+    """The things in groups whose covariances of so many features fit into so many bytes; each group has one at least.
+
+    Example:
+        >>> [len(group) for group in in_passes(range(5), lambda _: 10, memory=1700)]
+        [2, 2, 1]
+    """
+    group, used = list[Thing](), 0.0
+    for thing in things:
+        size = 8.0 * features(thing) ** 2
+        if group and used + size > memory:
+            yield group
+            group, used = [], 0.0
+        group.append(thing)
+        used += size
+    if group:
+        yield group

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.covariance import Covariance
+from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.editable import (
     Consumer,
     bias_of,
@@ -222,22 +222,15 @@ def _empty(model: nn.Module, site: Site | None) -> Observation:
 def _in_memory(model: nn.Module, names: list[str], memory: float) -> Iterator[list[str]]:
     """Groups of sites whose covariances fit the memory together; one site at least."""
     named = gates(model)
-    group, used = list[str](), 0.0
-    for name in names:
+
+    def features(name: str) -> float:
         site = named[name].site
         if site is None:
-            continue
+            return 0.0
         source = skip_source(model, site)
-        features = site.channels * consumers_of(model, site)[0].group
-        features += source.inputs if source is not None else 0
-        size = 8.0 * features**2
-        if group and used + size > memory:
-            yield group
-            group, used = [], 0.0
-        group.append(name)
-        used += size
-    if group:
-        yield group
+        return site.channels * consumers_of(model, site)[0].group + (source.inputs if source is not None else 0)
+
+    return in_passes([name for name in names if named[name].site is not None], features, memory)
 
 
 def _pass(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.covariance import Covariance
+from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.probes import projection
 from linearize.approximate.removal import regularised
 from linearize.approximate.rows import positions_for, rows_of
@@ -138,16 +138,7 @@ def observe_wholes(
     finished: Callable[[Sequence[Whole]], None] = lambda _: None,
 ) -> None:
     """Fill in what data tells about whole modules, as many in a pass as fit into memory; `finished` is given those."""
-    group, used = list[Whole](), 0.0
-    for whole in wholes:
-        size = 8.0 * (whole.inputs + 2 * whole.outputs) ** 2
-        if group and used + size > memory:
-            _observe(model, batches, group, seed)
-            finished(group)
-            group, used = [], 0.0
-        group.append(whole)
-        used += size
-    if group:
+    for group in in_passes(wholes, lambda whole: whole.inputs + 2 * whole.outputs, memory):
         _observe(model, batches, group, seed)
         finished(group)
 
