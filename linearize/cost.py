@@ -64,12 +64,12 @@ def flops_of_modules(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     Example:
         >>> flops_of_modules(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.zeros(2, 3))
-        {'0': 60, '': 60}
+        {'': 60, '0': 60}
     """
     counts = _counted(model, batches_of(inputs)[0]).get_flop_counts()
     root = type(model).__name__
     found = {name.removeprefix(root).removeprefix("."): sum(ops.values()) for name, ops in counts.items()}
-    return {path: flops for path, flops in found.items() if path != "Global"}
+    return {path: flops for path, flops in sorted(found.items()) if path != "Global"}
 
 
 def _flops(model: nn.Module, batch: Inputs) -> int:
