@@ -17,21 +17,19 @@ from linearize.approximate.blocks import Block, blocks_of, observe_blocks
 from linearize.approximate.find_wholes import wholes_of
 from linearize.approximate.observe import observe
 from linearize.approximate.wholes import Whole, observe_wholes
-from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.collapse import collapse
 from linearize.cost import Cost, cost
 from linearize.gate import gates
-from linearize.groups import groups_of, ports_of
+from linearize.groups import groups_of
 from linearize.planning.candidates import candidates
 from linearize.planning.choose import choose
 from linearize.planning.curves import Curve, curve_of
 from linearize.planning.distance import some_of
-from linearize.planning.in_place import shares_in_place
-from linearize.planning.latency import LatencyTable, with_latencies
-from linearize.planning.modules import with_module_latencies, with_modules
+from linearize.planning.modules import with_modules
 from linearize.planning.notes import NOTHING, Notes
 from linearize.planning.options import Group, Measure
+from linearize.planning.timed import timed
 from linearize.planning.units import sensitivities, unit_costs, unit_groups
 from linearize.running.models import device_of
 from linearize.surgery.layers import MaskedActivation
@@ -161,47 +159,9 @@ def survey(
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "latency":
         say("measure")
-        shapes = {name: block.shape for name, block in blocks.items() if block.shape}
-        shapes |= {name: found.shape for name, found in observations.items() if found.shape}
-        groups = _timed(original, gated, groups, shapes, blocks, wholes, batch, batch_sizes, rounds, cache)
+        shapes = {name: found.shape for name, found in observations.items() if found.shape}
+        groups = timed(original, gated, groups, shapes, blocks, wholes, batch, batch_sizes, rounds=rounds, cache=cache)
     return Survey(gated, measure, groups, total, before, curves, blocks, wholes, notes=few)
-
-
-def _timed(
-    original: nn.Module,
-    gated: nn.Module,
-    groups: list[Group],
-    shapes: dict[str, tuple[int, ...]],
-    blocks: dict[str, Block],
-    wholes: dict[str, Whole],
-    batch: Any,
-    batch_sizes: Sequence[int] | None,
-    rounds: int,
-    cache: Path | None,
-) -> list[Group]:
-    """The groups with latencies."""
-    size = _batch_size(batch)
-    sizes = batch_sizes or [size]
-    parts = {group.sites[0]: _modules_of(gated, group) for group in groups}
-    shares = shares_in_place(original, batch, sizes, parts, rounds=rounds)
-    whole = _whole(original, batch, sizes, rounds)
-    own = [group for group in groups if not group.module]
-    table = LatencyTable.open(cache)
-    own = with_latencies(
-        gated, own, shapes, whole, batch=size, table=table, shares=shares, blocks=blocks, rounds=rounds
-    )
-    modules = [group for group in groups if group.module]
-    return with_module_latencies(original, [*own, *modules], wholes, shares, batch=size, rounds=rounds)
-
-
-def _modules_of(gated: nn.Module, group: Group) -> list[str]:
-    """The modules of a group: its maps, and the norms between them; or the module that it is."""
-    if group.module:
-        return list(group.sites)
-    sites = [site for name in group.sites if (site := gates(gated)[name].site) is not None]
-    ports = [port.module for site in sites for port in ports_of(site)]
-    folds = [f.module for site in sites for f in (*site.folds, *site.up_folds, *site.consumer_folds)]
-    return list(dict.fromkeys((*ports, *folds)))
 
 
 def _wholes(gated: nn.Module, data: Iterable[Any], batch: Any, seed: int, notes: Notes) -> dict[str, Whole]:
@@ -282,18 +242,6 @@ def _ties(gated: nn.Module, uniform: bool | Sequence[str]) -> list[list[str]]:
         return []
     patterns = [uniform] if isinstance(uniform, str) else list(uniform)
     return [fnmatch.filter(names, pattern) for pattern in patterns]
-
-
-def _batch_size(batch: Any) -> int:
-    from torch.utils import _pytree as pytree
-
-    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-
-
-def _whole(original: nn.Module, batch: Any, sizes: Sequence[int], rounds: int) -> dict[int, float]:
-    """Seconds of the whole model, by batch size."""
-    found = benchmark({"original": original}, batch, rounds=rounds, batch_sizes=list(sizes))
-    return {timing.batch_size: timing.median for timing in found.timings}
 
 
 def describe(groups: Sequence[Group], measure: Measure) -> Mapping[str, str]:

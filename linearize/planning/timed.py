@@ -1,0 +1,85 @@
+"""Latencies of all groups: shares measured inside the model, times ratios of layers measured beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from linearize.approximate.blocks import Block
+from linearize.approximate.wholes import Whole
+from linearize.bench import benchmark
+from linearize.gate import gates
+from linearize.groups import ports_of
+from linearize.planning.in_place import shares_in_place
+from linearize.planning.latency import LatencyTable, with_latencies
+from linearize.planning.modules import with_module_latencies
+from linearize.planning.options import Group
+
+__all__ = ["timed"]
+
+
+def timed(
+    original: nn.Module,
+    gated: nn.Module,
+    groups: list[Group],
+    shapes: dict[str, tuple[int, ...]],
+    blocks: dict[str, Block],
+    wholes: dict[str, Whole],
+    batch: Any,
+    batch_sizes: Sequence[int] | None,
+    *,
+    rounds: int,
+    cache: Path | None,
+) -> list[Group]:
+    """The groups with latencies as shares of the original's.
+
+    Args:
+        original: the model as it came.
+        gated: the same, converted.
+        groups: of sites and modules.
+        shapes: of sites' inputs in the batch.
+        blocks: by the name of their first site.
+        wholes: by path.
+        batch: one.
+        batch_sizes: None takes that of the batch.
+        rounds: measurements of each.
+        cache: file of ratios; None remembers none.
+    """
+    shapes = {name: block.shape for name, block in blocks.items() if block.shape} | shapes
+    size = _batch_size(batch)
+    sizes = batch_sizes or [size]
+    parts = {group.sites[0]: _modules_of(gated, group) for group in groups}
+    shares = shares_in_place(original, batch, sizes, parts, rounds=rounds)
+    whole = _whole(original, batch, sizes, rounds)
+    own = [group for group in groups if not group.module]
+    table = LatencyTable.open(cache)
+    own = with_latencies(
+        gated, own, shapes, whole, batch=size, table=table, shares=shares, blocks=blocks, rounds=rounds
+    )
+    modules = [group for group in groups if group.module]
+    return with_module_latencies(original, [*own, *modules], wholes, shares, batch=size, rounds=rounds)
+
+
+def _modules_of(gated: nn.Module, group: Group) -> list[str]:
+    """The modules of a group: its maps, and the norms between them; or the module that it is."""
+    if group.module:
+        return list(group.sites)
+    sites = [site for name in group.sites if (site := gates(gated)[name].site) is not None]
+    ports = [port.module for site in sites for port in ports_of(site)]
+    folds = [f.module for site in sites for f in (*site.folds, *site.up_folds, *site.consumer_folds)]
+    return list(dict.fromkeys((*ports, *folds)))
+
+
+def _batch_size(batch: Any) -> int:
+    from torch.utils import _pytree as pytree
+
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def _whole(original: nn.Module, batch: Any, sizes: Sequence[int], rounds: int) -> dict[int, float]:
+    """Seconds of the whole model, by batch size."""
+    found = benchmark({"original": original}, batch, rounds=rounds, batch_sizes=list(sizes))
+    return {timing.batch_size: timing.median for timing in found.timings}
