@@ -73,6 +73,10 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, help="folder of photographs")
     parser.add_argument("--weights", type=Path, help="weights of EfficientNet-Lite0")
     options = parser.parse_args()
+    if options.method and options.experiment in ("text", "units"):
+        parser.error("--method is for images, sentences and photographs")
+    if options.latencies and options.experiment != "images":
+        parser.error("--latencies is for images")
     torch.set_num_threads(options.threads)
     out: Path = options.out or Path("runs/peers")
     if options.experiment == "report":
