@@ -201,9 +201,9 @@ def observe_blocks(
         finished(group)
 
 
-def _features(block: Block) -> float:
-    """As many as one covariance would have that is as large as those of all kernels."""
-    return math.sqrt(sum(((block.inputs + 1) * k * k + block.outputs) ** 2 for k in block.kernels))
+def _features(block: Block) -> list[int]:
+    """Of each kernel's covariance."""
+    return [(block.inputs + 1) * k * k + block.outputs for k in block.kernels]
 
 
 def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:

@@ -89,16 +89,16 @@ class Covariance:
         return bool(torch.isfinite(self.scatter.sum() + self.mean.sum()))
 
 
-def in_passes(things: Iterable[Thing], features: Callable[[Thing], float], memory: float) -> Iterator[list[Thing]]:
-    """The things in groups whose covariances of so many features fit into so many bytes; each group has one at least.
+def in_passes(things: Iterable[Thing], features: Callable[[Thing], list[int]], memory: float) -> Iterator[list[Thing]]:
+    """The things in groups whose covariances, of so many features each, fit into so many bytes; one thing at least.
 
     Example:
-        >>> [len(group) for group in in_passes(range(5), lambda _: 10, memory=1700)]
+        >>> [len(group) for group in in_passes(range(5), lambda _: [10], memory=1700)]
         [2, 2, 1]
     """
     group, used = list[Thing](), 0.0
     for thing in things:
-        size = 8.0 * features(thing) ** 2
+        size = sum(8.0 * count**2 for count in features(thing))
         if group and used + size > memory:
             yield group
             group, used = [], 0.0

@@ -223,12 +223,12 @@ def _in_memory(model: nn.Module, names: list[str], memory: float) -> Iterator[li
     """Groups of sites whose covariances fit the memory together; one site at least."""
     named = gates(model)
 
-    def features(name: str) -> float:
+    def features(name: str) -> list[int]:
         site = named[name].site
         if site is None:
-            return 0.0
+            return []
         source = skip_source(model, site)
-        return site.channels * consumers_of(model, site)[0].group + (source.inputs if source is not None else 0)
+        return [site.channels * consumers_of(model, site)[0].group + (source.inputs if source is not None else 0)]
 
     return in_passes([name for name in names if named[name].site is not None], features, memory)
 

@@ -138,7 +138,7 @@ def observe_wholes(
     finished: Callable[[Sequence[Whole]], None] = lambda _: None,
 ) -> None:
     """Fill in what data tells about whole modules, as many in a pass as fit into memory; `finished` is given those."""
-    for group in in_passes(wholes, lambda whole: whole.inputs + 2 * whole.outputs, memory):
+    for group in in_passes(wholes, lambda whole: [whole.inputs + whole.outputs, whole.outputs], memory):
         _observe(model, batches, group, seed)
         finished(group)
 
