@@ -21,7 +21,7 @@ import torch
 from linearize.report.timing import environment, write_json
 from linearize.running.progress import progress_bar
 
-__all__ = ["Job", "arguments", "finished", "machine", "named", "publish", "run_all"]
+__all__ = ["Job", "arguments", "finished", "machine", "named", "publish", "run_all", "wanted"]
 
 ROOT = Path(__file__).resolve().parents[1]
 Plain = dict[str, Any]
@@ -50,6 +50,11 @@ def named(experiment: str, seed: int, parts: Sequence[str] = ()) -> str:
         'images-vit-0-plan_latency'
     """
     return "-".join([experiment, str(seed), *(part.replace(",", "").replace(" ", "_") for part in parts)])
+
+
+def wanted(name: str, methods: Sequence[str]) -> bool:
+    """Whether a method is one of those that were asked for; none asked for means all."""
+    return not methods or name in methods
 
 
 def run_all(jobs: Sequence[Job], folder: Path, label: str) -> list[Plain]:

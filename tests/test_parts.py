@@ -10,10 +10,19 @@ import torch.nn.functional as F  # noqa: N812 - the usual name in user code
 from torch import Tensor, nn
 
 import linearize
+from linearize.errors import ConvertError
 from linearize.graph.parts import discover_parts
 from tests.chain import check_chain, error, outputs
 
-X = torch.randn(3, 6)
+SEEDS = {False: 0, True: 48}
+"""Of inputs that take the branch with a keyword, and the one without."""
+
+
+def inputs(positive: bool = False) -> Tensor:
+    return torch.randn(3, 6, generator=torch.Generator().manual_seed(SEEDS[positive]))
+
+
+X = inputs()
 
 
 def mlp(width: int = 16) -> nn.Sequential:
@@ -57,10 +66,12 @@ def test_chain() -> None:
     assert set(linearize.gates(gated)) == {"first.1", "second.gelu_0", "third.1"}
 
 
-def test_both_ways_through() -> None:
+@pytest.mark.parametrize("positive", [False, True])
+def test_both_ways_through(positive: bool) -> None:
     """What one branch has shown holds in the other."""
-    model = routed().double()
-    gated = linearize.convert(model, X.double())
+    model, x = routed().double(), inputs(positive).double()
+    assert bool(model.first(x).sum() > 0) == positive
+    gated = linearize.convert(model, x)
     for gate in linearize.gates(gated).values():
         gate.linearize_(torch.arange(gate.channels) % 2 == 0)
     collapsed = linearize.collapse(gated, when="always")
@@ -72,6 +83,17 @@ def test_both_ways_through() -> None:
         signs.add(bool(gated.first(x).sum() > 0))  # type: ignore[operator]
         assert error(outputs(gated, x), outputs(collapsed, x)) <= 1e-12
     assert signs == {True, False}
+
+
+def test_another_value_than_the_graph_was_traced_with() -> None:
+    """Refused with the argument's name: a graph holds for one value of what is no tensor."""
+    model, x = routed(), inputs(positive=True)
+    gated = linearize.convert(model, x)
+    assert torch.equal(gated.second(x, None), model.second(x))  # type: ignore[operator]
+    assert torch.equal(gated.second(x, scale=None), model.second(x))  # type: ignore[operator]
+    for value, shown in ((2.0, "2.0"), (torch.ones(()), "a Tensor")):
+        with pytest.raises(ConvertError, match=f"scale=None, and is called with {shown}"):
+            gated.second(x, scale=value)  # type: ignore[operator]
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

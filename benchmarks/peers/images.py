@@ -22,7 +22,7 @@ from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs, train
 from benchmarks.peers.widths import by_width, from_scratch, no_cut
-from benchmarks.runs import Job, Plain, named
+from benchmarks.runs import Job, Plain, named, wanted
 from linearize.data import load_data
 from linearize.running.models import evaluating
 
@@ -137,7 +137,7 @@ def methods_of(network: str, seed: int, size: Size, out: Path) -> dict[str, Meth
         "no cut": no_cut,
         "scratch": _some(from_scratch(fresh, redraw, size.steps + size.tune), 2),
     }
-    return {name: method for name, method in every.items() if not size.methods or name in size.methods}
+    return {name: method for name, method in every.items() if wanted(name, size.methods)}
 
 
 def _some(method: Method, *places: int) -> Method:

@@ -24,7 +24,7 @@ from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs
 from benchmarks.peers.widths import by_width
-from benchmarks.runs import Job, Plain, named
+from benchmarks.runs import Job, Plain, named, wanted
 from linearize.running.models import evaluating
 
 __all__ = ["Size", "crops", "jobs"]
@@ -162,7 +162,7 @@ def work(seed: int, size: Size, folder: Path, weights: Path, out: Path) -> Plain
         "Torch-Pruning, magnitude": torch_pruning("all", "magnitude"),
         "Torch-Pruning, Taylor": torch_pruning("all", "taylor"),
     }
-    methods = {name: method for name, method in methods.items() if not size.methods or name in size.methods}
+    methods = {name: method for name, method in methods.items() if wanted(name, size.methods)}
     return side_by_side(subject, methods, size.budgets, rounds=size.rounds)
 
 

@@ -17,7 +17,7 @@ from benchmarks.peers.ours import plan
 from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.widths import by_removal, by_width
-from benchmarks.runs import Job, Plain, named
+from benchmarks.runs import Job, Plain, named, wanted
 
 __all__ = ["Size", "jobs"]
 
@@ -33,7 +33,7 @@ class Size:
     test: int = 1000
     tune: int = 100
     rounds: int = 9
-    budgets: tuple[float, ...] = (0.5, 0.25)
+    budgets: tuple[float, ...] = (0.75, 0.5, 0.25)
     methods: tuple[str, ...] = ()
 
 
@@ -73,12 +73,13 @@ def work(seed: int, size: Size) -> Plain:
     """One run."""
     subject = subject_of(seed, size)
     methods: dict[str, Method] = {
-        "plan": plan("flops", exclude="pooler.*"),
+        "plan": plan("flops", exclude="pooler.*", timed=wanted("plan, latency", size.methods)),
+        "plan, latency": plan("latency", exclude="pooler.*"),
         "removal + refit": by_removal,
         "width + refit": by_width,
         "Torch-Pruning hidden, Taylor": torch_pruning("hidden", "taylor"),
     }
-    methods = {name: method for name, method in methods.items() if not size.methods or name in size.methods}
+    methods = {name: method for name, method in methods.items() if wanted(name, size.methods)}
     names = of_hidden(subject, size.budgets)
     return relabelled(side_by_side(subject, methods, list(names), rounds=size.rounds), names)
 

@@ -19,7 +19,7 @@ from benchmarks.peers.pruning import torch_pruning
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs, train
 from benchmarks.peers.widths import by_removal, by_width, no_cut
-from benchmarks.runs import Job, Plain
+from benchmarks.runs import Job, Plain, named, wanted
 from linearize.running.models import evaluating
 
 __all__ = ["Size", "jobs"]
@@ -45,6 +45,7 @@ class Size:
     vocabulary: int = 1024
     rounds: int = 9
     budgets: tuple[float, ...] = (0.8, 0.5, 0.333, 0.25)
+    methods: tuple[str, ...] = ()
 
 
 QUICK = Size(10, 3, 200, 16, 4, 32, 2, 300, 2, (0.5,))
@@ -124,7 +125,8 @@ def work(seed: int, size: Size) -> Plain:
     subject = subject_of(seed, size)
     spent = time.perf_counter() - start
     methods: dict[str, Method] = {
-        "plan": plan("flops"),
+        "plan": plan("flops", timed=wanted("plan, latency", size.methods)),
+        "plan, latency": plan("latency"),
         "removal + refit": by_removal,
         "width + refit": by_width,
         "Torch-Pruning hidden, magnitude": torch_pruning("hidden", "magnitude"),
@@ -132,6 +134,7 @@ def work(seed: int, size: Size) -> Plain:
         "whole FFNs, one by one": one_by_one,
         "no cut": no_cut,
     }
+    methods = {name: method for name, method in methods.items() if wanted(name, size.methods)}
     names = of_hidden(subject, size.budgets)
     found = side_by_side(subject, methods, list(names), rounds=size.rounds)
     return {"seconds_training": round(spent, 1), **relabelled(found, names)}
@@ -140,4 +143,7 @@ def work(seed: int, size: Size) -> Plain:
 def jobs(size: Size, seeds: int) -> list[Job]:
     """A job for each seed."""
     asked = {"experiment": "text", "network": "llama", **asdict(size)}
-    return [Job(f"text-llama-{seed}", {**asked, "seed": seed}, partial(work, seed, size)) for seed in range(seeds)]
+    return [
+        Job(named("text-llama", seed, size.methods), {**asked, "seed": seed}, partial(work, seed, size))
+        for seed in range(seeds)
+    ]

@@ -32,8 +32,8 @@ def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) ->
     if not owners:
         return sites, []
     calls = Counter((site.module, site.target) for site in sites if site.call is not None)
-    concrete, expected = _observe(model, list(owners), inputs)
-    rewriting = _Rewriting(model, inputs, expected)
+    concrete, by_keyword, expected = _observe(model, list(owners), inputs)
+    rewriting = _Rewriting(model, inputs, expected, by_keyword)
     for owner, inside in owners.items():
         options: Options = {
             "calls": [_call(site, calls[owner, site.target]) for site in inside],
@@ -56,6 +56,7 @@ class _Rewriting:
     model: nn.Module
     inputs: Inputs
     expected: list[list[Op]] | None
+    by_keyword: set[str]
     steps: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
@@ -66,7 +67,9 @@ class _Rewriting:
         path, module = step["path"], self.model.get_submodule(step["path"])
         self.originals.setdefault(path, (type(module), set(dict(module.named_children()))))
         why: list[str] = []
-        for attempt in (self._in_graph, self._in_source):
+        # A graph holds for these arguments only. Who says one by its keyword may say another one later.
+        attempts = [self._in_graph, self._in_source]
+        for attempt in reversed(attempts) if path in self.by_keyword else attempts:
             try:
                 changed = attempt(step)
                 build(changed["module"], module)
@@ -169,19 +172,25 @@ def _call(site: Site, of: int) -> Options:
 
 def _observe(
     model: nn.Module, owners: list[str], inputs: Inputs
-) -> tuple[dict[str, dict[str, Any]], list[list[Op]] | None]:
-    """The arguments that each owner is called with and that are no tensors; and the operations of the model."""
+) -> tuple[dict[str, dict[str, Any]], set[str], list[list[Op]] | None]:
+    """The arguments that each owner is called with and that are no tensors; who gets some by keyword; the operations.
+
+    A module may be called several times: its first arguments count.
+    """
     seen: dict[str, dict[str, Any]] = {}
+    by_keyword: set[str] = set()
 
     def watch(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.setdefault(path, concrete_arguments(module, args, kwargs))
+            concrete = seen.setdefault(path, concrete_arguments(module, args, kwargs))
+            if concrete.keys() & kwargs.keys():
+                by_keyword.add(path)
 
         return note
 
     hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in owners]
     try:
-        return seen, operations(model, inputs)
+        return seen, by_keyword, operations(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,13 +16,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from linearize.errors import ConvertError
 from linearize.surgery.layers import Elementwise
 from linearize.surgery.source import methods_with
 
 Options = dict[str, Any]
+_SIMPLE = (type(None), bool, int, float, str)
 _REMEDY = "Make the activation a module of its own, called once, and convert again."
 
 
@@ -91,12 +92,25 @@ def _from_source(module: nn.Module, options: Options) -> dict[str, Callable[...,
 def _from_graph(module: nn.Module, original: type[nn.Module], options: Options) -> Callable[..., Any]:
     """A forward generated from symbolic graphs, one for training and one for evaluation."""
     in_eval, in_training = (_generated(module, options, training) for training in (False, True))
+    concrete = options.get("concrete") or {}
+    names = list(inspect.signature(original.forward).parameters)[1:]
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_specialised(type(self).__name__, concrete, dict(zip(names, args, strict=False)) | kwargs)
         return in_training(self, *args, **kwargs) if self.training else in_eval(self, *args, **kwargs)
 
     return forward
+
+
+def _check_specialised(where: str, concrete: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse a call whose arguments are others than those that the graph holds for."""
+    for name in concrete.keys() & given.keys():
+        value, traced = given[name], concrete[name]
+        if isinstance(value, Tensor) or value != traced:
+            shown = repr(value) if isinstance(value, _SIMPLE) else f"a {type(value).__name__}"
+            found = f"was converted for calls with {name}={traced!r}, and is called with {shown}"
+            raise ConvertError(where, found, f"Convert with example inputs that lead to {name}={shown}.")
 
 
 def _restore(original: type[nn.Module], options: Options, state: dict[str, Any]) -> nn.Module:
@@ -138,12 +152,16 @@ def _trace(module: nn.Module, concrete: dict[str, Any], training: bool) -> fx.Gr
     was = module.training
     module.training = training
     try:
-        return _Tracer().trace(module, concrete_args=dict(concrete) or None)
+        graph = _Tracer().trace(module, concrete_args=dict(concrete) or None)
     except Exception as error:  # tracing runs the user's own code on proxies: anything may come out of it
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(type(module).__name__, f"its forward cannot be traced ({first})", _REMEDY) from error
     finally:
         module.training = was
+    for node in graph.find_nodes(op="placeholder"):  # fx renames what it specialises; callers know the old name
+        plain = node.target.rpartition("_")[0]
+        node.target = plain if plain in concrete else node.target
+    return graph
 
 
 def call_name(node: fx.Node) -> str:
@@ -167,5 +185,4 @@ def concrete_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     signature = inspect.signature(module.forward)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    simple = (type(None), bool, int, float, str)
-    return {name: value for name, value in bound.arguments.items() if isinstance(value, simple)}
+    return {name: value for name, value in bound.arguments.items() if isinstance(value, _SIMPLE)}
