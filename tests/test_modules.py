@@ -16,6 +16,7 @@ import linearize
 from linearize.approximate.find_wholes import wholes_of
 from linearize.approximate.wholes import observe_wholes, replace_wholes
 from linearize.compress import compress
+from linearize.errors import UsageError
 from linearize.gate import gates
 from linearize.groups import groups_of
 from linearize.planning.choose import choose
@@ -24,6 +25,7 @@ from linearize.planning.in_place import shares_in_place
 from linearize.planning.modules import with_module_latencies
 from linearize.planning.options import WHOLE, Group, Option, SiteChoice
 from linearize.planning.survey import survey
+from linearize.surgery.carriers import OnlyLinear
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 
@@ -122,7 +124,7 @@ class Several(Layer):
 class Listening(Refusing):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        extra = torch.ones(6, 6) if self.way == "tensor" else [object()]
+        extra = {"tensor": torch.ones(6, 6), "cache": [object()], "none": None}[self.way]
         return self.last(x + self.middle.mixer(x, extra) + self.middle.mlp(x))
 
 
@@ -132,8 +134,9 @@ def test_what_is_no_candidate(data: list[Tensor]) -> None:
     assert found_in(Listening("tensor"), data[0]) == ["middle.mixer"]
     assert found_in(Listening("cache"), data[0]) == []
     listening = Listening("tensor")
-    listening.can_generate = lambda: True  # type: ignore[assignment]
-    assert found_in(listening, data[0]) == []
+    for way in ("tensor", "none"):
+        listening.way, listening.can_generate = way, lambda: True  # type: ignore[assignment]
+        assert found_in(listening, data[0]) == []
     model = Refusing("once")
     model.middle = Overwriting()
     assert found_in(model, data[0]) == ["middle.mixer"]
@@ -150,6 +153,84 @@ def test_a_module_that_gives_several_tensors_is_none(data: list[Tensor]) -> None
     model = Taking("once")
     model.middle = Several()
     assert found_in(model, data[0]) == ["middle.mixer"]
+
+
+class Attending(nn.Module):
+    """Called as transformers call attention: the input by keyword, and None for the weights that nobody wants."""
+
+    def __init__(self, told: Any = None) -> None:
+        super().__init__()
+        self.first, self.mixer, self.last, self.told = nn.Linear(8, 8), Weighing(8), nn.Linear(8, 2), told
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y, _ = self.mixer(mask=None, hidden=x, told=self.told)
+        return self.last(x + y)
+
+
+class Weighing(Mixer):
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, told: Any = None) -> Any:
+        return super().forward(hidden, mask), told
+
+
+def attending(told: Any = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Attending(told), nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+def test_an_input_by_keyword_and_none_for_what_is_not_asked(data: list[Tensor]) -> None:
+    several, original = [x.double() for x in data], attending().double()
+    gated = linearize.convert(original, several[0])
+    whole = next(w for w in wholes_of(gated, several[0], groups_of(gated)) if w.path == "0.mixer")
+    assert (whole.keyword, whole.nones, whole.alone) == ("hidden", 1, False)
+    observe_wholes(gated, several, [whole])
+    assert whole.sensitivity is not None
+    fit = whole.fit()
+    assert fit is not None
+    first, x = original[0], several[0]
+    mixed = first.first(x)  # type: ignore[operator]
+    expected = original[1:](first.last(mixed + mixed @ fit.weight.t() + fit.bias))  # type: ignore[operator]
+    replace_wholes(gated, [(whole, fit)])
+    torch.testing.assert_close(gated(x), expected, rtol=0, atol=1e-12)
+    assert found_in(attending(), data[0]) == ["0", "0.mixer"]
+    assert found_in(attending(torch.ones(1)), data[0]) == ["0"]  # a tensor behind
+
+
+def test_a_map_that_is_told_of_a_cache_refuses(data: list[Tensor]) -> None:
+    layer = OnlyLinear(8, 8, keyword="x", nones=2)
+    x = data[0]
+    expected = layer(x, None, (x, x), scale=1.0)
+    assert expected[1:] == (None, None)
+    assert torch.equal(layer(mask=None, x=x)[0], expected[0])
+    with pytest.raises(UsageError, match=r"told no object .* use_cache=False"):
+        layer(x, cache=object())
+
+
+@pytest.mark.parametrize("kind", ["CLIPVision", "DistilBert"])
+def test_attention_of_transformers_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    more: dict[str, dict[str, Any]] = {
+        "CLIPVision": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+                       "image_size": 16, "patch_size": 4},
+        "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 99},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**more[kind])
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    text = {"input_ids": torch.randint(1, 99, (2, 12))}
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)} if kind == "CLIPVision" else text
+    gated = linearize.convert(model, batch)
+    found = [w for w in wholes_of(gated, batch, groups_of(gated)) if w.path.endswith(("self_attn", "attention"))]
+    assert [(w.nones, w.keyword) for w in found] == [(1, "hidden_states" if kind == "CLIPVision" else "")] * 2
+    observe_wholes(gated, [batch], found)
+    replace_wholes(gated, [(whole, whole.fit()) for whole in found])  # type: ignore[misc]
+    small = linearize.collapse(gated)
+    expected = small(**batch)[0]
+    torch.testing.assert_close(gated(**batch)[0], expected, rtol=0, atol=1e-5)
+    assert (model(**batch)[0] - expected).abs().max() > 1e-4  # another function: this is approximate
+    linearize.save(small, tmp_path / "m.safetensors")
+    loaded = linearize.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(**batch)[0], expected)
 
 
 def test_the_users_choice_of_sites_counts_for_modules(data: list[Tensor]) -> None:

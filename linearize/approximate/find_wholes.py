@@ -22,7 +22,7 @@ from linearize.running.models import batches_of, call, evaluating
 __all__ = ["wholes_of"]
 
 _WIDEST = 4000  # features of input and output together
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str)
 
 
 @dataclass
@@ -36,16 +36,19 @@ class _Call:
     after: tuple[int, ...] = ()
     fits: bool = False
     versions: tuple[int, ...] = ()
+    keyword: str = ""
+    nones: int = 0
 
 
 def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> list[Whole]:
     """The modules of a gated model that one linear map could stand for, and would make cheaper, outermost first.
 
     A module qualifies if it is called once, with tensors and plain values only, of which it overwrites none, and gives
-    one tensor whose shape differs from that of the first in the channels at most; if it holds all sites of a group or
-    none; and if no activation inside was excluded by the user. In a model that generates text, one tensor only: what
-    else is told may belong to a cache, which another call would miss. A module that holds nothing but one group of
-    sites does not qualify, since that group has the same option.
+    one tensor (and None behind it, perhaps) whose shape differs from that of its input in the channels at most; if it
+    holds all sites of a group or none; and if no activation inside was excluded by the user. Its input is the first
+    argument, or the first tensor if all come by keyword. In a model that generates text there must be no other tensor,
+    and no None: that may be a cache, or become one, which another call would miss. A module that holds nothing but one
+    group of sites does not qualify, since that group has the same option.
 
     Args:
         model: gated.
@@ -69,7 +72,8 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
         gated = sum(gate.alpha.numel() for gate in module.modules() if isinstance(gate, ChannelGate))
         params = float(sum(parameter.numel() for parameter in module.parameters()) - gated)
         costs = float(flops[path]), params
-        found.append(Whole(path, sites, _around(path, found), inputs, outputs, axis, seen.alone, *costs, seen.before))
+        whole = Whole(path, sites, _around(path, found), inputs, outputs, axis, seen.alone, *costs, seen.before)
+        found.append(replace(whole, keyword=seen.keyword, nones=seen.nones))
     kept = _needed(found, flops, groups, homes)
     called = {"", *calls}
     return [
@@ -103,20 +107,24 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
 
     def begin(seen: _Call) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            rest = pytree.tree_leaves((args[1:], dict(kwargs)))
+            seen.keyword, given = _given(args, kwargs)
+            rest = pytree.tree_leaves((args[1:], {name: x for name, x in kwargs.items() if name != seen.keyword}))
             seen.times += 1
             seen.alone = len(args) == 1 and not kwargs
-            seen.plain = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor) and not lonely) for x in rest)
-            seen.plain &= bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
-            seen.before = tuple(args[0].shape) if seen.plain else ()
+            seen.plain = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor | None) and not lonely) for x in rest)
+            seen.plain &= isinstance(given, Tensor) and given.is_floating_point()
+            seen.before = tuple(given.shape) if seen.plain else ()
             seen.versions = _versions(args, kwargs)
 
         return see
 
     def end(seen: _Call) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            if type(output) is tuple and len(output) > 1 and all(part is None for part in output[1:]):
+                output, seen.nones, seen.alone = output[0], len(output) - 1, False
             good = seen.plain and type(output) is Tensor and output.is_floating_point()
-            seen.fits = good and _versions(args, kwargs) == seen.versions and output is not args[0]
+            same = output is _given(args, kwargs)[1]
+            seen.fits = good and _versions(args, kwargs) == seen.versions and not same
             seen.after = tuple(output.shape) if good else ()
 
         return see
@@ -137,6 +145,13 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
             for handle in handles:
                 handle.remove()
     return {path: seen for path, seen in found.items() if seen.times == 1 and seen.fits}
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Any]:
+    """A module's input, and the keyword by which it comes: the first argument, or else the first tensor."""
+    if args:
+        return "", args[0]
+    return next(((name, value) for name, value in kwargs.items() if isinstance(value, Tensor)), ("", None))
 
 
 def _versions(*values: Any) -> tuple[int, ...]:

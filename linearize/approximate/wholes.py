@@ -1,4 +1,4 @@
-"""Whole modules as one linear map: attention, a residual block, whatever takes one tensor and gives one of its shape.
+"""Whole modules as one linear map: attention, a residual block, whatever makes one tensor of one, of its shape.
 
 A residual block often does little to its input. Its least-squares matrix, applied at every position, then stands for
 all of it: attention, norms and depthwise maps included, where no activation could be collapsed. This is approximate;
@@ -44,10 +44,12 @@ class Whole:
         inside: path of the smallest other whole module around it; "" for none.
         inputs, outputs: I and O.
         axis: of the channels, counted from the end.
-        alone: True if the module is called with one argument only.
+        alone: True if the module is called with one argument only, and gives nothing but a tensor.
         flops, params: of the module, for the example batch.
         shape: of the input in the example batch.
         behind: path of the module whose output is its input, and goes nowhere else; "" if none is known.
+        keyword: by which it is given its input; "" if by position.
+        nones: how many None it gives behind its output.
         rows: covariance of (input, output).
         sensitivity: G of the output, (O, O).
         samples: what the sensitivity is a sum over.
@@ -64,6 +66,8 @@ class Whole:
     params: float
     shape: tuple[int, ...]
     behind: str = ""
+    keyword: str = ""
+    nones: int = 0
     rows: Covariance | None = None
     sensitivity: Tensor | None = None
     samples: float = 0.0
@@ -83,13 +87,14 @@ class Whole:
     @property
     def spec(self) -> Spec:
         """The layer that would stand for the module."""
-        kind = "" if self.alone else "Only"
+        kind, more = ("", {}) if self.alone else ("Only", {"keyword": self.keyword, "nones": self.nones})
         if self.axis == -1:
-            return {"type": f"{kind}Linear", "in_features": self.inputs, "out_features": self.outputs, "bias": True}
+            sizes = {"in_features": self.inputs, "out_features": self.outputs}
+            return {"type": f"{kind}Linear", **sizes, "bias": True, **more}
         n = -1 - self.axis
-        sizes = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [1] * n}
+        channels = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [1] * n}
         rest = {"stride": [1] * n, "padding": [0] * n, "dilation": [1] * n, "groups": 1, "bias": True}
-        return {"type": f"{kind}Conv{n}d", **sizes, **rest}
+        return {"type": f"{kind}Conv{n}d", **channels, **rest, **more}
 
     @property
     def least(self) -> float:
@@ -162,7 +167,7 @@ def _observe(model: nn.Module, batches: Iterable[Any], wholes: Sequence[Whole], 
 def _hooks(model: nn.Module, watches: Sequence[_Watch], source: Tensor) -> Iterator[Any]:
     for watch in watches:
         module = model.get_submodule(watch.whole.path)
-        yield module.register_forward_pre_hook(watch.begin)
+        yield module.register_forward_pre_hook(watch.begin, with_kwargs=True)
         yield module.register_forward_hook(watch.end(source))
 
 
@@ -176,20 +181,22 @@ class _Watch:
     seen: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = self._rows(args[0].detach())
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = args[0] if args else kwargs[self.whole.keyword]
+        rows = self._rows(given.detach())
         known = 0 if self.whole.rows is None else self.whole.rows.count
-        count = positions_for(known, self.whole.inputs) * len(args[0])
+        count = positions_for(known, self.whole.inputs) * len(given)
         chosen = torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)
         self.seen = rows[chosen].clone(), chosen
 
-    def end(self, source: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def end(self, source: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+        def see(_: nn.Module, __: Any, given: Any) -> Any:
+            output = given[0] if self.whole.nones else given
             self._take(output.detach())
             output = output + source.to(output.dtype)
             if output.requires_grad:
                 output.register_hook(self._weigh)
-            return output
+            return (output, *given[1:]) if self.whole.nones else output
 
         return see
 

@@ -119,14 +119,18 @@ def _ratio(original: nn.Module, whole: Whole, size: int, batch: int, rounds: int
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     x = torch.randn((whole.shape[0] // batch * size, *whole.shape[1:]), dtype=like.dtype, device=like.device)
     layer = build(whole.spec, module).to(like.device, like.dtype)
+    kwargs = {whole.keyword: x} if whole.keyword else {}
+    args = () if whole.keyword else (x,)
     with evaluating(module, layer):
         try:
-            out = module(x)
+            out = module(*args, **kwargs)
         except Exception:  # it may want to be told more than it does by itself
             return None
-        if not isinstance(out, Tensor) or out.shape != layer(x).shape:
+        out = out[0] if whole.nones and isinstance(out, tuple) else out
+        made = layer(x)
+        if not isinstance(out, Tensor) or out.shape != (made[0] if whole.nones else made).shape:
             return None
-        runs: dict[str, Any] = {"module": lambda: module(x), "map": lambda: layer(x)}
+        runs: dict[str, Any] = {"module": lambda: module(*args, **kwargs), "map": lambda: layer(x)}
         samples = interleaved(runs, like.device, rounds, 2)
     ratios = torch.tensor(samples["map"]) / torch.tensor(samples["module"])
     return float(ratios.median())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.algebra.affine import same_padding
+from linearize.errors import UsageError
 
 
 def _every(x: Tensor, steps: tuple[int, ...]) -> Tensor:
@@ -194,12 +195,31 @@ class Ones(nn.Module):
         return str(self.width)
 
 
-class _Only(nn.Module):
-    """Stands where a module was called with more than one argument: the first alone counts."""
+_TOLD = (Tensor, type(None), bool, int, float, str, tuple, list, dict, torch.SymInt, torch.SymFloat, torch.SymBool)
 
-    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
-        out: Tensor = super().forward(input)
-        return out
+
+class _Only(nn.Module):
+    """Stands where a module was called with more than one argument, or gave more: the first of each alone counts.
+
+    Args:
+        keyword: the name by which the first argument may come.
+        nones: how many None stand behind the result, as attention gives them where its weights are not asked for.
+
+    Raises:
+        UsageError: it is told something that is neither a tensor nor plain.
+    """
+
+    def __init__(self, *args: Any, keyword: str = "", nones: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keyword, self.nones = keyword, nones
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, _TOLD):  # a cache of keys and values, say, that would stay empty
+                found = f"stands for a module that was told no {type(value).__name__} when it was replaced, and is now"
+                raise UsageError(type(self).__name__, found, "Without caches: pass use_cache=False, or modules=False.")
+        out = super().forward(args[0] if args else kwargs[self.keyword])
+        return (out, *(None,) * self.nones) if self.nones else out
 
 
 class OnlyLinear(_Only, nn.Linear):

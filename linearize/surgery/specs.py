@@ -19,19 +19,21 @@ from linearize.surgery.rewrite import rewrite_calls
 
 Spec = dict[str, Any]
 
+_ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
 _PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ("in_features", "out_features")),
     "CarryLinear": (carriers.CarryLinear, ("in_features", "out_features", "start")),
-    "OnlyLinear": (carriers.OnlyLinear, ("in_features", "out_features")),
+    "OnlyLinear": (carriers.OnlyLinear, ("in_features", "out_features", *_ONLY)),
     "OnesLinear": (carriers.OnesLinear, ("in_features", "out_features", "at", "ones")),
     **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
     **{
         f"{kind}{n}d": (getattr(carriers, f"{kind}{n}d"), _CONV)
-        for kind in ("SameConv", "BorderConv", "BorderSameConv", "OnlyConv")
+        for kind in ("SameConv", "BorderConv", "BorderSameConv")
         for n in (1, 2, 3)
     },
+    **{f"OnlyConv{n}d": (getattr(carriers, f"OnlyConv{n}d"), (*_CONV, *_ONLY)) for n in (1, 2, 3)},
 }
 # Set after construction: subclasses of convolutions with one number more.
 _EXTRA: dict[str, tuple[type[nn.Module], str]] = {
