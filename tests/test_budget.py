@@ -122,6 +122,78 @@ def test_the_budget_is_met_and_the_model_verified(
     json.dumps(report.to_dict())
 
 
+def units_left(plan: Plan, total: int) -> float:
+    return 1 - sum(len(site.linear) for site in plan.sites) / total
+
+
+def test_a_budget_in_units_is_no_worse_than_other_plans_of_as_many_units(data: Batches) -> None:
+    """Refits and skips are options there, too: a line for each channel loses a multiple of that."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 16), nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 4)
+    )
+    x = torch.randn(500, 8)
+
+    def distance(small: nn.Module) -> float:
+        with torch.no_grad():
+            return float((small(x) - model(x)).square().sum() / model(x).square().sum())
+
+    for fraction in (0.7, 0.4):
+        by_flops = compress(model, inputs(data), flops=fraction, **QUIET)
+        left = units_left(by_flops.plan, 112)
+        result = compress(model, inputs(data), activations=left, **QUIET)
+        assert units_left(result.plan, 112) <= left
+        assert result.report.outcome is not None
+        assert result.report.outcome.met
+        assert distance(result.model) <= 1.1 * distance(by_flops.model)
+        lines = linearize.convert(model, x)
+        linearize.calibrate(lines, inputs(data), progress=False)
+        for name, gate in linearize.gates(lines).items():
+            kept = next(gate.channels - len(site.linear) for site in result.plan.sites if site.site == name)
+            gate.linearize_(torch.arange(gate.channels) >= kept)
+        assert distance(result.model) < 0.5 * distance(lines)
+
+
+def test_equal_widths_and_stock_layers_hold_for_budgets_in_units(data: Batches) -> None:
+    torch.manual_seed(3)
+    layers = [nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    result = compress(model, inputs(data), activations=0.5, uniform=True, **QUIET)
+    assert {len(site.linear) for site in result.plan.sites} == {16}
+    result = compress(model, inputs(data), activations=0.5, stock=True, **QUIET)
+    assert [(m.in_features, m.out_features) for m in result.model.modules() if isinstance(m, nn.Linear)] == [
+        (8, 16), (16, 8)
+    ] * 3  # fmt: skip
+    result = compress(model, inputs(data), activations=0.5, uniform=["0.*", "1.*"], **QUIET)
+    assert result.report.outcome is not None
+    assert result.report.outcome.met
+
+
+def test_units_inside_shared_maps_and_without_maps(data: Batches) -> None:
+    """Inverted residuals, whose sites go together, and an activation behind an addition, which only has lines."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1, groups=16),
+                                      nn.ReLU6(), nn.Conv2d(16, 3, 1))  # fmt: skip
+            self.act, self.head = nn.ReLU(), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(x + self.body(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    images = [torch.randn(8, 3, 6, 6) for _ in range(6)]
+    seen = set()
+    for fraction in (0.9, 0.6, 0.3, 0.05):
+        result = compress(Net().eval(), images, activations=fraction, sequential=fraction == 0.6, **QUIET)
+        assert result.report.outcome is not None
+        assert result.report.outcome.met
+        assert result.report.verification
+        seen |= {site.form for site in result.plan.sites}
+    assert seen > {"unchanged"}
+
+
 def test_more_budget_means_less_loss_and_the_loss_is_real(data: Batches) -> None:
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(8, 96), nn.GELU(), nn.Linear(96, 8))

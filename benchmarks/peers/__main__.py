@@ -67,14 +67,12 @@ def main() -> None:
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "report"))
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", default="", help="only runs whose names begin like this")
-    parser.add_argument("--method", action="append", help="only this one, in a run of its own; not of units")
+    parser.add_argument("--method", action="append", help="only this one, in a run of its own")
     parser.add_argument("--latencies", action="store_true", help="of images: only the latencies; nothing is trained")
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photographs", type=Path, help="folder of photographs")
     parser.add_argument("--weights", type=Path, help="weights of EfficientNet-Lite0")
     options = parser.parse_args()
-    if options.method and options.experiment == "units":
-        parser.error("units have no --method")
     if options.latencies and options.experiment != "images":
         parser.error("--latencies is for images")
     torch.set_num_threads(options.threads)

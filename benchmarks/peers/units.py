@@ -20,7 +20,7 @@ from benchmarks.peers.channels import planned, selective, spread
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.subject import Method, Subject
 from benchmarks.peers.training import epochs, train
-from benchmarks.runs import Job, Plain
+from benchmarks.runs import Job, Plain, named, wanted
 from linearize.running.models import evaluating
 
 __all__ = ["Size", "jobs"]
@@ -43,6 +43,7 @@ class Size:
     calibrate: int = 16
     budgets: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
     networks: tuple[str, ...] = ("resnet", "vit")
+    methods: tuple[str, ...] = ()
 
 
 QUICK = Size(10, 6, 4, 640, 200, 4, 8, 2, (0.5, 0.2))
@@ -89,6 +90,7 @@ def work(network: str, seed: int, size: Size, folder: Path) -> Plain:
         "uniform": partial(spread, equal=True),
         "random": partial(spread, equal=False),
     }
+    methods = {name: method for name, method in methods.items() if wanted(name, size.methods)}
     return {"seconds_training": round(spent, 1), **side_by_side(subject, methods, size.budgets, rounds=0)}
 
 
@@ -98,5 +100,6 @@ def jobs(size: Size, seeds: int, folder: Path) -> list[Job]:
     for seed in range(seeds):
         for network in size.networks:
             asked = {"experiment": "units", "network": network, "seed": seed, **asdict(size), "networks": None}
-            made.append(Job(f"units-{network}-{seed}", asked, partial(work, network, seed, size, folder)))
+            name = named(f"units-{network}", seed, size.methods)
+            made.append(Job(name, asked, partial(work, network, seed, size, folder)))
     return made

@@ -34,11 +34,12 @@ def edited_in_order(
     Which channels stay is decided already; the weights are refitted on what reaches the site now. One pass over the
     data for each site.
     """
-    blocks = {name: choice for name, choice in choices.items() if choice.block}
-    model = edited(found, blocks)
+    model = edited(found, {name: choice for name, choice in choices.items() if choice.block or choice.form == "line"})
     for name in gates(model):
         choice = choices.get(name)
-        if choice is None or name not in found.curves or choice.keep >= found.curves[name].channels:
+        if choice is None or choice.form == "line" or name not in found.curves:
+            continue
+        if choice.keep >= found.curves[name].channels:
             continue
         say(f"  refit {name}")
         kind = f"refit {fingerprint(model)[:12]}"  # what reaches the site depends on all that was refitted before it

@@ -30,7 +30,7 @@ from linearize.planning.modules import with_modules
 from linearize.planning.notes import NOTHING, Notes
 from linearize.planning.options import Group, Measure
 from linearize.planning.timed import timed
-from linearize.planning.units import sensitivities, unit_costs, unit_groups
+from linearize.planning.units import sensitivities, unit_costs, unit_groups, with_lines
 from linearize.running.models import device_of
 from linearize.surgery.layers import MaskedActivation
 
@@ -121,8 +121,7 @@ def survey(
     before = cost(original, batch)
     say("calibrate")
     calibration = calibrate(gated, data, progress=progress)
-    if measure == "activations":
-        return _units(gated, data, calibration, before, seed)
+    units = _units(gated, data, calibration, seed) if measure == "activations" else {}
     barred = _uncollapsible(gated)
     say("observe")
     sites = [name for name in gates(gated) if name not in barred]
@@ -151,17 +150,21 @@ def survey(
         )  # fmt: skip
     ties = _ties(gated, uniform)
     groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, progress=progress)
+    if units and not stock:
+        groups = with_lines(groups, unit_groups(gated, units), barred={name for names in ties for name in names})
     wholes: dict[str, Whole] = {}
-    if modules and not ties:
+    if modules and not ties and measure != "activations":
         say("modules")
         wholes = _wholes(gated, data, batch, seed, notes)
         groups = with_modules(groups, list(wholes.values()), gated, some_of(data, 4), progress=progress)
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
+    if measure == "activations":
+        total = sum(group.stay.activations for group in groups)
     if measure == "latency":
         say("measure")
         shapes = {name: found.shape for name, found in observations.items() if found.shape}
         groups = timed(original, gated, groups, shapes, blocks, wholes, batch, batch_sizes, rounds=rounds, cache=cache)
-    return Survey(gated, measure, groups, total, before, curves, blocks, wholes, notes=few)
+    return Survey(gated, measure, groups, total, before, curves, blocks, wholes, units, few)
 
 
 def _wholes(gated: nn.Module, data: Iterable[Any], batch: Any, seed: int, notes: Notes) -> dict[str, Whole]:
@@ -179,12 +182,10 @@ def _wholes(gated: nn.Module, data: Iterable[Any], batch: Any, seed: int, notes:
     return found
 
 
-def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, before: Cost, seed: int) -> Survey:
+def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, seed: int) -> dict[str, Tensor]:
+    """By site, what each channel costs the output if it goes to its line."""
     found = sensitivities(gated, data, seed=seed)
-    costs = {name: unit_costs(gate, calibration.sites[name], found[name]) for name, gate in gates(gated).items()}
-    groups = unit_groups(gated, costs)
-    total = sum(group.stay.activations for group in groups)
-    return Survey(gated, "activations", groups, total, before, unit_costs=costs)
+    return {name: unit_costs(gate, calibration.sites[name], found[name]) for name, gate in gates(gated).items()}
 
 
 def _uncollapsible(gated: nn.Module) -> set[str]:

@@ -11,7 +11,8 @@ Shape letters: C channels, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from linearize.approximate.probes import projection
 from linearize.approximate.rows import rows_of
 from linearize.calibrate import padding_mask
 from linearize.gate import ChannelGate, gates
-from linearize.planning.options import Group, Option, SiteChoice
+from linearize.planning.options import Group, Option, SiteChoice, frontier
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
 
-__all__ = ["sensitivities", "unit_costs", "unit_groups"]
+__all__ = ["sensitivities", "unit_costs", "unit_groups", "with_lines"]
 
-_LEVELS = 64  # options per site, at most
+_LEVELS = 64  # options of lines per group, at most
 
 
 def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Tensor]:
@@ -99,3 +100,39 @@ def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
         ]
         groups.append(Group((name,), tuple(options), None if len(options) > 1 else "no batch reached it"))
     return groups
+
+
+def with_lines(groups: Sequence[Group], lines: Sequence[Group], *, barred: Collection[str] = ()) -> list[Group]:
+    """The groups with the options of `unit_groups` besides their own: refitted weights here, lines in place there.
+
+    Args:
+        groups: of `candidates`; the sites of one may share maps, and get refits together.
+        lines: one group per gate.
+        barred: sites that must keep their widths, and get no lines.
+    """
+    of = {group.sites[0]: group for group in lines}
+    found = []
+    for group in groups:
+        if barred and set(group.sites) & set(barred):
+            found.append(group)
+            continue
+        options = _joined([of.pop(site) for site in group.sites])
+        every = (group.stay, *group.options[1:], *options)
+        reason = None if len(every) > 1 else group.reason
+        found.append(replace(group, options=every, reason=reason))
+    return [*found, *(group for group in of.values() if group.sites[0] not in barred)]
+
+
+def _joined(groups: Sequence[Group]) -> list[Option]:
+    """Options of several sites that do not depend on each other, without the one that changes nothing."""
+    found = [Option((), 0.0, 0.0, 0.0, 0.0)]
+    for group in groups:
+        every = tuple(
+            Option((*a.choices, *b.choices), a.loss + b.loss, 0.0, 0.0, a.activations + b.activations)
+            for a in found for b in group.options
+        )  # fmt: skip
+        best = frontier(every, "activations")
+        found = (
+            [best[round(i * (len(best) - 1) / _LEVELS)] for i in range(_LEVELS + 1)] if len(best) > _LEVELS else best
+        )
+    return [option for option in found if any(choice.form == "line" for choice in option.choices)]
