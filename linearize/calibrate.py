@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
-from linearize.running.batches import read_batch, to_device
+from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.models import device_of, evaluating
 from linearize.running.progress import progress_bar
 
@@ -85,7 +85,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
 
     Raises:
         UsageError: the model has no gates.
-        DataError: there are no batches, or NaN or infinity turns up (the site is named; no gate is changed).
+        DataError: there are no batches, one does not go through the model, or NaN or infinity turns up (the site is
+            named; no gate is changed).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), ChannelGate(nn.ReLU(), 2))
@@ -131,7 +132,7 @@ def stream(
 
     Raises:
         UsageError: the model has no gates.
-        DataError: there are no batches, or a batch is of no known form.
+        DataError: there are no batches, or a batch is of no known form, or does not go through the model.
     """
     named = gates(model)
     if not named:
@@ -154,7 +155,7 @@ def stream(
                 batch = read_batch(model, to_device(raw, device))
                 current.clear()
                 current.update(batch.kwargs)
-                model(*batch.args, **batch.kwargs)
+                _run(model, batch, count)
                 after_batch(count)
                 count += 1
                 advance("")
@@ -164,6 +165,17 @@ def stream(
     if not count:
         raise DataError("batches", "found none", "Pass at least one batch (a generator is empty after its first use).")
     return count
+
+
+def _run(model: nn.Module, batch: Batch, index: int) -> None:
+    try:
+        model(*batch.args, **batch.kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
+        found = f"batch {index} does not go through the model ({type(error).__name__}: {line})"
+        raise DataError("data", found, "Give it shapes and dtypes that the model's forward takes.") from error
 
 
 def padding_mask(model: nn.Module, name: str, kwargs: dict[str, Any]) -> Tensor | None:

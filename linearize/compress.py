@@ -20,17 +20,17 @@ from linearize.errors import DataError, UsageError
 from linearize.finetune import Evaluate
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
-from linearize.planning.budget import check_data, read_budget
+from linearize.planning.budget import check_data, is_number, read_budget
 from linearize.planning.by_budget import How, to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job
-from linearize.planning.notes import NOTHING, Notes, fingerprint
+from linearize.planning.notes import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, evaluating
 from linearize.running.steps import Steps
 from linearize.summary import summary
-from linearize.training.losses import evaluate_batches
+from linearize.training.losses import evaluate_batches, has_loss
 from linearize.training.run import Objective
 from linearize.verify import verify
 
@@ -77,7 +77,7 @@ def compress(
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
     modules: bool = True,
-    round_to: int = 8,
+    round_to: int | None = None,
     when: When = "cheaper",
     batch_sizes: Sequence[int] | None = None,
     rounds: int = 15,
@@ -122,7 +122,8 @@ def compress(
             then has a true config again (`linearize.zoo.stock_copy`).
         modules: whole modules, such as attention or a residual block, may become one linear map; not with `uniform` or
             `stock`, not under `activations=`, and none that holds an activation outside `include` and `exclude`.
-        round_to: widths are multiples of this.
+        round_to: widths are multiples of this; None takes multiples of 8, finer at narrow sites. Lines in place, under
+            `activations=`, change no width.
         when: with `linear`, as for `linearize.collapse`.
         batch_sizes: for latencies; None takes that of the data.
         rounds: measurements of each latency; 0 measures none, if the budget is no latency.
@@ -147,6 +148,7 @@ def compress(
         >>> result.report.outcome.met, result.report.after.flops <= 0.5 * result.report.before.flops
         (True, True)
     """
+    _check_call(model, evaluate, checkpoint_dir, seed)
     budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
     _check(budget is not None, linear, plan, round_to=round_to, rounds=rounds, search=search)
     if dry_run and budget is None:
@@ -181,7 +183,7 @@ def compress(
                 round_to,
                 distill,
             )
-            notes = _notes(checkpoint_dir, gated, batches[0], settings, options)
+            notes = _notes(checkpoint_dir, gated, data, settings, options, steps)
             job = Job(model, gated, data, example, steps, options, trainer, notes)
             if linear is not None:
                 made = to_share(job, linear, when)
@@ -203,15 +205,24 @@ def compress(
 
 
 def _notes(
-    folder: str | os.PathLike[str] | None, gated: nn.Module, batch: Any, settings: Any, options: dict[str, Any]
+    folder: str | os.PathLike[str] | None,
+    gated: nn.Module,
+    data: Iterable[Any],
+    settings: Any,
+    options: dict[str, Any],
+    steps: Steps,
 ) -> Notes:
     """Where an interrupted run goes on; tells fine-tuning, too. Statistics are good for any budget, training is not."""
     if folder is None:
         return NOTHING
-    key = fingerprint(gated, batch)
+    facts = facts_of(data)
+    key = fingerprint(gated, facts)
     own = Path(folder) / f"unfinished-{key[:12]}"  # the folder may hold other things
+    others = [path.name for path in sorted(Path(folder).glob("unfinished-*")) if path != own]
+    if others and not own.exists():
+        steps.say(f"  nothing to resume: {', '.join(others)} in {folder} is of other weights or other data")
     if options["epochs"] and "checkpoint_dir" not in options:
-        place = f"training-{fingerprint(gated, batch, *map(_told, settings))[:12]}"
+        place = f"training-{fingerprint(gated, facts, *map(_told, settings))[:12]}"
         options |= {"checkpoint_dir": own / place, "resume": True}
     return Notes(own, key)
 
@@ -224,15 +235,36 @@ def _told(value: Any) -> str:
     return name if callable(value) or " at 0x" in repr(value) else repr(value)
 
 
-def _check(budget: bool, linear: float | None, plan: Plan | None, *, round_to: int, rounds: int, search: int) -> None:
+def _check_call(model: Any, evaluate: Any, folder: Any, seed: Any) -> None:
+    """Arguments that nothing else looks at before the work begins."""
+    if not isinstance(model, nn.Module):
+        raise UsageError("model", f"found a {type(model).__name__}", "Pass a torch.nn.Module.")
+    if torch.is_inference_mode_enabled():
+        raise UsageError("compress", "found torch.inference_mode()", "Call it outside: it needs gradients.")
+    if evaluate is not None and not callable(evaluate) and not isinstance(evaluate, Iterable):
+        remedy = "Pass batches with labels, or a function of a model."
+        raise UsageError("evaluate", f"found a {type(evaluate).__name__}", remedy)
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError("checkpoint_dir", f"found {folder}, which is no folder", "Pass a folder, new or not.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UsageError("seed", f"found {seed!r}", "Pass a whole number.")
+
+
+def _check(
+    budget: bool, linear: float | None, plan: Plan | None, *, round_to: int | None, rounds: int, search: int
+) -> None:
     given = int(budget) + (linear is not None) + (plan is not None)
     if given != 1:
         found = "found no budget" if not given else "found a budget beside linear= or plan="
         remedy = "Pass exactly one of latency, flops, params, speedup, activations (or linear, or plan)."
         raise UsageError("compress", found, remedy)
-    if linear is not None and not 0 < linear <= 1:
-        raise UsageError("linear", f"found {linear}", "Pass a share above 0 and up to 1.")
+    if linear is not None and (not is_number(linear) or not 0 < linear <= 1):
+        raise UsageError("linear", f"found {linear!r}", "Pass a share above 0 and up to 1.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise UsageError("plan", f"found a {type(plan).__name__}", "Pass a Plan; Plan.from_json reads one from text.")
     for name, value, least in (("round_to", round_to, 1), ("rounds", rounds, 0), ("search", search, 0)):
+        if value is None and name == "round_to":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(name, f"found {value!r}", f"Pass a whole number of at least {least}.")
 
@@ -243,12 +275,14 @@ def _some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list
     Raises:
         DataError: there are none.
     """
-    found = []
+    found: list[Any] = []
     for raw in islice(data, count):
         batch = read_batch(model, raw)
         kwargs = {name: value for name, value in batch.kwargs.items() if name != "labels"}
         if batch.args and kwargs:
             raise DataError("data", "found positional and keyword inputs in one batch", "Pass one kind only.")
+        if not batch.size:
+            raise DataError("data", f"found no sample in batch {len(found)}", "Leave out empty batches.")
         found.append(batch.args or kwargs)
     if not found:
         raise DataError("data", "found no batches", "Pass at least one; a generator can be used only once.")
@@ -272,8 +306,9 @@ def _options(finetune: int | Mapping[str, Any] | None, *, gentle: bool) -> dict[
     if isinstance(options["epochs"], bool) or not isinstance(options["epochs"], int) or options["epochs"] < 1:
         remedy = "Pass a number of epochs, a dict of options, or None."
         raise UsageError("finetune", f"found {options['epochs']!r} epochs", remedy)
-    if not 0 <= options.get("gradual", 0) <= 1:
-        raise UsageError("finetune", f"found gradual={options['gradual']}", "Pass a share of the steps, from 0 to 1.")
+    gradual = options.get("gradual", 0)
+    if not is_number(gradual) or not 0 <= gradual <= 1:
+        raise UsageError("finetune", f"found gradual={gradual!r}", "Pass a share of the steps, from 0 to 1.")
     return options
 
 
@@ -284,12 +319,20 @@ def _check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str,
         DataError: labels are missing.
         TrainingError: the loss is no scalar.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        remedy = "Set requires_grad on what may be trained, or pass finetune=None."
+        raise UsageError("finetune", "found no parameter that requires a gradient", remedy)
     weight = options.get("distill_weight", 0.5) if distill else 0.0
     if weight >= 1:
         return
     with evaluating(model):
         batch = read_batch(model, to_device(next(iter(data)), device_of(model)))
-        Objective(options.get("loss"))(model(*batch.args, **batch.kwargs), batch)
+        output = model(*batch.args, **batch.kwargs)
+        if batch.labels is None and options.get("loss") is None and not has_loss(output):
+            remedy = "Yield (inputs, labels) or a dict with 'labels', or pass finetune={'distill_weight': 1.0}"
+            remedy += " to learn from the original alone." if distill else " and distill=True."
+            raise DataError("data", "found no labels in a batch", remedy)
+        Objective(options.get("loss"))(output, batch)
 
 
 def _trainer(

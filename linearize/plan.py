@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from linearize.algebra.forms import FORMS, Infeasible, Maps, Pieces, cost
 from linearize.errors import UsageError
 from linearize.gate import ChannelGate, gates
+from linearize.report.table import render
 from linearize.sites import Site
 from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
@@ -22,6 +23,10 @@ When = Literal["cheaper", "always"]
 UNCHANGED = "unchanged"  # no channel is linear: the activation comes back as it was
 NARROWED = "narrowed"  # channels leave all maps of a chain through a depthwise one
 MASKED = "partial activation"  # linear channels stay where they are, behind an activation that leaves them out
+BORDERED = "bordered block"
+BLOCKS = ("block", BORDERED)  # one convolution for a chain of sites
+WHOLE = "whole module"  # one linear map for a module, and for the sites inside
+_KNOWN = (UNCHANGED, NARROWED, MASKED, *FORMS, *BLOCKS, WHOLE)
 _MERGED = ("vanished", "merged", "merged (input)")
 
 
@@ -31,13 +36,15 @@ class SitePlan:
 
     Attributes:
         site: its name.
-        form: "vanished", "merged", "merged (input)", "factored", "narrowed", "partial activation" or "unchanged".
+        form: "vanished", "merged", "merged (input)", "factored", "narrowed", "partial activation" or "unchanged"; of
+            `compress` also "block", "bordered block" and "whole module".
         linear: the channels that are linear, by index.
         before, after: multiply-adds of its maps in one forward of the example inputs.
         reason: why its channels are not collapsed, if they are not.
         dropped: the channels of which nothing but a constant remains, where `compress` or a narrower chain drops them.
         rank: of the linear skip that was fitted in their place; 0 for none.
         loss: the error of the model's output that `compress` predicted for this site.
+        channels: how many the site has; 0 if that is not known.
     """
 
     site: str
@@ -49,6 +56,7 @@ class SitePlan:
     dropped: tuple[int, ...] = ()
     rank: int = 0
     loss: float = 0.0
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,59 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            return cls(tuple(_site(site) for site in data["sites"]))
-        except (ValueError, TypeError, KeyError) as error:
+            plan = cls(tuple(_site(site) for site in data["sites"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             found = f"found no plan ({type(error).__name__}: {error})"
             raise UsageError("Plan.from_json", found, "Pass what Plan.to_json gave.") from error
+        return plan.checked()
+
+    def checked(self) -> Plan:
+        """The same plan.
+
+        Raises:
+            UsageError: it says something that no plan can mean.
+        """
+        names = [site.site for site in self.sites]
+        for site in self.sites:
+            why = "it is there twice" if names.count(site.site) > 1 else _nonsense(site)
+            if why:
+                raise UsageError(f"plan of {site.site!r}", why, "Correct the plan, or make it anew.")
+        return self
 
     def __getitem__(self, name: str) -> SitePlan:
         return next(site for site in self.sites if site.site == name)
 
+    def __str__(self) -> str:
+        rows = [
+            (s.site, s.form, s.channels - len(s.linear) if s.channels else None, len(s.linear), s.rank or None,
+             f"{s.loss:.3g}" if s.loss else None, s.reason or "")
+            for s in self.sites
+        ]  # fmt: skip
+        return render(("site", "form", "nonlinear", "linear", "rank", "loss", "why not"), rows)
+
 
 def _site(data: dict[str, Any]) -> SitePlan:
+    if not isinstance(data["site"], str):
+        raise TypeError(f"{data['site']!r} is no name of a site")
     return SitePlan(**{**data, "linear": tuple(data["linear"]), "dropped": tuple(data.get("dropped", ()))})
+
+
+def _nonsense(site: SitePlan) -> str:
+    """What is wrong with an entry that somebody may have edited; "" if nothing is."""
+    if site.form not in _KNOWN:
+        return f"found the form {site.form!r}; known are {', '.join(_KNOWN)}"
+    for name, value in (("rank", site.rank), ("channels", site.channels)):
+        if type(value) is not int or value < 0:
+            return f"found {name} {value!r}, which is no count"
+    for name, indices in (("linear", site.linear), ("dropped", site.dropped)):
+        wrong = [i for i in indices if type(i) is not int or i < 0 or (site.channels and i >= site.channels)]
+        if wrong:
+            return f"found {wrong[0]!r} among its {name} channels"
+        if len(set(indices)) < len(indices):
+            return f"found a channel twice among those that are {name}"
+    if set(site.dropped) - set(site.linear):
+        return f"found channel {min(set(site.dropped) - set(site.linear))} dropped, but not linear"
+    return ""
 
 
 def make_plan(
@@ -127,7 +177,7 @@ def make_plan(
         else:
             choice = _Choice(reader, found, masks)
             plans[name] = choice.always(site) if when == "always" else choice.cheaper(site, barred)
-    return Plan(tuple(plans[name] for name in found))
+    return Plan(tuple(replace(plans[name], channels=gate.channels) for name, gate in found.items()))
 
 
 class _Narrowing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from linearize.errors import DataError, UsageError
 from linearize.planning.options import MEASURES, Measure
 
-__all__ = ["Budget", "check_data", "read_budget"]
+__all__ = ["Budget", "check_data", "is_number", "read_budget"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,14 @@ def read_budget(*, speedup: float | None, **fractions: float | None) -> Budget |
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise UsageError(name, f"found {value!r}", "Pass a number.")
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or NumPy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_data(data: Any) -> None:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from linearize.bench import benchmark
-from linearize.errors import UsageError
+from linearize.errors import CollapseError, UsageError
 from linearize.gate import gates
-from linearize.plan import MASKED, UNCHANGED, Plan
+from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, mask_of
 from linearize.planning.budget import Budget
 from linearize.planning.choose import choose, uniform
 from linearize.planning.distance import real_loss, some_of
@@ -40,7 +39,7 @@ class How:
     seed: int = 0
     rounds: int = 15
     batch_sizes: Sequence[int] | None = None
-    round_to: int = 8
+    round_to: int | None = None
     uniform: bool | Sequence[str] = False
     cache: bool | Path = True
     sequential: bool = False
@@ -181,22 +180,16 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     choices: dict[str, SiteChoice] = {}
     keep: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
-    for site in plan.sites:
+    for site in plan.checked().sites:
         if site.form == WHOLE and (site.site in named or site.site in found.wholes):
             choices[site.site] = SiteChoice(site.site, 0, site.rank, WHOLE)
             continue
-        if site.site not in named:
-            raise UsageError(site.site, "is in the plan, but not in the model", "Make the plan from this model.")
+        _check_site(found, site)
         if site.form in BLOCKS and found.blocks:
             choices[site.site] = SiteChoice(site.site, 0, site.rank, site.form)
         if site.form == UNCHANGED or not site.linear:
             continue
-        channels = named[site.site].channels
-        if max(site.linear) >= channels:
-            found_text = f"found channel {max(site.linear)} of {channels} in the plan"
-            raise UsageError(site.site, found_text, "Make the plan from this model.")
-        mask = torch.zeros(channels, dtype=torch.bool)
-        mask[list(site.linear)] = True
+        mask = mask_of(site, named[site.site].channels)
         if site.site in found.curves and (site.dropped or site.rank) and site.form != MASKED:
             choices[site.site] = SiteChoice(site.site, int((~mask).sum()), site.rank, site.form)
             keep[site.site] = (~mask).nonzero().flatten()
@@ -207,6 +200,25 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
         for name, mask in masks.items():
             gates(gated)[name].linearize_(mask)
         again = planned(gated, choices)
-        small = collapsed(gated, again)
+        try:
+            small = collapsed(gated, again)
+        except CollapseError:  # channels were edited, and the forms do not go with them: let collapsing choose
+            again = planned(gated, {name: choice for name, choice in choices.items() if choice.block})
+            small = collapsed(gated, again)
     gated, small, history = _trained(job, found, choices, gated, again, small)
     return Made(gated, small, again, history, {"notes": tuple(found.notes)})
+
+
+def _check_site(found: Survey, site: SitePlan) -> None:
+    """Whether the plan of a site is for this model."""
+    gate = gates(found.gated).get(site.site)
+    remedy = "Make the plan from this model."
+    if gate is None:
+        raise UsageError(site.site, "is in the plan, but not in the model", remedy)
+    if site.channels and site.channels != gate.channels:
+        raise UsageError(site.site, f"has {site.channels} channels in the plan and {gate.channels} here", remedy)
+    if site.linear and max(site.linear) >= gate.channels:
+        raise UsageError(site.site, f"found channel {max(site.linear)} of {gate.channels} in the plan", remedy)
+    curve = found.curves.get(site.site)
+    if curve is not None and site.form not in BLOCKS and site.rank > max(1, curve.largest_rank):
+        raise UsageError(site.site, f"found rank {site.rank}, and the largest is {curve.largest_rank}", remedy)

@@ -33,7 +33,7 @@ def candidates(
     curves: Mapping[str, Curve],
     *,
     blocks: Mapping[str, Block] | None = None,
-    round_to: int = 8,
+    round_to: int | None = None,
     uniform: Sequence[Sequence[str]] = (),
     progress: bool = False,
 ) -> list[Group]:
@@ -43,7 +43,7 @@ def candidates(
         model: gated, with its original weights.
         curves: by site name; a site without one stays as it is.
         blocks: by the name of their first site: chains for which one convolution could stand.
-        round_to: numbers of channels that stay are multiples of this.
+        round_to: numbers of channels that stay are multiples of this; None decides by site, see `levels`.
         uniform: groups of site names that must keep equal numbers of channels.
         progress: show a bar: wide convolutions take seconds each.
     """
@@ -58,7 +58,7 @@ def candidates(
     return found
 
 
-def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int) -> Group:
+def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int | None) -> Group:
     named = gates(model)
     pricer = Pricer(model, [named[name] for name in names])
     before = pricer.before()
@@ -89,7 +89,7 @@ def _slots(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
     return [(upper[name], name) if name in upper else (name,) for name in names if name not in upper.values()]
 
 
-def _slot_choices(slot: tuple[str, ...], curve: Curve, round_to: int, *, alone: bool) -> list[Choices]:
+def _slot_choices(slot: tuple[str, ...], curve: Curve, round_to: int | None, *, alone: bool) -> list[Choices]:
     """What can happen to a site, or to the two of a chain, with the predicted loss.
 
     Beside others in its group, a site can also keep all channels, but gets no skip, which would need the shared map.

@@ -22,6 +22,7 @@ __all__ = ["Curve", "curve_of", "levels"]
 
 # Shares of the channels that stay, as options: finer where little is left, since there each channel counts more.
 _SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 7 / 16, 3 / 8, 5 / 16, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32)
+_STEP = 8
 _RIDGE = 1e-3  # relative to each feature's variance: held-out data prefers it neither much smaller nor larger
 
 
@@ -146,13 +147,19 @@ def curve_of(model: nn.Module, observation: Observation, *, stock: bool = False)
     return Curve(observation, observation.weight(model), observation.bias(model), ridge, stock)
 
 
-def levels(channels: int, round_to: int) -> list[int]:
+def levels(channels: int, round_to: int | None = None) -> list[int]:
     """Numbers of channels that may stay, fewer than all, falling; 0 for a site that becomes linear as a whole.
 
+    Args:
+        channels: of the site.
+        round_to: they are multiples of this; None takes 8, or less at a site that would have next to no choice.
+
     Example:
-        >>> levels(64, 8)
+        >>> levels(64)
         [56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 0]
+        >>> levels(64, 16)
+        [48, 32, 16, 0]
     """
-    step = max(1, min(round_to, channels // 16))  # a small site would else have next to no choice
+    step = max(1, min(_STEP, channels // 16)) if round_to is None else round_to
     found = {max(step, round(share * channels / step) * step) for share in _SHARES}
     return [*sorted((width for width in found if width < channels), reverse=True), 0]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
 from linearize.training.state import read_state, write_state
 
-__all__ = ["NOTHING", "Notes", "fingerprint"]
+__all__ = ["NOTHING", "Notes", "facts_of", "fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,34 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
         else:
             told.update(repr(leaf).encode())
     return told.hexdigest()
+
+
+def facts_of(data: Iterable[Any]) -> list[Any]:
+    """What tells data from other data: numbers of batches and samples, and the first batch.
+
+    Of a batch that is another each time, as one of a shuffled loader is, only shapes and dtypes.
+
+    Example:
+        >>> import torch
+        >>> facts_of([torch.ones(2, 3)])[:3]
+        [1, 1, [((2, 3), 'torch.float32')]]
+    """
+    first, again = (pytree.tree_leaves(next(iter(data))) for _ in range(2))
+    shapes = [(tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x) for x in first]
+    length = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+    samples = getattr(data, "dataset", None)
+    return [
+        length,
+        len(samples) if isinstance(samples, Sized) else length,
+        shapes,
+        first if _same(first, again) else [],
+    ]
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.equal(a, b)
+        return repr(a) == repr(b)
+
+    return len(some) == len(others) and all(map(equal, some, others))

@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from linearize.plan import BLOCKS, BORDERED, WHOLE
 from linearize.report.table import render
 
 __all__ = ["BLOCKS", "BORDERED", "MEASURES", "WHOLE", "Group", "Measure", "Option", "SiteChoice", "frontier"]
 
 Measure = Literal["latency", "flops", "params", "activations"]
-BORDERED = "bordered block"
-BLOCKS = ("block", BORDERED)
-WHOLE = "whole module"
 MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations")
 
 

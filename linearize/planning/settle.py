@@ -86,6 +86,9 @@ def settle(
         if _rank(other) > _rank(best):
             own = sum(option.cost(found.measure) for option in other.choice.options)
             best = replace(other, choice=replace(other.choice, cost=own), predicted=(found.fixed + own) / found.total)
+    if not best.met and best.reached > 1:  # slower than the original, which then is the nearest
+        stay = choose(found.groups, found.measure, float("inf"))
+        best = replace(_try(found, budget, stay, batch, lambda _: 1.0), reached=1.0, met=False)
     return best
 
 

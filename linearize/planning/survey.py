@@ -20,6 +20,7 @@ from linearize.approximate.wholes import Whole, observe_wholes
 from linearize.calibrate import Calibration, calibrate
 from linearize.collapse import collapse
 from linearize.cost import Cost, cost
+from linearize.errors import UsageError
 from linearize.gate import gates
 from linearize.groups import groups_of
 from linearize.planning.candidates import candidates
@@ -86,7 +87,7 @@ def survey(
     *,
     measure: Measure,
     batch_sizes: Sequence[int] | None = None,
-    round_to: int = 8,
+    round_to: int | None = None,
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
     modules: bool = True,
@@ -106,7 +107,7 @@ def survey(
         batch: one of them, without labels: costs are for this batch.
         measure: what the budget will limit.
         batch_sizes: for measured latency; None takes that of the batch.
-        round_to: widths are multiples of this.
+        round_to: widths are multiples of this; None decides by site.
         uniform: True keeps equal numbers of channels in all sites of the same shape; or glob patterns of site names,
             each a group of its own.
         stock: only options that leave ordinary layers, all of one width.
@@ -242,7 +243,11 @@ def _ties(gated: nn.Module, uniform: bool | Sequence[str]) -> list[list[str]]:
     if uniform is False:
         return []
     patterns = [uniform] if isinstance(uniform, str) else list(uniform)
-    return [fnmatch.filter(names, pattern) for pattern in patterns]
+    ties = [fnmatch.filter(names, pattern) for pattern in patterns]
+    for pattern, found in zip(patterns, ties, strict=True):
+        if not found:
+            raise UsageError("uniform", f"found {pattern!r}, which names no site", f"Sites are {', '.join(names)}.")
+    return ties
 
 
 def describe(groups: Sequence[Group], measure: Measure) -> Mapping[str, str]:

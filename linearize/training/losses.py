@@ -15,7 +15,16 @@ from linearize.errors import DataError, TrainingError
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.models import device_of, evaluating
 
-__all__ = ["IGNORED", "counted", "distillation_loss", "evaluate_batches", "is_logits", "main_output", "task_loss"]
+__all__ = [
+    "IGNORED",
+    "counted",
+    "distillation_loss",
+    "evaluate_batches",
+    "has_loss",
+    "is_logits",
+    "main_output",
+    "task_loss",
+]
 
 IGNORED = -100  # the label of positions that count for nothing, in PyTorch and transformers alike
 
@@ -52,8 +61,8 @@ def task_loss(output: Any, labels: Any) -> Tensor:
     Raises:
         DataError: there are no labels, or they do not fit.
     """
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(own, Tensor):
+    if has_loss(output):
+        own: Tensor = output["loss"] if isinstance(output, Mapping) else output.loss
         return own
     if labels is None:
         remedy = "Yield (inputs, labels) or a dict with 'labels'; or pass loss=, or teacher= with distill_weight=1."
@@ -66,6 +75,11 @@ def task_loss(output: Any, labels: Any) -> Tensor:
     if labels.shape == logits.shape:  # probabilities of the classes, as mixup makes them
         return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(0, -2).float())
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+def has_loss(output: Any) -> bool:
+    """Whether a model's output holds a loss of its own, as that of transformers does if it is given labels."""
+    return isinstance(output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None), Tensor)
 
 
 def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float = 2.0) -> Tensor:
@@ -106,6 +120,9 @@ def evaluate_batches(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
         for raw in batches:
             batch = read_batch(model, to_device(raw, device))
             output = model(*batch.args, **batch.kwargs)
+            if batch.labels is None and not has_loss(output):
+                remedy = "Yield (inputs, labels) or a dict with 'labels', or pass a function of the model."
+                raise DataError("evaluate", "found no labels in a batch", remedy)
             losses += float(task_loss(output, batch.labels)) * batch.size
             counts += batch.size
             logits, labels = main_output(output), batch.labels
