@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,6 +17,7 @@ from linearize.prior import SparsityPrior, param_groups
 from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 from linearize.training import state as trainstate
+from linearize.training.features import Features
 from linearize.training.losses import evaluate_batches
 from linearize.training.path import PlannedPath
 from linearize.training.run import Loss, Objective, Run
@@ -36,8 +37,8 @@ class FinetuneResult:
 
     Attributes:
         model: the model that was passed in, trained.
-        history: a record per epoch: "epoch", "loss" and its parts "task", "prior", "distill" (means over the epoch),
-            "share" (of linear channels), "lr", "seconds", and what the evaluation gave.
+        history: a record per epoch: "epoch", "loss" and its parts "task", "prior", "distill" and "features" (means
+            over the epoch), "share" (of linear channels), "lr", "seconds", and what the evaluation gave.
         steps: optimizer steps of the whole run, those before a resumption included.
         resumed_from: the epoch that a resumed run started from, else 0.
     """
@@ -58,6 +59,8 @@ def finetune(
     teacher: nn.Module | None = None,
     distill_weight: float = 0.5,
     temperature: float = 2.0,
+    features: str | Sequence[str] | None = None,
+    feature_weight: float = 1.0,
     evaluate: Evaluate | None = None,
     lr: float = 1e-3,
     gate_lr: float = 1e-2,
@@ -87,6 +90,9 @@ def finetune(
         teacher: the model to imitate, for instance the original; it is used in eval mode and not changed.
         distill_weight: share in [0, 1] of the distillation in (task loss, distillation); 1 needs no labels.
         temperature: of the distillation of logits.
+        features: glob patterns of modules, such as "blocks.*", whose outputs are to be like those of the teacher's
+            modules of the same names.
+        feature_weight: of that in the loss: times the squared error, relative to the teacher's mean square.
         evaluate: after each epoch: a function of the model that gives a number or a dict of numbers, or batches
             on which `evaluate_batches` runs.
         lr: learning rate of all but the gates, at the end of the warm-up.
@@ -126,11 +132,14 @@ def finetune(
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
     last = _last_checkpoint(folder, resume=resume)
     length = _length(data, steps_per_epoch)
-    options = {
+    options: dict[str, Any] = {
         "epochs": epochs, "steps per epoch": length, "lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay,
         "warmup": warmup, "clip": clip, "distill_weight": distill_weight, "temperature": temperature,
         "mixed_precision": mixed_precision,
     }  # fmt: skip
+    inside = _features(model, teacher, features, feature_weight)
+    if inside is not None:
+        options |= {"features": list(inside.paths), "feature_weight": feature_weight}
     _check_prior(prior, model, epochs * length)
     accelerator = accelerator or _accelerator(mixed_precision)
     if seed is not None:
@@ -145,7 +154,7 @@ def finetune(
         wrapped=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
         optimizer=accelerator.prepare_optimizer(torch.optim.AdamW(groups)),
         accelerator=accelerator,
-        objective=Objective(loss, teacher, distill_weight, temperature, prior),
+        objective=Objective(loss, teacher, distill_weight, temperature, prior, inside, feature_weight),
         total=epochs * length,
         warmup=round(warmup * epochs * length),
         clip=clip,
@@ -155,7 +164,8 @@ def finetune(
         _check_same(last, state["options"], options)
         run.load_state_dict(state["run"], data)
     done = len(run.history)
-    with _modes_kept(model, teacher), progress_bar("fine-tune", run.total, enabled=progress) as advance:
+    watching = nullcontext() if inside is None else inside.watching()
+    with _modes_kept(model, teacher), watching, progress_bar("fine-tune", run.total, enabled=progress) as advance:
         for _ in range(run.step):
             advance("")
         if teacher is not None:
@@ -196,6 +206,18 @@ def _check_options(*, epochs: int, distill_weight: float, warmup: float, keep: i
     ):
         if not valid:
             raise UsageError("finetune", f"found {name}={value}", f"{name} must be {expected}.")
+
+
+def _features(
+    model: nn.Module, teacher: nn.Module | None, patterns: str | Sequence[str] | None, weight: float
+) -> Features | None:
+    if patterns is None:
+        return None
+    if teacher is None:
+        raise UsageError("features", "found no teacher whose features could be learned", "Pass teacher= as well.")
+    if not weight > 0:
+        raise UsageError("finetune", f"found feature_weight={weight}", "Pass a number above 0.")
+    return Features(model, teacher, patterns)
 
 
 def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, total: int) -> None:

@@ -19,6 +19,7 @@ from linearize.gate import ChannelGate, gates
 from linearize.prior import SparsityPrior
 from linearize.running.batches import Batch
 from linearize.storage import tensorfile
+from linearize.training.features import Features
 from linearize.training.losses import distillation_loss
 from linearize.training.state import read_state, write_state
 
@@ -193,6 +194,58 @@ def test_terms_of_the_loss_add_up() -> None:
     ).history[0]
     assert record["loss"] == pytest.approx(record["task"] + record["distill"] + record["prior"], rel=1e-5)
     assert record["prior"] == pytest.approx(2.4, rel=0.1)
+
+
+def test_features_inside_become_the_teachers() -> None:
+    student, teacher = network(seed=0), network(seed=1)
+    apart = [(student[1](student[0](X)) - teacher[1](teacher[0](X))).square().mean()]
+    options: dict[str, Any] = {"teacher": teacher, "distill_weight": 0.5, "lr": 1e-2, "progress": False}
+    result = finetune(student, batches(), epochs=20, features=["1"], feature_weight=2.0, **options)
+    apart.append((student[1](student[0](X)) - teacher[1](teacher[0](X))).square().mean())
+    assert apart[1] < 0.2 * apart[0]
+    first, last = result.history[0], result.history[-1]
+    assert last["features"] < 0.5 * first["features"]
+    assert first["loss"] == pytest.approx(first["task"] + first["distill"] + first["features"], rel=1e-5)
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
+
+
+def test_features_alone_leave_padding_out() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.last(self.inner(x))
+
+    torch.manual_seed(0)
+    student, teacher = Tokens(), Tokens()
+    x, mask = torch.randn(3, 5, 4), (torch.arange(5) < torch.tensor([[5], [2], [3]])).long()
+    features = Features(student, teacher, "inner")
+    batch = Batch((), {"x": x, "attention_mask": mask})
+    with features.watching():
+        student(x, mask), teacher(x, mask)
+        found = features.loss(batch)
+        a, b = (model.inner(x)[mask.bool()] for model in (student, teacher))
+    torch.testing.assert_close(found, (a - b).square().mean() / b.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"features": "1"}, "found no teacher"),
+        ({"features": "zzz*", "teacher": True}, "names no module of model and teacher"),
+        ({"features": "0", "teacher": True, "feature_weight": 0.0}, "feature_weight=0.0"),
+    ],
+)
+def test_features_that_cannot_be_learned(options: dict[str, Any], match: str) -> None:
+    if "teacher" in options:
+        options = {**options, "teacher": network(seed=1)}
+    with pytest.raises(UsageError, match=match):
+        finetune(network(seed=0), batches(), progress=False, **options)
+    narrow = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(TrainingError, match=r"0 gives .* the teacher's"):
+        finetune(narrow, batches(), teacher=network(seed=1), features="0", progress=False)
 
 
 def test_distillation_loss_by_hand() -> None:

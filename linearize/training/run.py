@@ -16,6 +16,7 @@ from linearize.errors import DataError, TrainingError
 from linearize.gate import gates
 from linearize.prior import SparsityPrior
 from linearize.running.batches import Batch, read_batch, to_device
+from linearize.training.features import Features
 from linearize.training.losses import distillation_loss, task_loss
 from linearize.training.path import PlannedPath
 from linearize.training.state import random_state, set_random_state
@@ -30,13 +31,15 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: (1 - distill_weight) * task loss + distill_weight * distillation + prior."""
+    """What is minimised: (1 - distill_weight) * task + distill_weight * distillation + features + prior."""
 
     loss: Loss | None = None
     teacher: nn.Module | None = None
     distill_weight: float = 0.0
     temperature: float = 2.0
     prior: SparsityPrior | PlannedPath | None = None
+    features: Features | None = None
+    feature_weight: float = 1.0
 
     def __call__(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """The terms that are in use, by name, each with its weight."""
@@ -45,10 +48,13 @@ class Objective:
         if weight < 1:
             loss = self.loss(output, batch.labels) if self.loss else task_loss(output, batch.labels)
             terms["task"] = (1 - weight) * _scalar(loss)
-        if self.teacher is not None and weight > 0:
+        if self.teacher is not None and (weight > 0 or self.features is not None):
             with torch.no_grad():
                 taught = self.teacher(*batch.args, **batch.kwargs)
-            terms["distill"] = weight * distillation_loss(output, taught, batch, self.temperature)
+            if weight > 0:
+                terms["distill"] = weight * distillation_loss(output, taught, batch, self.temperature)
+        if self.features is not None:
+            terms["features"] = self.feature_weight * self.features.loss(batch)
         if self.prior is not None:
             terms["prior"] = self.prior()
         return terms
