@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.runs import Plain
 
@@ -34,6 +33,7 @@ class Point:
         met: whether all seeds are within the budget.
         failed: what the method said, if it failed for a seed.
         seeds: how many there are.
+        others: other scores after fine-tuning, by name, of those that SCORES knows.
     """
 
     method: str
@@ -46,6 +46,7 @@ class Point:
     met: bool
     failed: str
     seeds: int
+    others: dict[str, tuple[float, float]]
 
 
 def names_of(results: Sequence[Plain]) -> list[tuple[str, str]]:
@@ -104,6 +105,9 @@ def _point(method: str, budget: float, rows: Sequence[Plain], latency: dict[str,
         bool(good) and len(good) == len(rows) and all(row["met"] for row in good),
         failed,
         len(rows),
+        {name: _mean([row["after"][name] for row in good]) for name in list(good[0]["after"])[1:] if name in SCORES}
+        if good
+        else {},
     )
 
 
@@ -114,45 +118,54 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def markdown(results: Sequence[Plain], experiment: str, network: str) -> str:
-    """Three tables: the score after fine-tuning, before it, and what remains of FLOPs and latencies."""
+    """Tables: the score after fine-tuning and before it, other scores, and what remains of FLOPs and latencies."""
     lines = lines_of(results, experiment, network)
     name, (whole, spread) = metric_of(results, experiment, network)
-    factor, digits, _ = SCORES.get(name, (1.0, 3, True))
     seeds = max(point.seeds for points in lines.values() for point in points)
     budgets = sorted({point.budget for points in lines.values() for point in points}, reverse=True)
 
-    def number(value: tuple[float, float] | None, point: Point) -> str:
-        if value is None:
-            return "failed" if point.failed else "-"
-        text = f"{factor * value[0]:.{digits}f}" + (f" ± {factor * value[1]:.{digits}f}" if seeds > 1 else "")
-        return text if point.met else f"({text})"
+    def score(name: str, read: Callable[[Point], tuple[float, float] | None]) -> Callable[[Point], str]:
+        def write(point: Point) -> str:
+            value = read(point)
+            if value is None:
+                return "failed" if point.failed else "-"
+            return _number(name, value, seeds) if point.met else f"({_number(name, value, seeds)})"
 
-    def cost(_: tuple[float, float] | None, point: Point) -> str:
+        return write
+
+    def cost(point: Point) -> str:
         if point.flops is None:
             return "-"
         return " / ".join((f"{point.flops[0]:.2f}", *(f"{v:.2f} ± {s:.2f}" for v, s in point.latency.values())))
 
     sizes = next((point.latency for points in lines.values() for point in points if point.latency), {})
-    title = f"### {experiment}, {network}: {name}; the original's is {factor * whole:.{digits}f}"
-    title += f" ± {factor * spread:.{digits}f}" if seeds > 1 else ""
+    title = f"### {experiment}, {network}: {name}; the original's is {_number(name, (whole, spread), seeds)}"
     parts = [f"{title}; {seeds} {'seeds' if seeds > 1 else 'seed'}; in brackets where the budget was not met"]
-    shown: list[tuple[str, str, Any]] = [
-        ("after fine-tuning", "after", number),
-        ("before fine-tuning", "before", number),
-    ]
+    shown = {
+        "after fine-tuning": score(name, lambda point: point.after),
+        "before fine-tuning": score(name, lambda point: point.before),
+    }
+    for other in dict.fromkeys(other for points in lines.values() for point in points for other in point.others):
+        shown[f"{other}, after fine-tuning"] = score(other, lambda point, other=other: point.others.get(other))  # type: ignore[misc]
     if sizes:
-        shown.append((f"FLOPs / latency at batch {' / '.join(sizes)}", "after", cost))
-    for head, field, write in shown:
-        parts.append(_table(head, budgets, lines, field, write))
+        shown[f"FLOPs / latency at batch {' / '.join(sizes)}"] = cost
+    parts += [_table(head, budgets, lines, write) for head, write in shown.items()]
     failures = {f"{p.method}: {p.failed}" for points in lines.values() for p in points if p.failed}
     return "\n\n".join([*parts, *(f"failed: {text}" for text in sorted(failures))])
 
 
-def _table(head: str, budgets: Sequence[float], lines: dict[str, list[Point]], field: str, write: Any) -> str:
+def _number(name: str, value: tuple[float, float], seeds: int) -> str:
+    """A score as it is shown, with its spread if there are several seeds."""
+    factor, digits, _ = SCORES.get(name, (1.0, 3, True))
+    text = f"{factor * value[0]:.{digits}f}"
+    return f"{text} ± {factor * value[1]:.{digits}f}" if seeds > 1 else text
+
+
+def _table(head: str, budgets: Sequence[float], lines: dict[str, list[Point]], write: Callable[[Point], str]) -> str:
     rows = [f"| {head} | " + " | ".join(f"{budget:.3g}" for budget in budgets) + " |"]
     rows.append("|:--|" + "--:|" * len(budgets))
     for method, points in lines.items():
         found = {point.budget: point for point in points}
-        cells = [write(getattr(found[b], field), found[b]) if b in found else "-" for b in budgets]
+        cells = [write(found[b]) if b in found else "-" for b in budgets]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(rows)

@@ -119,7 +119,7 @@ def subject_of(seed: int, size: Size) -> Subject:
     return found
 
 
-def work(seed: int, size: Size) -> Plain:
+def work(seed: int, size: Size, *, timing_only: bool = False) -> Plain:
     """One run."""
     start = time.perf_counter()
     subject = subject_of(seed, size)
@@ -136,14 +136,18 @@ def work(seed: int, size: Size) -> Plain:
     }
     methods = {name: method for name, method in methods.items() if wanted(name, size.methods)}
     names = of_hidden(subject, size.budgets)
-    found = side_by_side(subject, methods, list(names), rounds=size.rounds)
+    found = side_by_side(subject, methods, list(names), rounds=size.rounds, timing_only=timing_only)
     return {"seconds_training": round(spent, 1), **relabelled(found, names)}
 
 
-def jobs(size: Size, seeds: int) -> list[Job]:
-    """A job for each seed."""
+def jobs(size: Size, seeds: int, *, timing_only: bool = False) -> list[Job]:
+    """A job for each seed; a run for latencies alone is for a machine that does nothing else."""
     asked = {"experiment": "text", "network": "llama", **asdict(size)}
+    asked |= {"timing_only": True} if timing_only else {}
+    some = (*size.methods, "latencies") if timing_only else size.methods
     return [
-        Job(named("text-llama", seed, size.methods), {**asked, "seed": seed}, partial(work, seed, size))
+        Job(
+            named("text-llama", seed, some), {**asked, "seed": seed}, partial(work, seed, size, timing_only=timing_only)
+        )
         for seed in range(seeds)
     ]
