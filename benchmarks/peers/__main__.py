@@ -68,9 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", default="", help="only runs whose names begin like this")
     parser.add_argument("--method", action="append", help="only this one, in a run of its own")
-    parser.add_argument(
-        "--latencies", action="store_true", help="of images and text: only the latencies; nothing is tuned"
-    )
+    parser.add_argument("--latencies", action="store_true", help="only those; for images and text")
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photographs", type=Path, help="folder of photographs")
     parser.add_argument("--weights", type=Path, help="weights of EfficientNet-Lite0")
