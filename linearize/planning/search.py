@@ -1,14 +1,15 @@
 """A short search around a plan with the real loss: predicted losses are taken as additive, and are not quite.
 
 Each trial scales the predicted losses of the groups by random factors, chooses anew within the same budget, and
-measures the distance of the model's output to the original's on some batches. The best choice stays.
+measures the distance of the model's output to the original's on some batches. The best choice stays. Before that,
+kinds of options are left out in turn: where predictions are off, they are off for a whole kind.
 
 Source of the idea: Frantar and Alistarh, "SPDY: Accurate Pruning with Speedup Guarantees", ICML 2022.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +17,16 @@ import torch
 
 from linearize.planning.choose import Choice, choose
 from linearize.planning.distance import real_loss, some_of
+from linearize.planning.options import BLOCKS, WHOLE, Group, Option
 from linearize.planning.settle import edited, site_choices
 from linearize.planning.survey import Survey
 
 __all__ = ["searched", "unscaled"]
 
 _SPREAD = 0.5  # of the logarithm of the factors
+_DEAR = 1e6
+# Kinds of options whose predicted losses may all be wrong together: each is left out once.
+_FAMILIES = {"blocks": BLOCKS, "whole modules": (WHOLE,), "blocks and whole modules": (*BLOCKS, WHOLE)}
 
 
 def searched(
@@ -40,35 +45,52 @@ def searched(
         found: the survey; its own choice is the one to start from.
         budget: cost that the groups may have in all.
         data: re-iterable batches; some spread over all of it are used.
-        trials: choices to try.
+        trials: choices to try, besides those without some kind of options; 0 tries none of either.
         batches: number of batches to measure on.
         seed: of the factors.
         say: told what is going on.
     """
     generator = torch.Generator().manual_seed(seed)
     some = some_of(data, batches)
-    first, best = choose(found.groups, found.measure, budget), found
-    least = real_loss(found.gated, edited(found, site_choices(first)), some)
-    say(f"  search: {least:.4g} at the start")
-    seen = {tuple(first.options)}
-    factors = torch.zeros(len(found.groups), dtype=torch.float64)
+    seen: dict[tuple[Option, ...], float] = {}
+
+    def tried(groups: list[Group], of: str) -> float:
+        """The real loss of the choice among these groups; infinite if it has been tried."""
+        choice = unscaled(choose(groups, found.measure, budget), found)
+        if choice.options in seen:
+            return float("inf")
+        seen[choice.options] = real_loss(found.gated, edited(found, site_choices(choice)), some)
+        say(f"  search: {seen[choice.options]:.4g} {of}")
+        return seen[choice.options]
+
+    best, least = found.groups, tried(found.groups, "at the start")
+    for name, forms in _FAMILIES.items():
+        without = _without(found.groups, forms)
+        if trials and without != found.groups and (loss := tried(without, f"without {name}")) < least:
+            best, least = without, loss
+    start, factors = best, torch.zeros(len(found.groups), dtype=torch.float64)
     for trial in range(trials):
         step = torch.randn(len(found.groups), generator=generator, dtype=torch.float64) * _SPREAD
         scales = (factors + step).exp().tolist()
-        scaled = [
-            replace(g, options=tuple(replace(o, loss=o.loss * s) for o in g.options))
-            for g, s in zip(found.groups, scales, strict=True)
-        ]
-        picked = choose(scaled, found.measure, budget)
-        choice = unscaled(picked, found)
-        if tuple(choice.options) in seen:
-            continue
-        seen.add(tuple(choice.options))
-        loss = real_loss(found.gated, edited(found, site_choices(choice)), some)
+        scaled = [_scaled(group, scale) for group, scale in zip(start, scales, strict=True)]
+        loss = tried(scaled, f"in trial {trial + 1}")
         if loss < least:
-            say(f"  search: {loss:.4g} in trial {trial + 1}")
-            best, least, factors = replace(found, groups=scaled), loss, factors + step
-    return best
+            best, least, factors = scaled, loss, factors + step
+    return replace(found, groups=best)
+
+
+def _scaled(group: Group, scale: float) -> Group:
+    return replace(group, options=tuple(replace(option, loss=option.loss * scale) for option in group.options))
+
+
+def _without(groups: list[Group], forms: Sequence[str]) -> list[Group]:
+    """The groups, with options of some forms at a loss that nobody takes who has another choice."""
+
+    def dear(option: Option) -> Option:
+        barred = any(choice.form in forms for choice in option.choices)
+        return replace(option, loss=option.loss + _DEAR) if barred else option
+
+    return [replace(group, options=tuple(map(dear, group.options))) for group in groups]
 
 
 def unscaled(picked: Choice, found: Survey) -> Choice:
