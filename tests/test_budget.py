@@ -6,6 +6,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from linearize.planning.budget import Budget
 from linearize.planning.choose import Choice, choose, uniform
 from linearize.planning.latency import LatencyTable, cache_file
 from linearize.planning.options import MEASURES, Group, Option, SiteChoice
-from linearize.planning.settle import Settled
-from linearize.planning.survey import Survey
+from linearize.planning.search import searched, unscaled
+from linearize.planning.settle import Settled, site_choices
+from linearize.planning.survey import Survey, survey
 from linearize.training.path import PlannedPath
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
@@ -304,6 +306,28 @@ def test_sequential_refits_what_lies_behind_a_compressed_site(model: nn.Module, 
     assert [s.linear for s in one.plan.sites] == [s.linear for s in other.plan.sites]
     assert other.report.verification
     assert not torch.equal(one.model(data[0][0]), other.model(data[0][0]))
+
+
+def test_the_search_leaves_out_a_kind_of_options_whose_losses_are_wrong() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.ReLU(),
+                          nn.Conv2d(24, 3, 1), nn.Flatten(), nn.Linear(3 * 36, 4)).eval()  # fmt: skip
+    images = [torch.randn(16, 3, 6, 6) for _ in range(8)]
+    gated = linearize.convert(model, images[0])
+    found = survey(model, gated, images, images[0], measure="flops", progress=False)
+    wrong = [
+        replace(g, options=tuple(replace(o, loss=1e-9) if o.choices[0].block else o for o in g.options))
+        for g in found.groups
+    ]
+    found = replace(found, groups=wrong)
+    budget = 0.6 * found.total - found.fixed
+    lines: list[str] = []
+    for trials, blocks in ((0, True), (1, False)):
+        around = searched(found, budget, images, trials=trials, say=lines.append)
+        choice = unscaled(choose(around.groups, "flops", budget), found)
+        assert any(c.block for c in site_choices(choice).values()) is blocks
+        assert choice.cost <= budget
+    assert any("without blocks" in line for line in lines)
 
 
 def test_a_search_with_the_real_loss_is_no_worse_and_keeps_the_budget(data: Batches) -> None:
