@@ -115,8 +115,8 @@ def compress(
         exclude: likewise, of those that may not.
         dry_run: only plan: `Result.model` is the model that went in.
         sequential: refit each site once more behind those that are compressed already: a pass over the data for each.
-        search: so many other plans around the chosen one are tried with the real loss, on four batches of the data; 0
-            keeps the plan of least predicted loss.
+        search: so many other plans around the chosen one are tried with the real loss, on four batches of the data, and
+            those without blocks or whole modules; 0 keeps the plan of least predicted loss.
         uniform: keep equal widths in all sites of equal shape, as serving runtimes ask for; or glob patterns of sites.
         stock: take only options that leave ordinary layers: equal widths, no skip, no new bias; a transformers model
             then has a true config again (`linearize.zoo.stock_copy`).

@@ -109,20 +109,32 @@ def _untouched(subject: Subject, name: str, made: Sequence[Candidate], models: M
 def _train_one(subject: Subject, candidate: Candidate) -> tuple[nn.Module, Plain]:
     """The model after fine-tuning, or as it was if the held-back data say that this was better, and what to note."""
     untouched: Any = candidate.model
-    model = copy.deepcopy(untouched)
-    before = None if candidate.scratch else subject.score(model)
+    before = None if candidate.scratch else subject.score(untouched)
     steps = subject.steps if candidate.steps is None else candidate.steps
     start = time.perf_counter()
     if candidate.scratch:
-        steps = train(model, subject.task_loss, candidate.scratch, subject.fresh_lr)
+        model, rate = copy.deepcopy(untouched), subject.fresh_lr
+        steps = train(model, subject.task_loss, candidate.scratch, rate)
     else:
-        train(model, subject.loss, steps, subject.lr)
+        model, rate = _tuned_at(subject, untouched, steps)
     spent, tuned = round(time.perf_counter() - start, 1), subject.score(model)
-    facts = {"before": before, "steps": steps, "seconds": spent, "tuned": tuned}
+    facts = {"before": before, "steps": steps, "seconds": spent, "tuned": tuned, "lr": rate}
     control = untouched is subject.model  # its distillation loss is 0 before training: that tells nothing
     if before is not None and not control and subject.judge(untouched) <= subject.judge(model):
         return copy.deepcopy(untouched), {**facts, "after": before, "kept": "before"}
     return model, {**facts, "after": tuned, "kept": "after"}
+
+
+def _tuned_at(subject: Subject, untouched: nn.Module, steps: int) -> tuple[nn.Module, float]:
+    """A copy of a model after fine-tuning, and the rate: of two rates the better one by the held-back data."""
+    made = []
+    for rate in (subject.lr, subject.gentle_lr):
+        if rate:
+            model = copy.deepcopy(untouched)
+            train(model, subject.loss, steps, rate)
+            made.append((subject.judge(model) if subject.gentle_lr else 0.0, rate, model))
+    _, rate, model = min(made, key=lambda one: one[0])
+    return model, rate
 
 
 def _time(subject: Subject, models: Models, rows: list[Plain], rounds: int) -> None:

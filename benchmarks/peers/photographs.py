@@ -148,7 +148,7 @@ def subject_of(seed: int, size: Size, folder: Path, weights: Path) -> Subject:
     known = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))[: size.calibrate]
     hidden, last = hidden_of(model), ("classifier",)
     found = Subject(model, images[:_BATCH], known, pick, score, size.tune, _RATE, hidden, last, distill=1.0, seed=seed)
-    found.sizes, found.held = (1, _BATCH), held
+    found.sizes, found.held, found.gentle_lr = (1, _BATCH), held, _RATE / 10
     return found
 
 

@@ -40,6 +40,7 @@ class Subject:
         pick: the batch of a training step, with labels if the task has any.
         score: what a model can do on the test set, by name; the first counts.
         steps, lr: of fine-tuning.
+        gentle_lr: another rate of fine-tuning; the better of the two on the held-back data counts. 0 for none.
         fresh_lr: of training from random weights.
         hidden: stretches of hidden channels.
         last: names of the modules whose outputs are the model's.
@@ -65,6 +66,7 @@ class Subject:
     last: tuple[str, ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
     held: Sequence[Any] = ()
+    gentle_lr: float = 0.0
     fresh_lr: float = 3e-3
     distill: float = 0.5
     first: int = 0
