@@ -251,7 +251,7 @@ def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate, *, c
         if carries or not keep:
             activation = build(spec, activation)
             steps.append({"path": path, "module": spec})
-    replace_module(model, path, activation)
+    replace_module(model, path, gate.released() if activation is gate.activation else activation)
     return steps
 
 

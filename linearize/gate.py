@@ -81,6 +81,7 @@ class ChannelGate(nn.Module):
         if axis >= 0:
             raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
         self.activation = out_of_place(activation)
+        self._inplace = tuple(name for name, module in activation.named_modules() if getattr(module, "inplace", False))
         self.channels = channels
         self.axis = axis
         self.gated_unit = gated_unit
@@ -112,6 +113,12 @@ class ChannelGate(nn.Module):
         self.alpha.masked_fill_(mask, 1)
         self.frozen.logical_or_(mask)
         return self
+
+    def released(self) -> nn.Module:
+        """The activation without the gate, working in place again if it did before."""
+        for name in self._inplace:
+            self.activation.get_submodule(name).inplace = True  # type: ignore[assignment]
+        return self.activation
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name by which torch's activations may be called
         """The gated activation of `input`."""

@@ -134,9 +134,9 @@ def _nonsense(site: SitePlan) -> str:
             return f"found {wrong[0]!r} among its {name} channels"
         if len(set(indices)) < len(indices):
             return f"found a channel twice among those that are {name}"
-    if set(site.dropped) - set(site.linear):
-        return f"found channel {min(set(site.dropped) - set(site.linear))} dropped, but not linear"
-    return ""
+    # A chain that is narrowed drops channels of which a constant is left, whether they are linear or not.
+    odd = set(site.dropped) - set(site.linear) if site.form != NARROWED else None
+    return f"found channel {min(odd)} dropped, but not linear" if odd else ""
 
 
 def make_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,34 @@ def test_compress_narrows_whole_chains() -> None:
     assert result.report.verification.passed
     again = linearize.compress(model, data, plan=result.plan, rounds=0, cache=False, progress=False)
     torch.testing.assert_close(again.model(data[0]), result.model(data[0]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_activations_work_in_place_again_once_collapsed(share: float, tmp_path: Path) -> None:
+    """A gate must not overwrite its input; the activation alone may, where it did before."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU6(inplace=True), nn.Conv2d(16, 3, 1),
+                         nn.ReLU(), nn.Conv2d(3, 3, 1)).double().eval()  # fmt: skip
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    gated = linearize.convert(body, x)
+    gate = linearize.gates(gated)["2"]
+    gate.slope.zero_()
+    gate.linearize_(torch.arange(16) < share * 16)
+    small = linearize.collapse(gated)
+    assert not gate.activation.inplace
+    kinds = {type(module): module for module in small.modules()}
+    assert (nn.ReLU6 in kinds) is (share < 1)
+    if share < 1:
+        assert kinds[nn.ReLU6].inplace
+        assert not kinds[nn.ReLU].inplace
+    with torch.no_grad():
+        kept = x.clone()
+        torch.testing.assert_close(small(x), gated(x), rtol=0, atol=1e-12)
+        assert torch.equal(x, kept)
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    linearize.save(small, tmp_path / "m.safetensors")
+    loaded = linearize.load(tmp_path / "m.safetensors", model=copy.deepcopy(body))
+    flags = [[getattr(module, "inplace", None) for module in model.modules()] for model in (loaded, small)]
+    assert flags[0] == flags[1]
+    assert torch.equal(loaded(x), small(x))

@@ -7,6 +7,7 @@ layers take is measured anew each time, inside the model (`in_place`), so that a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -193,10 +194,15 @@ def _key(bench: _Bench, chain: Sequence[ChannelGate], shape: tuple[int, ...], te
     like = bench.like
     facts = environment(like.device, like.dtype)
     where = {name: facts[name] for name in ("device", "threads", "dtype", "torch")}
-    sites = [(type(gate.activation).__name__, gate.axis, gate.channels, len(_folds(gate.site))) for gate in chain]
+    sites = [(repr(_released(gate)), gate.axis, gate.channels, len(_folds(gate.site))) for gate in chain]
     before = [(p.kind, p.total) for gate in chain if gate.site is not None for p in ports_of(gate.site)]
     told = json.dumps([where, shape, sites, before, text], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def _released(gate: ChannelGate) -> nn.Module:
+    """The activation as it will stand in the collapsed model; the gate is left as it is."""
+    return copy.deepcopy(gate).released()
 
 
 def _folds(site: Site | None) -> tuple[Any, ...]:
@@ -207,6 +213,7 @@ def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> Callable[[Tensor
     """The layers of a group as they stand in the model, norms included, gates not."""
     ports = {port.module for gate in chain if gate.site is not None for port in ports_of(gate.site)}
     layers = {path: model.get_submodule(path) for path in ports}
+    layers |= {f"{gate.site.name} activation": _released(gate) for gate in chain if gate.site is not None}
     folds = {}
     for gate in chain:
         if gate.site is not None and gate.site.folds:
@@ -236,7 +243,7 @@ def _option(
         if gate.site is not None:
             inner: nn.Module = nn.Identity()
             if choice.keep:
-                inner = gate.activation
+                inner = _released(gate)
                 if choice.rank:
                     inner = PartialActivation(gate.activation, choice.keep, gate.axis, inplace=gate.site.direct)
             layers[f"{gate.site.name} activation"] = inner
@@ -288,7 +295,7 @@ class _Chain:
                 scale, shift = self.folds[site.name]
                 axis = -gate.axis - 1
                 h = _norm(h, scale, shift, axis)
-            h = self.layers.get(f"{site.name} activation", gate.activation)(h)
+            h = self.layers[f"{site.name} activation"](h)
             h = h if up is None else h * up
             outputs = [self._layer(port)(h) for port in site.consumers]
         return outputs
