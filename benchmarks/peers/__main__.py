@@ -37,7 +37,7 @@ def jobs_of(experiment: str, options: argparse.Namespace, out: Path) -> list[Job
     if experiment == "text":
         return text.jobs(size(text), several, timing_only=options.latencies)
     if experiment == "sentences":
-        return sentences.jobs(size(sentences), options.seeds or 1)
+        return sentences.jobs(size(sentences), options.seeds or 1, timing_only=options.latencies)
     return photographs.jobs(size(photographs), options.seeds or 1, options.photographs, options.weights, out)
 
 
@@ -68,13 +68,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--only", default="", help="only runs whose names begin like this")
     parser.add_argument("--method", action="append", help="only this one, in a run of its own")
-    parser.add_argument("--latencies", action="store_true", help="only those; for images and text")
+    parser.add_argument("--latencies", action="store_true", help="only those; for images, text and sentences")
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photographs", type=Path, help="folder of photographs")
     parser.add_argument("--weights", type=Path, help="weights of EfficientNet-Lite0")
     options = parser.parse_args()
-    if options.latencies and options.experiment not in ("images", "text"):
-        parser.error("--latencies is for images and text")
+    if options.latencies and options.experiment in ("units", "photographs"):
+        parser.error("--latencies is for images, text and sentences")
     torch.set_num_threads(options.threads)
     out: Path = options.out or Path("runs/peers")
     if options.experiment == "report":

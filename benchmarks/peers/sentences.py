@@ -69,7 +69,7 @@ def subject_of(seed: int, size: Size) -> Subject:
     return found
 
 
-def work(seed: int, size: Size) -> Plain:
+def work(seed: int, size: Size, *, timing_only: bool = False) -> Plain:
     """One run."""
     subject = subject_of(seed, size)
     methods: dict[str, Method] = {
@@ -81,13 +81,14 @@ def work(seed: int, size: Size) -> Plain:
     }
     methods = {name: method for name, method in methods.items() if wanted(name, size.methods)}
     names = of_hidden(subject, size.budgets)
-    return relabelled(side_by_side(subject, methods, list(names), rounds=size.rounds), names)
+    found = side_by_side(subject, methods, list(names), rounds=size.rounds, timing_only=timing_only)
+    return relabelled(found, names)
 
 
-def jobs(size: Size, seeds: int) -> list[Job]:
+def jobs(size: Size, seeds: int, *, timing_only: bool = False) -> list[Job]:
     """A job for each seed, which decides the order of the sentences."""
     asked = {"experiment": "sentences", "network": "MiniLM-L6", **asdict(size)}
-    return [
-        Job(named("sentences", seed, size.methods), {**asked, "seed": seed}, partial(work, seed, size))
-        for seed in range(seeds)
-    ]
+    asked |= {"timing_only": True} if timing_only else {}
+    some = (*size.methods, "latencies") if timing_only else size.methods
+    one = partial(work, size=size, timing_only=timing_only)
+    return [Job(named("sentences", s, some), {**asked, "seed": s}, partial(one, s)) for s in range(seeds)]
