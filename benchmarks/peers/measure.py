@@ -126,12 +126,12 @@ def _train_one(subject: Subject, candidate: Candidate) -> tuple[nn.Module, Plain
 
 
 def _tuned_at(subject: Subject, untouched: nn.Module, steps: int) -> tuple[nn.Module, float]:
-    """A copy of a model after fine-tuning, and the rate: of two rates the better one by the held-back data."""
+    """A copy of a model after fine-tuning, and the rate: of two ways the better one by the held-back data."""
     made = []
     for rate in (subject.lr, subject.gentle_lr):
         if rate:
             model = copy.deepcopy(untouched)
-            train(model, subject.loss, steps, rate)
+            train(model, subject.loss, steps, rate, keep_norms=rate == subject.gentle_lr)
             made.append((subject.judge(model) if subject.gentle_lr else 0.0, rate, model))
     _, rate, model = min(made, key=lambda one: one[0])
     return model, rate

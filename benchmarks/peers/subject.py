@@ -40,7 +40,8 @@ class Subject:
         pick: the batch of a training step, with labels if the task has any.
         score: what a model can do on the test set, by name; the first counts.
         steps, lr: of fine-tuning.
-        gentle_lr: another rate of fine-tuning; the better of the two on the held-back data counts. 0 for none.
+        gentle_lr: rate of another way to fine-tune, in which batch norms keep their statistics; what is better on the
+            held-back data counts. 0 for none.
         fresh_lr: of training from random weights.
         hidden: stretches of hidden channels.
         last: names of the modules whose outputs are the model's.

@@ -35,6 +35,7 @@ def train(
     gates: Iterable[nn.Parameter] = (),
     gate_lr: float = 0.02,
     constant: bool = False,
+    keep_norms: bool = False,
     after: Callable[[int], bool] = lambda _: False,
 ) -> int:
     """Train a model in place with AdamW, and leave it in eval mode.
@@ -47,6 +48,7 @@ def train(
         gates: parameters with a constant learning rate of their own, and no decay.
         gate_lr: that rate.
         constant: keep the rate of the weights too.
+        keep_norms: batch norms use and keep the statistics that they have.
         after: called with the number of steps done; True ends training.
 
     Returns:
@@ -63,6 +65,9 @@ def train(
         groups.append({"params": special, "weight_decay": 0.0, "lr": gate_lr})
     optimizer = torch.optim.AdamW(groups, lr=lr)
     model.train()
+    for module in model.modules() if keep_norms else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     done = 0
     for step in range(steps):
         for group in optimizer.param_groups[:2]:
