@@ -64,7 +64,7 @@ def _draw(results: Sequence[Plain], experiment: str, networks: Sequence[str], pa
                 _curve(axes, method, points, kind, factor)
             label = f"{name}, %" if factor == 100 else name
             _frame(axes, kind, network if place == 0 or len(kinds) == 1 else "", "" if place else label)
-            heights = [factor * p.after[0] for points in every[network].values() for p in points if p.after]
+            heights = [factor * p.after[0] for points in every[network].values() for p in points if p.after and p.met]
             _window(axes, factor * whole, heights, up=up)
     handles: dict[str, Any] = {}
     for axes in grid.flat:
@@ -102,7 +102,7 @@ def _frame(axes: Any, kind: str, title: str, label: str) -> None:
 
 
 def _window(axes: Any, whole: float, heights: Sequence[float], *, up: bool) -> None:
-    """Do not let a few models that have forgotten everything flatten all others."""
+    """Do not let a few models that have forgotten everything, or miss their budget, flatten all others."""
     low, high = axes.get_ylim()
     end = 0.65 * whole if up else 3 * whole
     inside = [height for height in heights if (height > end if up else height < end)]
@@ -111,4 +111,4 @@ def _window(axes: Any, whole: float, heights: Sequence[float], *, up: bool) -> N
     if up:
         axes.set_ylim(max(low, end), min(high, 1.03 * max(whole, *heights)))  # an error bar may reach far
     else:
-        axes.set_ylim(low, min(high, end))
+        axes.set_ylim(low, min(high, end, 1.05 * max(whole, *heights)))
