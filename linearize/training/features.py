@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
 from linearize.running.batches import Batch
-from linearize.training.losses import counted, main_output
+from linearize.training.losses import main_output, relative_error, without_padding
 
 __all__ = ["Features"]
 
@@ -86,8 +86,5 @@ class Features:
             if student.shape != teacher.shape:
                 found = f"{path} gives {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
                 raise TrainingError("features", found, "Leave it out of features=.")
-            keep = counted(student, batch)
-            if keep is not None:
-                student, teacher = student[keep], teacher[keep]
-            terms.append((student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12))
+            terms.append(relative_error(*without_padding(student, teacher, batch)))
         return torch.stack(terms).mean()

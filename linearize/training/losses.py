@@ -23,7 +23,9 @@ __all__ = [
     "has_loss",
     "is_logits",
     "main_output",
+    "relative_error",
     "task_loss",
+    "without_padding",
 ]
 
 IGNORED = -100  # the label of positions that count for nothing, in PyTorch and transformers alike
@@ -94,12 +96,21 @@ def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float
     if student.shape != teacher.shape:
         found = f"found an output {tuple(student.shape)} and a teacher's output {tuple(teacher.shape)}"
         raise TrainingError("finetune", found, "Pass a teacher with the model's outputs.")
-    keep = counted(student, batch)
-    if keep is not None:
-        student, teacher = student[keep], teacher[keep]
+    student, teacher = without_padding(student, teacher, batch)
     if is_logits(output, batch.labels):
         log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
+    return relative_error(student, teacher)
+
+
+def without_padding(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What a model and its teacher gave at the positions that count."""
+    keep = counted(student, batch)
+    return (student, teacher) if keep is None else (student[keep], teacher[keep])
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over the mean square of the teacher's."""
     return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
 
 
