@@ -20,6 +20,9 @@ SCORES = {
 }
 
 
+_SAME = 0.01  # of the original's FLOPs: a plan by latency is made anew in a run for latencies, and may be another
+
+
 @dataclass(frozen=True)
 class Point:
     """One method at one budget, over seeds; a mean with its standard deviation each.
@@ -29,7 +32,7 @@ class Point:
         before, after: the first score, before and after fine-tuning; None if there is no such model.
         flops, reached: fractions of the original's.
         latency: likewise, by batch size, with half the distance of its quartiles if there is one seed: from the runs
-            for latencies alone, if there are any.
+            for latencies alone, if there are any, and if they timed a model of as many FLOPs.
         met: whether all seeds are within the budget.
         failed: what the method said, if it failed for a seed.
         seeds: how many there are.
@@ -57,7 +60,7 @@ def names_of(results: Sequence[Plain]) -> list[tuple[str, str]]:
 def lines_of(results: Sequence[Plain], experiment: str, network: str) -> dict[str, list[Point]]:
     """By method, its points in the order of the budgets."""
     same = [r for r in results if (r["experiment"], r["network"]) == (experiment, network)]
-    timed = {(row["method"], row["budget"]): row["latency"] for r in same if r.get("timing_only") for row in r["rows"]}
+    timed = {(r["seed"], row["method"], row["budget"]): row for r in same if r.get("timing_only") for row in r["rows"]}
     latest = {  # a method that was run again, by itself, counts once
         (r["seed"], row["method"], row["budget"]): row for r in same if not r.get("timing_only") for row in r["rows"]
     }
@@ -66,8 +69,14 @@ def lines_of(results: Sequence[Plain], experiment: str, network: str) -> dict[st
     for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
         some = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
         latencies = [row["latency"] for row in some if "latency" in row]
-        if timed:
-            latencies = [timed[method, budget]] if (method, budget) in timed else []
+        alone = [
+            one["latency"]
+            for (seed, *_), row in latest.items()
+            if row in some
+            and (one := timed.get((seed, method, budget)))
+            and abs(one["flops"] - row.get("flops", 0.0)) < _SAME
+        ]
+        latencies = alone or latencies
         lines.setdefault(method, []).append(_point(method, budget, some, _latency(latencies)))
     return lines
 
