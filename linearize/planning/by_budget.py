@@ -153,7 +153,7 @@ def _outcome(
     found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, met: bool | None
 ) -> Outcome:
     same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
-    least = found.least
+    least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told
     other = None if same is None else same.loss
     return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met)
 
