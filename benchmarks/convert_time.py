@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import linearize
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.report.timing import environment, quartiles, write_json
 
 HERE = Path(__file__).resolve().parent

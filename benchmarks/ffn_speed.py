@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.cost import cost
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.report.timing import quartiles, write_json
 
 HERE = Path(__file__).resolve().parent

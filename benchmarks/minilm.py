@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.cost import cost
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.report.timing import environment, write_json
 from linearize.running.models import evaluating
 

@@ -27,11 +27,11 @@ import linearize
 from linearize.collapse import collapse
 from linearize.cost import cost
 from linearize.planning.budget import Budget
-from linearize.planning.options import SiteChoice
+from linearize.families.option import SiteChoice
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import edited, planned, settle, site_choices
 from linearize.planning.survey import Survey, survey
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.report.timing import environment, write_json
 
 HERE = Path(__file__).resolve().parent

@@ -24,9 +24,9 @@ from linearize.errors import (
     UsageError,
 )
 from linearize.finetune import FinetuneResult, finetune
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import Plan
-from linearize.prior import SparsityPrior, param_groups
+from linearize.training.priors import SparsityPrior, param_groups
 from linearize.report.timing import BenchmarkResult
 from linearize.report.verification import Verification
 from linearize.summary import Summary, summary

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.models import device_of, evaluating
 from linearize.running.progress import progress_bar

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from linearize import zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
-from linearize.record import record_of, set_record
+from linearize.sites.record import record_of, set_record
 from linearize.storage import tensorfile
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest

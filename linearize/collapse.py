@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
 from linearize.convert import unwrapped
-from linearize.duplicate import duplicate
+from linearize.running.copies import duplicate
 from linearize.errors import CollapseError
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.dryrun import dry_run, first_line
 from linearize.plan import (
     MASKED,
@@ -25,8 +25,8 @@ from linearize.plan import (
     mask_of,
     masks_of,
 )
-from linearize.record import Record, Step, converted_parts, record_of, set_record
-from linearize.sites import Site
+from linearize.sites.record import Record, Step, converted_parts, record_of, set_record
+from linearize.sites.site import Site
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from linearize.errors import DataError, TrainingError, UsageError
-from linearize.prior import SparsityPrior, param_groups
+from linearize.training.priors import SparsityPrior, param_groups
 from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 from linearize.training import state as trainstate

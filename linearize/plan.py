@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from linearize.algebra.forms import FORMS, Infeasible, Maps, Pieces, cost
 from linearize.errors import UsageError
-from linearize.gate import ChannelGate, gates
-from linearize.report.table import render
-from linearize.sites import Site
+from linearize.gating.gate import ChannelGate, gates
+from linearize.text_table import render
+from linearize.sites.site import Site
 from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
 

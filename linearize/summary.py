@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from linearize.convert import convert, unwrapped
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, make_plan, masks_of
-from linearize.record import Record, converted_parts, record_of
-from linearize.report.table import render
-from linearize.sites import Site
+from linearize.sites.record import Record, converted_parts, record_of
+from linearize.text_table import render
+from linearize.sites.site import Site
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from linearize.approximate.covariance import Covariance
-from linearize.approximate.edit import carry_out
-from linearize.approximate.editable import obstacle_to_refit
-from linearize.approximate.observe import observe
-from linearize.approximate.regression import balanced, conditional, fit, rank_losses, square_root
-from linearize.approximate.removal import removal_order
+from linearize.algebra.covariance import Covariance
+from linearize.families.channels.apply import carry_out
+from linearize.families.channels.editable import obstacle_to_refit
+from linearize.families.channels.collect import observe
+from linearize.algebra.regression import balanced, conditional, fit, rank_losses, square_root
+from linearize.algebra.removal import removal_order
 from linearize.errors import DataError
-from linearize.planning.curves import curve_of
-from linearize.planning.options import SiteChoice
+from linearize.families.channels.fit import curve_of
+from linearize.families.option import SiteChoice
 
 I, C, O, R = 6, 20, 5, 3000  # noqa: E741
 

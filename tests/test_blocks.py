@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import linearize
-from linearize.approximate.blocks import blocks_of, observe_blocks, replace_block
+from linearize.families.blocks.block import blocks_of, observe_blocks, replace_block
 from linearize.compress import compress
-from linearize.gate import gates
-from linearize.groups import groups_of
+from linearize.gating.gate import gates
+from linearize.gating.groups import groups_of
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 

@@ -21,9 +21,9 @@ from linearize.errors import DataError, TrainingError, UsageError
 from linearize.plan import Plan
 from linearize.planning import settle as settling
 from linearize.planning.budget import Budget
-from linearize.planning.choose import Choice, choose, uniform
-from linearize.planning.latency import LatencyTable, cache_file
-from linearize.planning.options import MEASURES, Group, Option, SiteChoice
+from linearize.planning.knapsack import Choice, choose, uniform
+from linearize.planning.timing.layers import LatencyTable, cache_file
+from linearize.families.option import MEASURES, Group, Option, SiteChoice
 from linearize.planning.search import searched, unscaled
 from linearize.planning.settle import Settled, site_choices
 from linearize.planning.survey import Survey, survey

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.algebra.moments import Moments
 from linearize.calibrate import calibrate
 from linearize.errors import DataError, UsageError
-from linearize.gate import ChannelGate
+from linearize.gating.gate import ChannelGate
 
 
 def gated(activation: nn.Module, channels: int = 4, **options: Any) -> ChannelGate:

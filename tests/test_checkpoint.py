@@ -21,8 +21,8 @@ from torch import nn
 from linearize import zoo
 from linearize.checkpoint import load, save
 from linearize.errors import CheckpointError
-from linearize.gate import ChannelGate
-from linearize.record import Record, record_of, set_record
+from linearize.gating.gate import ChannelGate
+from linearize.sites.record import Record, record_of, set_record
 from linearize.storage import tensorfile
 from linearize.surgery.specs import replace_module, spec_of
 from tests.test_zoo import TIMM, TRANSFORMERS, assert_same_function

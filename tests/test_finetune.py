@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from linearize.errors import CheckpointError, DataError, LinearizeError, TrainingError, UsageError
 from linearize.finetune import FinetuneResult, finetune
-from linearize.gate import ChannelGate, gates
-from linearize.prior import SparsityPrior
+from linearize.gating.gate import ChannelGate, gates
+from linearize.training.priors import SparsityPrior
 from linearize.running.batches import Batch
 from linearize.storage import tensorfile
 from linearize.training.features import Features

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize import recompute
 from linearize.errors import UsageError
-from linearize.gate import ChannelGate, gates
-from linearize.sites import Site
+from linearize.gating.gate import ChannelGate, gates
+from linearize.sites.site import Site
 
 ACTIVATIONS = [
     nn.ReLU(),

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from linearize.approximate.find_wholes import wholes_of
-from linearize.approximate.wholes import observe_wholes, replace_wholes
+from linearize.families.modules.find import wholes_of
+from linearize.families.modules.whole import observe_wholes, replace_wholes
 from linearize.compress import compress
 from linearize.errors import UsageError
-from linearize.gate import gates
-from linearize.groups import groups_of
-from linearize.planning.choose import choose
-from linearize.planning.distance import losses_with
-from linearize.planning.in_place import shares_in_place
-from linearize.planning.modules import with_module_latencies
-from linearize.planning.options import WHOLE, Group, Option, SiteChoice
+from linearize.gating.gate import gates
+from linearize.gating.groups import groups_of
+from linearize.planning.knapsack import choose
+from linearize.training.distance import losses_with
+from linearize.planning.timing.in_place import shares_in_place
+from linearize.families.modules.options import with_module_latencies
+from linearize.families.option import WHOLE, Group, Option, SiteChoice
 from linearize.planning.survey import survey
 from linearize.surgery.carriers import OnlyLinear
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.compress import compress
-from linearize.planning.notes import Notes, fingerprint
+from linearize.planning.resume import Notes, fingerprint
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 

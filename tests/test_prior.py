@@ -16,9 +16,9 @@ from linearize.calibrate import calibrate
 from linearize.collapse import collapse
 from linearize.convert import convert
 from linearize.errors import TrainingError, UsageError
-from linearize.gate import ChannelGate, gates
-from linearize.prior import SparsityPrior, param_groups
-from linearize.sites import Site
+from linearize.gating.gate import ChannelGate, gates
+from linearize.training.priors import SparsityPrior, param_groups
+from linearize.sites.site import Site
 from linearize.training.compete import SCHEDULES
 from linearize.verify import verify
 

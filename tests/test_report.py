@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from linearize.report.table import render, render_markdown
+from linearize.text_table import render, render_markdown
 
 
 def test_numbers_right_and_text_left() -> None:

@@ -23,8 +23,8 @@ from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, UNREACHED, R
 from linearize.cost import cost
 from linearize.graph.capture import Inputs, capture, tensors_of
 from linearize.graph.discover import discover
-from linearize.record import record_of
-from linearize.sites import Site
+from linearize.sites.record import record_of
+from linearize.sites.site import Site
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 ALWAYS_BELOW = 12_000_000

@@ -26,7 +26,7 @@ import linearize
 from benchmarks.papers.points import Chosen, choose
 from benchmarks.papers.statistics import normal_tail, trend, wilson
 from benchmarks.runs import Job, Plain, arguments, machine, publish, run_all
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.report.timing import write_json
 
 NAME = "hidden_symmetries"

@@ -12,7 +12,7 @@ import linearize
 from benchmarks.peers.hidden import channels_of, cut
 from benchmarks.peers.subject import Candidate, Subject
 from benchmarks.runs import Plain
-from linearize.planning.options import Option
+from linearize.families.option import Option
 from linearize.planning.settle import collapsed, edited, planned
 from linearize.planning.survey import survey
 

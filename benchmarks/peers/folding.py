@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import linearize
 from benchmarks.peers.subject import Candidate, Method, Subject
 from benchmarks.peers.training import train
-from linearize.groups import groups_of
+from linearize.gating.groups import groups_of
 
 __all__ = ["layer_folding"]
 

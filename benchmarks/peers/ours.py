@@ -13,7 +13,7 @@ import linearize
 from benchmarks.peers.subject import Candidate, Method, Subject
 from benchmarks.runs import Plain
 from linearize.planning.budget import Budget
-from linearize.planning.options import Measure
+from linearize.families.option import Measure
 from linearize.planning.search import searched, unscaled
 from linearize.planning.settle import settle, site_choices
 from linearize.planning.survey import Survey, survey

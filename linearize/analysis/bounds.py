@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from linearize.analysis.rules import arguments
 from linearize.analysis.units import Unit
-from linearize.gate import ChannelGate
+from linearize.gating.gate import ChannelGate
 from linearize.graph.capture import CONSTANT, Capture, is_check, shape
 from linearize.graph.memory import memory
 from linearize.graph.ops import constant, is_inplace, op_name

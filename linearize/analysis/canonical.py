@@ -13,9 +13,9 @@ from linearize.analysis.reduce import weight_of
 from linearize.analysis.units import inputs_of
 from linearize.convert import unwrapped
 from linearize.errors import UsageError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.graph.discover import discover
-from linearize.sites import Site
+from linearize.sites.site import Site
 
 __all__ = ["canonical", "canonical_distance"]
 

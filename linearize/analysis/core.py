@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linearize.analysis.paths import PathGraph, PathLength, Weighting
 from linearize.analysis.units import Unit
-from linearize.report.table import render
+from linearize.text_table import render
 
 __all__ = ["Core", "CoreLayer", "CoreRecorder", "core_network"]
 

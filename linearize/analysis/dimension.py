@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from linearize.analysis.jacobian import BYTES, Differentiable, chunks, human
 from linearize.analysis.units import inputs_of
 from linearize.errors import CaptureError, UsageError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.graph.discover import discover
-from linearize.record import record_of
-from linearize.report.table import render
-from linearize.sites import Site
+from linearize.sites.record import record_of
+from linearize.text_table import render
+from linearize.sites.site import Site
 
 __all__ = ["FunctionalDimension", "functional_dimension", "scaling_bound"]
 

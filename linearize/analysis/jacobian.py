@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.convert import unwrapped
 from linearize.errors import DataError, UsageError
-from linearize.gate import ChannelGate
+from linearize.gating.gate import ChannelGate
 from linearize.graph.capture import Inputs, normalize_inputs, tensors_of
 from linearize.running.models import device_of, move
 

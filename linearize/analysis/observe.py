@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import DataError
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, tensors_of
 from linearize.running.models import call
 

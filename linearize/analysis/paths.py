@@ -22,7 +22,7 @@ from linearize.errors import CaptureError
 from linearize.graph.capture import CONSTANT, Capture, capture, is_check, shape
 from linearize.graph.channels import channel_axes
 from linearize.graph.ops import is_inplace
-from linearize.report.table import render
+from linearize.text_table import render
 
 __all__ = ["OutputPaths", "PathGraph", "PathLength", "average_path_length"]
 

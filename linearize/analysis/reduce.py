@@ -15,10 +15,10 @@ from linearize.analysis.units import zeros_like_inputs
 from linearize.collapse import collapse
 from linearize.convert import convert, unwrapped
 from linearize.errors import UsageError
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import When
 from linearize.running.models import device_of
-from linearize.sites import Port, Site
+from linearize.sites.site import Port, Site
 from linearize.surgery.probe import has_own_forward
 
 __all__ = ["reduce"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from linearize.convert import convert, unwrapped
 from linearize.errors import DataError, UsageError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.graph.capture import normalize_inputs, tensors_of
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.running.models import call, device_of, evaluating, move
 
 __all__ = ["LayerSeparability", "Separability", "class_separability"]

@@ -20,9 +20,9 @@ from linearize.analysis.units import find_units
 from linearize.analysis.weights import live_columns, parallel_rows
 from linearize.convert import convert, unwrapped
 from linearize.errors import UsageError
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, capture, fake_inputs
-from linearize.report.table import render
+from linearize.text_table import render
 from linearize.running.models import batches_of, device_of, move
 
 __all__ = ["Symmetry", "hidden_symmetries", "symmetry_table"]

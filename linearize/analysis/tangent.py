@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.analysis.dimension import gram
 from linearize.analysis.jacobian import Differentiable
 from linearize.errors import UsageError
-from linearize.report.table import render
+from linearize.text_table import render
 
 __all__ = ["TangentRecorder", "effective_rank", "kernel_distance", "kernel_rank", "tangent_kernel"]
 

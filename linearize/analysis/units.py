@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import UsageError
-from linearize.gate import ChannelGate
+from linearize.gating.gate import ChannelGate
 from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Call, Capture, Inputs, fake_inputs, normalize_inputs, shape, users
 from linearize.graph.channels import channel_axes
 from linearize.graph.discover import _locate
-from linearize.record import record_of
+from linearize.sites.record import record_of
 from linearize.surgery.layers import BlendedActivation, MaskedActivation, PartialActivation
 
 _GATES = (ChannelGate, PartialActivation, MaskedActivation, BlendedActivation)

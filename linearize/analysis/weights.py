@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from linearize.algebra.affine import Affine
 from linearize.algebra.forms import Infeasible
 from linearize.errors import CollapseError
-from linearize.gate import ChannelGate
-from linearize.sites import Port, Site
+from linearize.gating.gate import ChannelGate
+from linearize.sites.site import Port, Site
 from linearize.surgery.maps import Reader
 
 _EXACT = 1e-14  # rows that are multiples of one another but for the rounding of the scale

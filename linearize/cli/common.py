@@ -13,7 +13,7 @@ from linearize import zoo
 from linearize.checkpoint import load
 from linearize.data import DataSource, load_data
 from linearize.errors import CaptureError, UsageError
-from linearize.record import record_of
+from linearize.sites.record import record_of
 from linearize.zoo.images import image_format
 from linearize.zoo.structure import parameters_on_meta
 

@@ -19,7 +19,7 @@ from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
 from linearize.planning.budget import read_budget
-from linearize.planning.notes import fingerprint
+from linearize.planning.resume import fingerprint
 from linearize.running.models import evaluating
 from linearize.training.losses import main_output
 

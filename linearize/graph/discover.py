@@ -15,7 +15,7 @@ from linearize.graph.channels import channel_axes, understood
 from linearize.graph.memory import overwrites, overwritten, stale_reader
 from linearize.graph.ops import constant, op_name
 from linearize.graph.walk import Dead, Reading, Walker
-from linearize.sites import Port, Site
+from linearize.sites.site import Port, Site
 
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
 

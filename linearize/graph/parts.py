@@ -16,7 +16,7 @@ from torch import nn
 from linearize.errors import CaptureError
 from linearize.graph.capture import Inputs, untouched
 from linearize.graph.discover import discover
-from linearize.sites import Site
+from linearize.sites.site import Site
 
 
 def discover_parts(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:

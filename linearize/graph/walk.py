@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import Motion, move
 from linearize.graph.ops import constant, op_name
-from linearize.sites import Fold, Port
+from linearize.sites.site import Fold, Port
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
 _STILL = frozenset(("dropout contiguous clone alias detach to").split())

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from linearize.errors import DataError, UsageError
-from linearize.planning.options import MEASURES, Measure
+from linearize.families.option import MEASURES, Measure
 
 __all__ = ["Budget", "check_data", "is_number", "read_budget"]
 

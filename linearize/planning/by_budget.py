@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from linearize.bench import benchmark
 from linearize.errors import CollapseError, UsageError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, mask_of
 from linearize.planning.budget import Budget
-from linearize.planning.choose import choose, uniform
-from linearize.planning.distance import real_loss, some_of
+from linearize.planning.knapsack import choose, uniform
+from linearize.training.distance import real_loss, some_of
 from linearize.planning.job import Job, Made
-from linearize.planning.latency import cache_file
-from linearize.planning.options import BLOCKS, WHOLE, SiteChoice
+from linearize.planning.timing.layers import cache_file
+from linearize.families.option import BLOCKS, WHOLE, SiteChoice
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
 from linearize.planning.survey import Survey, describe, survey
-from linearize.planning.tune import path_to
+from linearize.planning.gradual import path_to
 from linearize.report.budget import Outcome
 
 __all__ = ["How", "to_budget"]

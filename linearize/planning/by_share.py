@@ -6,7 +6,7 @@ from linearize.calibrate import calibrate
 from linearize.collapse import collapse
 from linearize.plan import When, make_plan
 from linearize.planning.job import Job, Made
-from linearize.prior import SparsityPrior
+from linearize.training.priors import SparsityPrior
 
 __all__ = ["to_share"]
 

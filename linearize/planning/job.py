@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from linearize.plan import Plan
-from linearize.planning.notes import NOTHING, Notes
+from linearize.planning.resume import NOTHING, Notes
 from linearize.running.steps import Steps
 
 __all__ = ["Job", "Made"]

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from linearize.planning.choose import Choice, choose
-from linearize.planning.distance import real_loss, some_of
-from linearize.planning.options import BLOCKS, WHOLE, Group, Option
+from linearize.planning.knapsack import Choice, choose
+from linearize.training.distance import real_loss, some_of
+from linearize.families.option import BLOCKS, WHOLE, Group, Option
 from linearize.planning.settle import edited, site_choices
 from linearize.planning.survey import Survey
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from linearize.approximate.edit import carry_out
-from linearize.approximate.observe import observe
-from linearize.gate import gates
-from linearize.planning.curves import curve_of
-from linearize.planning.notes import NOTHING, Notes, fingerprint
-from linearize.planning.options import SiteChoice
+from linearize.families.channels.apply import carry_out
+from linearize.families.channels.collect import observe
+from linearize.gating.gate import gates
+from linearize.families.channels.fit import curve_of
+from linearize.planning.resume import NOTHING, Notes, fingerprint
+from linearize.families.option import SiteChoice
 from linearize.planning.settle import edited
 from linearize.planning.survey import Survey
 

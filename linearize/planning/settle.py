@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.blocks import replace_block
-from linearize.approximate.edit import carry_out
-from linearize.approximate.wholes import replace_wholes
+from linearize.families.blocks.block import replace_block
+from linearize.families.channels.apply import carry_out
+from linearize.families.modules.whole import replace_wholes
 from linearize.collapse import collapse
 from linearize.cost import cost
-from linearize.duplicate import duplicate
+from linearize.running.copies import duplicate
 from linearize.errors import CollapseError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.plan import Plan, SitePlan, make_plan
 from linearize.planning.budget import Budget
-from linearize.planning.choose import Choice, choose
-from linearize.planning.options import BORDERED, WHOLE, SiteChoice
+from linearize.planning.knapsack import Choice, choose
+from linearize.families.option import BORDERED, WHOLE, SiteChoice
 from linearize.planning.survey import Survey
-from linearize.record import Record, record_of, set_record
+from linearize.sites.record import Record, record_of, set_record
 
 __all__ = ["Settled", "collapsed", "edited", "fraction_of", "planned", "settle", "site_choices"]
 

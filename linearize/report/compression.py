@@ -9,7 +9,7 @@ from typing import Any
 
 from linearize.cost import Cost
 from linearize.report.budget import Outcome
-from linearize.report.table import render, render_markdown
+from linearize.text_table import render, render_markdown
 from linearize.report.timing import BenchmarkResult, write_json
 from linearize.report.verification import Verification
 from linearize.summary import Summary

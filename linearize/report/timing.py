@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from linearize.errors import UsageError
-from linearize.report.table import render
+from linearize.text_table import render
 
 __all__ = ["BenchmarkResult", "Ratio", "Timing", "environment", "quartiles", "write_json"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from linearize.report.table import render
+from linearize.text_table import render
 
 __all__ = ["OutputError", "Verification", "worst"]
 

@@ -12,8 +12,8 @@ import torch
 
 from linearize._version import __version__
 from linearize.errors import CheckpointError
-from linearize.record import Record, Step
-from linearize.sites import Site
+from linearize.sites.record import Record, Step
+from linearize.sites.site import Site
 from linearize.zoo.plain import is_plain, pack, unpack
 
 FORMAT, VERSION = "linearize", 1

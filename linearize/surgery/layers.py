@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
-from linearize.gate import out_of_place
+from linearize.gating.gate import out_of_place
 from linearize.graph.ops import ACTIVATIONS
 
 

@@ -12,8 +12,8 @@ from linearize.algebra.affine import Affine, dense, norm_scale_shift, rows, scal
 from linearize.algebra.finite import all_finite
 from linearize.algebra.forms import Infeasible, Maps, Pieces
 from linearize.errors import CollapseError
-from linearize.gate import ChannelGate
-from linearize.sites import Fold, Port, Site
+from linearize.gating.gate import ChannelGate
+from linearize.sites.site import Fold, Port, Site
 from linearize.surgery.probe import has_own_forward, probed
 
 

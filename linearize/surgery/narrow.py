@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from linearize.algebra.affine import columns, rows
 from linearize.algebra.forms import Infeasible, Piece, Pieces
-from linearize.gate import ChannelGate
-from linearize.sites import Port, Site
+from linearize.gating.gate import ChannelGate
+from linearize.sites.site import Port, Site
 from linearize.surgery.maps import Reader
 
 __all__ = ["Chain", "chains_of", "constant_channels", "narrow"]

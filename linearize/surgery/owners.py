@@ -14,8 +14,8 @@ from linearize.errors import ConvertError, LinearizeError
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import Op, dry_run, run_once
 from linearize.graph.overwrite import stale_inputs
-from linearize.record import Step
-from linearize.sites import Site
+from linearize.sites.record import Step
+from linearize.sites.site import Site
 from linearize.surgery.rewrite import Options, concrete_arguments
 from linearize.surgery.source import Place, noting_methods
 from linearize.surgery.specs import build

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from linearize.algebra.affine import Affine, apply, dense
 from linearize.algebra.forms import Infeasible
-from linearize.sites import Port
+from linearize.sites.site import Port
 
 _FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _CALLS: dict[Any, int] = {functional.linear: 0, torch.addmm: 0, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}

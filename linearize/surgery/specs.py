@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import CheckpointError
-from linearize.gate import ChannelGate
-from linearize.record import Step, record_of
+from linearize.gating.gate import ChannelGate
+from linearize.sites.record import Step, record_of
 from linearize.surgery import carriers, layers
 from linearize.surgery.rewrite import rewrite_calls
 
@@ -142,7 +142,7 @@ def _children(current: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 
 def _gate(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-    from linearize.sites import Site
+    from linearize.sites.site import Site
 
     site = Site.from_dict(options["site"]) if options.get("site") else None
     return ChannelGate(current, options["channels"], options["axis"], gated_unit=options["gated_unit"], site=site)

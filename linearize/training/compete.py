@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import TrainingError, UsageError
-from linearize.gate import ChannelGate
+from linearize.gating.gate import ChannelGate
 
 __all__ = ["SCHEDULES", "Competition", "channel_costs"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.training.compete import SCHEDULES
 
 __all__ = ["PlannedPath", "differences"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import DataError, TrainingError
-from linearize.gate import gates
-from linearize.prior import SparsityPrior
+from linearize.gating.gate import gates
+from linearize.training.priors import SparsityPrior
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.training.features import Features
 from linearize.training.losses import distillation_loss, task_loss

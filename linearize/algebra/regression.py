@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.approximate.removal import regularised
+from linearize.algebra.removal import regularised
 
 __all__ = ["Fit", "balanced", "conditional", "fit", "rank_losses", "residual_weight", "square_root"]
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
-from linearize.gate import ChannelGate, gates
-from linearize.groups import groups_of
+from linearize.gating.gate import ChannelGate, gates
+from linearize.gating.groups import groups_of
 from linearize.training.compete import SCHEDULES, Competition, channel_costs
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from linearize.planning.options import Group, Measure, Option
+from linearize.families.option import Group, Measure, Option
 
 __all__ = ["Choice", "choose", "uniform"]
 

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.approximate.wholes import Whole
+from linearize.families.modules.whole import Whole
 from linearize.convert import UNSELECTED
 from linearize.cost import flops_of_modules
-from linearize.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.capture import untouched
-from linearize.groups import ports_of
-from linearize.record import record_of
+from linearize.gating.groups import ports_of
+from linearize.sites.record import record_of
 from linearize.running.models import batches_of, call, evaluating
 
 __all__ = ["wholes_of"]

@@ -19,24 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.covariance import Covariance, in_passes
-from linearize.approximate.editable import (
+from linearize.algebra.covariance import Covariance, in_passes
+from linearize.families.channels.editable import (
     Consumer,
     bias_of,
     consumers_of,
     matrix,
     obstacle_to_refit,
 )
-from linearize.approximate.probes import projection
-from linearize.approximate.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
-from linearize.approximate.skip import Source, skip_source
+from linearize.training.probes import projection
+from linearize.running.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
+from linearize.families.channels.skip import Source, skip_source
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
 from linearize.running.progress import progress_bar
-from linearize.sites import Site
+from linearize.sites.site import Site
 
 __all__ = ["Observation", "observe"]
 

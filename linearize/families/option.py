@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from linearize.plan import BLOCKS, BORDERED, WHOLE
-from linearize.report.table import render
+from linearize.text_table import render
 
 __all__ = ["BLOCKS", "BORDERED", "MEASURES", "WHOLE", "Group", "Measure", "Option", "SiteChoice", "frontier"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.forms import Infeasible
-from linearize.sites import Fold, Port, Site
+from linearize.sites.site import Fold, Port, Site
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.probe import has_own_forward, probed
 
@@ -112,7 +112,7 @@ def conv_groups(model: nn.Module, port: Port) -> int:
 
 def _narrows(model: nn.Module, site: Site) -> bool:
     """True if its producer is a depthwise map whose channels can leave the maps before it as well."""
-    from linearize.gate import gates
+    from linearize.gating.gate import gates
 
     return any(chain.lower == site for chain in chains_of(model, (gate.site for gate in gates(model).values())))
 

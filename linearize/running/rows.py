@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from linearize.approximate.editable import Consumer
+from linearize.families.channels.editable import Consumer
 
 __all__ = ["gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
 

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.algebra.forms import Piece
-from linearize.approximate.blocks import Block
-from linearize.approximate.editable import fold_of
+from linearize.families.blocks.block import Block
+from linearize.families.channels.editable import fold_of
 from linearize.bench import interleaved
-from linearize.gate import ChannelGate, gates
-from linearize.groups import ports_of
-from linearize.planning.in_place import Shares
-from linearize.planning.options import BORDERED, Group, Option, SiteChoice
-from linearize.planning.price import Pricer
+from linearize.gating.gate import ChannelGate, gates
+from linearize.gating.groups import ports_of
+from linearize.planning.timing.in_place import Shares
+from linearize.families.option import BORDERED, Group, Option, SiteChoice
+from linearize.families.price import Pricer
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
-from linearize.sites import Port, Site
+from linearize.sites.site import Port, Site
 from linearize.surgery.layers import PartialActivation
 from linearize.surgery.make import layer_spec
 from linearize.surgery.specs import build

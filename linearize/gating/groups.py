@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from linearize.gate import gates
-from linearize.sites import Port, Site
+from linearize.gating.gate import gates
+from linearize.sites.site import Port, Site
 
 __all__ = ["groups_of", "ports_of"]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linearize.approximate.blocks import Block
-from linearize.approximate.wholes import Whole
+from linearize.families.blocks.block import Block
+from linearize.families.modules.whole import Whole
 from linearize.bench import benchmark
-from linearize.gate import gates
-from linearize.groups import ports_of
-from linearize.planning.in_place import shares_in_place
-from linearize.planning.latency import LatencyTable, with_latencies
-from linearize.planning.modules import with_module_latencies
-from linearize.planning.options import Group
+from linearize.gating.gate import gates
+from linearize.gating.groups import ports_of
+from linearize.planning.timing.in_place import shares_in_place
+from linearize.planning.timing.layers import LatencyTable, with_latencies
+from linearize.families.modules.options import with_module_latencies
+from linearize.families.option import Group
 
 __all__ = ["timed"]
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.moments import SiteCalibration
-from linearize.approximate.probes import projection
-from linearize.approximate.rows import rows_of
+from linearize.training.probes import projection
+from linearize.running.rows import rows_of
 from linearize.calibrate import padding_mask
-from linearize.gate import ChannelGate, gates
-from linearize.planning.options import Group, Option, SiteChoice, frontier
+from linearize.gating.gate import ChannelGate, gates
+from linearize.families.option import Group, Option, SiteChoice, frontier
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
 

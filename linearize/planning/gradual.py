@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.duplicate import duplicate
+from linearize.running.copies import duplicate
 from linearize.errors import CollapseError
-from linearize.gate import gates
+from linearize.gating.gate import gates
 from linearize.training.path import PlannedPath
 
 __all__ = ["path_to"]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
-from linearize.recompute import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
+from linearize.gating.arithmetic import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
 
 if TYPE_CHECKING:
-    from linearize.sites import Site
+    from linearize.sites.site import Site
 
 __all__ = ["ChannelGate", "gates"]
 

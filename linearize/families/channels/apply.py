@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.editable import bias_of, fold_of, matrix, write_bias, write_matrix
-from linearize.approximate.observe import Observation
-from linearize.approximate.regression import Fit
-from linearize.approximate.skip import skip_source
-from linearize.gate import ChannelGate, gates
+from linearize.families.channels.editable import bias_of, fold_of, matrix, write_bias, write_matrix
+from linearize.families.channels.collect import Observation
+from linearize.algebra.regression import Fit
+from linearize.families.channels.skip import skip_source
+from linearize.gating.gate import ChannelGate, gates
 
 __all__ = ["Edit", "carry_out", "edit_for"]
 

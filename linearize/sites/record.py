@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from linearize.sites import Site
+from linearize.sites.site import Site
 
 Step = dict[str, Any]
 """One change of the module tree: ``{"path": where, "module": the spec of what stands there now}``."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.wholes import Whole, layer_of
+from linearize.families.modules.whole import Whole, layer_of
 from linearize.bench import interleaved
-from linearize.planning.distance import losses_with
-from linearize.planning.in_place import Shares
-from linearize.planning.options import WHOLE, Group, Option, SiteChoice
+from linearize.training.distance import losses_with
+from linearize.planning.timing.in_place import Shares
+from linearize.families.option import WHOLE, Group, Option, SiteChoice
 from linearize.running.models import evaluating
 from linearize.surgery.specs import build
 

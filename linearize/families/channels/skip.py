@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.editable import consumers_of, conv_groups
-from linearize.sites import Port, Site
+from linearize.families.channels.editable import consumers_of, conv_groups
+from linearize.sites.site import Port, Site
 from linearize.surgery.probe import has_own_forward
 
 __all__ = ["Source", "skip_source"]

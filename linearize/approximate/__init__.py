@@ -1,1 +1,0 @@
-"""What is not exact: least squares on calibration data, and which channels to remove. Exact steps live elsewhere."""

@@ -1,0 +1,1 @@
+"""A chain of sites between two maps becomes one dense convolution."""

@@ -1,0 +1,1 @@
+"""Channels go to their own line, in place: budgets in nonlinear units."""

@@ -1,0 +1,1 @@
+"""A whole module, such as attention or a residual block, becomes one linear map."""

@@ -1,0 +1,1 @@
+"""The gate on an activation, its arithmetic, and groups of sites that share maps."""
