@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import linearize
-from linearize.text_table import render
 from linearize.report.timing import environment, quartiles, write_json
+from linearize.text_table import render
 
 HERE = Path(__file__).resolve().parent
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.cost import cost
-from linearize.text_table import render
 from linearize.report.timing import quartiles, write_json
+from linearize.text_table import render
 
 HERE = Path(__file__).resolve().parent
 COMPILED = ", compiled"

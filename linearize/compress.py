@@ -22,8 +22,8 @@ from linearize.planning.budget import check_data, read_budget
 from linearize.planning.by_budget import How, to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job
-from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.planning.request import check_call, check_request, check_training, some_batches, training_options
+from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.running.models import device_of, evaluating
 from linearize.running.steps import Steps

@@ -15,13 +15,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from linearize.algebra.finite import all_finite
-from linearize.running.copies import duplicate
 from linearize.errors import CaptureError, ConvertError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
 from linearize.graph.dryrun import called_modules
 from linearize.graph.parts import discover_parts
+from linearize.running.copies import duplicate
 from linearize.sites.record import Record, record_of, set_record
 from linearize.sites.site import Site
 from linearize.surgery.owners import read_after_write, rewrite_owners

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from linearize.errors import DataError, TrainingError, UsageError
-from linearize.training.priors import SparsityPrior, param_groups
 from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 from linearize.training import state as trainstate
 from linearize.training.features import Features
 from linearize.training.losses import evaluate_batches
 from linearize.training.path import PlannedPath
+from linearize.training.priors import SparsityPrior, param_groups
 from linearize.training.run import Loss, Objective, Run
 
 if TYPE_CHECKING:

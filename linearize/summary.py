@@ -10,10 +10,11 @@ from torch import nn
 
 from linearize.convert import convert, unwrapped
 from linearize.gating.gate import ChannelGate, gates
-from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, make_plan, masks_of
+from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
 from linearize.sites.record import Record, converted_parts, record_of
-from linearize.text_table import render
 from linearize.sites.site import Site
+from linearize.surgery.form_choice import make_plan, masks_of
+from linearize.text_table import render
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import linearize
 from linearize.analysis import CoreRecorder, core_network
-from linearize.analysis.pictures import draw_curve
+from linearize.analysis.core import draw_curve
 from linearize.cli import app
 from tests import toys
 from tests.chain import randomize

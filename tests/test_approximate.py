@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.algebra.covariance import Covariance
-from linearize.families.channels.apply import carry_out
-from linearize.families.channels.editable import obstacle_to_refit
-from linearize.families.channels.collect import observe
 from linearize.algebra.regression import balanced, conditional, fit, rank_losses, square_root
 from linearize.algebra.removal import removal_order
 from linearize.errors import DataError
+from linearize.families.channels.apply import carry_out
+from linearize.families.channels.collect import observe
+from linearize.families.channels.editable import obstacle_to_refit
 from linearize.families.channels.fit import curve_of
 from linearize.families.option import SiteChoice
 

@@ -18,7 +18,8 @@ from linearize.errors import (
     LinearizeError,
     UsageError,
 )
-from linearize.plan import Plan, SitePlan, make_plan
+from linearize.plan import Plan, SitePlan
+from linearize.surgery.form_choice import make_plan
 from tests.chain import error, outputs, randomize
 from tests.toys import make, shaken
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import linearize
-from linearize.families.blocks.block import blocks_of, observe_blocks, replace_block
 from linearize.compress import compress
+from linearize.families.blocks.block import blocks_of, observe_blocks, replace_block
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
 

@@ -18,15 +18,16 @@ import linearize
 from linearize.compress import compress
 from linearize.cost import Cost
 from linearize.errors import DataError, TrainingError, UsageError
+from linearize.families.option import MEASURES, Group, Option, SiteChoice
 from linearize.plan import Plan
 from linearize.planning import settle as settling
 from linearize.planning.budget import Budget
+from linearize.planning.carry_out import site_choices
 from linearize.planning.knapsack import Choice, choose, uniform
-from linearize.planning.timing.layers import LatencyTable, cache_file
-from linearize.families.option import MEASURES, Group, Option, SiteChoice
 from linearize.planning.search import searched, unscaled
-from linearize.planning.settle import Settled, site_choices
+from linearize.planning.settle import Settled
 from linearize.planning.survey import Survey, survey
+from linearize.planning.timing.table import LatencyTable, cache_file
 from linearize.training.path import PlannedPath
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from linearize.compress import Result, compress
 from linearize.errors import DataError, UsageError
-from linearize.plan import Plan
 from linearize.families.channels.fit import levels
+from linearize.plan import Plan
 from linearize.planning.resume import facts_of
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}

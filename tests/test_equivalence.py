@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 import linearize
-from linearize.plan import make_plan
+from linearize.surgery.form_choice import make_plan
 from tests.chain import check_chain, error, outputs, randomize
 from tests.toys import TOYS, make
 

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from linearize.errors import CheckpointError, DataError, LinearizeError, TrainingError, UsageError
 from linearize.finetune import FinetuneResult, finetune
 from linearize.gating.gate import ChannelGate, gates
-from linearize.training.priors import SparsityPrior
 from linearize.running.batches import Batch
 from linearize.storage import tensorfile
 from linearize.training.features import Features
 from linearize.training.losses import distillation_loss
+from linearize.training.priors import SparsityPrior
 from linearize.training.state import read_state, write_state
 
 X = torch.randn(192, 6, generator=torch.Generator().manual_seed(0))

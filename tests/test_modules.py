@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import linearize
-from linearize.families.modules.find import wholes_of
-from linearize.families.modules.whole import observe_wholes, replace_wholes
 from linearize.compress import compress
 from linearize.errors import UsageError
+from linearize.families.modules.find import wholes_of
+from linearize.families.modules.options import with_module_latencies
+from linearize.families.modules.whole import observe_wholes, replace_wholes
+from linearize.families.option import WHOLE, Group, Option, SiteChoice
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
 from linearize.planning.knapsack import choose
-from linearize.training.distance import losses_with
-from linearize.planning.timing.in_place import shares_in_place
-from linearize.families.modules.options import with_module_latencies
-from linearize.families.option import WHOLE, Group, Option, SiteChoice
 from linearize.planning.survey import survey
+from linearize.planning.timing.in_place import shares_in_place
 from linearize.surgery.carriers import OnlyLinear
+from linearize.training.distance import losses_with
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import linearize
 from linearize.cost import cost
 from linearize.errors import CollapseError
-from linearize.plan import NARROWED, Plan, make_plan
+from linearize.plan import NARROWED, Plan
+from linearize.surgery.form_choice import make_plan
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.specs import all_steps
 

@@ -17,9 +17,9 @@ from linearize.collapse import collapse
 from linearize.convert import convert
 from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
-from linearize.training.priors import SparsityPrior, param_groups
 from linearize.sites.site import Site
 from linearize.training.compete import SCHEDULES
+from linearize.training.priors import SparsityPrior, param_groups
 from linearize.verify import verify
 
 

@@ -103,7 +103,9 @@ def test_a_plan_and_its_model_are_as_they_were(name: str) -> None:
     assert [{key: site[key] for key in KEPT} for site in now["sites"]] == [
         {key: site[key] for key in KEPT} for site in before["sites"]
     ]
-    assert [site["loss"] for site in now["sites"]] == pytest.approx([site["loss"] for site in before["sites"]], rel=1e-4)
+    assert [site["loss"] for site in now["sites"]] == pytest.approx(
+        [site["loss"] for site in before["sites"]], rel=1e-4
+    )
     assert now["output"] == pytest.approx(before["output"], rel=1e-4, abs=1e-5)
 
 

@@ -26,8 +26,8 @@ import linearize
 from benchmarks.papers.points import Chosen, choose
 from benchmarks.papers.statistics import normal_tail, trend, wilson
 from benchmarks.runs import Job, Plain, arguments, machine, publish, run_all
-from linearize.text_table import render
 from linearize.report.timing import write_json
+from linearize.text_table import render
 
 NAME = "hidden_symmetries"
 BIAS = 0.1  # standard deviation of the biases

@@ -17,8 +17,9 @@ from benchmarks.peers.subject import Candidate, Method, Subject
 from benchmarks.peers.training import train
 from benchmarks.runs import Plain
 from linearize.planning.budget import Budget
+from linearize.planning.carry_out import site_choices
 from linearize.planning.search import searched
-from linearize.planning.settle import settle, site_choices
+from linearize.planning.settle import settle
 from linearize.planning.survey import survey
 
 __all__ = ["planned", "selective", "share_left", "spread"]

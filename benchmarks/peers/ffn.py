@@ -13,7 +13,7 @@ from benchmarks.peers.hidden import channels_of, cut
 from benchmarks.peers.subject import Candidate, Subject
 from benchmarks.runs import Plain
 from linearize.families.option import Option
-from linearize.planning.settle import collapsed, edited, planned
+from linearize.planning.carry_out import collapsed, edited, planned
 from linearize.planning.survey import survey
 
 __all__ = ["of_hidden", "one_by_one", "relabelled"]

@@ -12,10 +12,11 @@ from torch import nn
 import linearize
 from benchmarks.peers.subject import Candidate, Method, Subject
 from benchmarks.runs import Plain
-from linearize.planning.budget import Budget
 from linearize.families.option import Measure
+from linearize.planning.budget import Budget
+from linearize.planning.carry_out import site_choices
 from linearize.planning.search import searched, unscaled
-from linearize.planning.settle import settle, site_choices
+from linearize.planning.settle import settle
 from linearize.planning.survey import Survey, survey
 
 __all__ = ["plan"]

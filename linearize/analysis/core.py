@@ -6,14 +6,18 @@ Source: Ali Mehmeti-Goepel and Disselhoff, "Nonlinear Advantage", ICML 2023 (cor
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linearize.analysis.canvas import FIRST, INK, LINEAR, NAMES, SECOND, new_figure, write_picture
 from linearize.analysis.paths import PathGraph, PathLength, Weighting
 from linearize.analysis.units import Unit
+from linearize.errors import UsageError
 from linearize.text_table import render
 
 __all__ = ["Core", "CoreLayer", "CoreRecorder", "core_network"]
@@ -94,8 +98,6 @@ class Core:
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture, layers by channels, of what is nonlinear."""
-        from linearize.analysis.pictures import draw_core
-
         draw_core(self, path, title)
 
     def __str__(self) -> str:
@@ -209,6 +211,71 @@ class CoreRecorder:
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture of effective depth and width over the steps."""
-        from linearize.analysis.pictures import draw_curve
-
         draw_curve(self.curve, path, title)
+
+
+_BINS = 256  # more channels than a picture has room for share a bin, coloured by their nonlinear share
+
+
+def draw_core(core: Core, path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw what is nonlinear: a row for each site, from the input at the top, a cell for each channel.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure, (axes,) = new_figure((8, 1.4 + 0.26 * min(len(core.layers), NAMES)), 1)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("core", [LINEAR, FIRST])
+    widest = max((layer.channels for layer in core.layers), default=1)
+    for place, layer in enumerate(core.layers):
+        edges, values = _row(layer, widest)
+        axes.pcolormesh(edges, [place - 0.42, place + 0.42], [values], cmap=colors, vmin=0, vmax=1)
+        if len(core.layers) <= NAMES:
+            text = f" {layer.width} of {layer.channels}"
+            axes.text(layer.channels, place, text, va="center", fontsize=7, color=INK)
+    if len(core.layers) <= NAMES:
+        axes.set_yticks(range(len(core.layers)), [layer.name for layer in core.layers], fontsize=7)
+    else:
+        axes.set_ylabel("sites, in order of execution")
+    axes.set_ylim(len(core.layers) - 0.4, -0.6)
+    axes.set_xlim(0, widest * 1.16)
+    axes.set_xlabel("channels; nonlinear ones are blue")
+    text = f"effective depth {core.depth:.2f}, {core.share:.0%} of the channels nonlinear"
+    axes.set_title(f"{title}: {text}" if title else text, loc="left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    write_picture(figure, path)
+
+
+def _row(layer: CoreLayer, widest: int) -> tuple[list[float], list[float]]:
+    """Edges of the cells of a layer, and their nonlinear share."""
+    bins = max(1, min(layer.channels, round(_BINS * layer.channels / widest) if widest > _BINS else layer.channels))
+    edges = torch.linspace(0, layer.channels, bins + 1).round().long().tolist()
+    shares = [float(layer.nonlinear[a:b].double().mean()) for a, b in pairwise(edges)]
+    return [float(edge) for edge in edges], shares
+
+
+def draw_curve(curve: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw effective depth and effective width over the steps of a `CoreRecorder`.
+
+    Raises:
+        UsageError: nothing was recorded, matplotlib is not installed, or the file cannot be written.
+    """
+    if not curve:
+        raise UsageError("curve", "found no row", "Call record() at least once.")
+    figure, (left, right) = new_figure((9, 3), 2)
+    steps = [row["step"] for row in curve]
+    for axes, key, label in ((left, "depth", "effective depth, units"), (right, "width", "effective width, channels")):
+        axes.plot(steps, [row[key] for row in curve], color=FIRST, marker=".", markersize=3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label, color=FIRST)
+        axes.set_ylim(bottom=0)
+        axes.spines["top"].set_visible(False)
+        share = axes.twinx()
+        share.plot(steps, [100 * row["share"] for row in curve], color=SECOND, linestyle="--", linewidth=1)
+        share.set_ylim(0, 105)
+        share.set_ylabel("nonlinear channels, %" if axes is right else "", color=SECOND)
+        share.spines["top"].set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    write_picture(figure, path)

@@ -13,14 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from linearize.analysis.canvas import FIRST, SECOND, head, new_figure, write_picture
 from linearize.analysis.jacobian import BYTES, Differentiable, chunks, human
 from linearize.analysis.units import inputs_of
 from linearize.errors import CaptureError, UsageError
 from linearize.gating.gate import gates
 from linearize.graph.discover import discover
 from linearize.sites.record import record_of
-from linearize.text_table import render
 from linearize.sites.site import Site
+from linearize.text_table import render
 
 __all__ = ["FunctionalDimension", "functional_dimension", "scaling_bound"]
 
@@ -89,8 +90,6 @@ class FunctionalDimension:
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture of the rank over the samples and of the singular values."""
-        from linearize.analysis.charts import draw_dimension
-
         draw_dimension(self, path, title)
 
     def __str__(self) -> str:
@@ -249,3 +248,32 @@ def _plain_gate(model: nn.Module, site: Site) -> bool:
     """A surrogate with an intercept is not homogeneous."""
     gate = gates(model).get(site.name)
     return gate is None or bool((gate.intercept == 0).all())
+
+
+def draw_dimension(found: FunctionalDimension, path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the rank over the samples, and the singular values with the cut between what counts and what does not.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure, (left, right) = new_figure((9, 3), 2)
+    left.plot(*zip(*found.batches, strict=True), color=FIRST, marker="o", markersize=4)
+    left.axhline(found.bound, color=SECOND, linestyle="--", linewidth=1.2)
+    left.text(found.batches[0][0], found.bound, "bound", color=SECOND, fontsize=8, va="bottom")
+    left.set_xscale("log")
+    left.minorticks_off()
+    shown = [samples for samples, _ in found.batches][:: -(-len(found.batches) // 7)]
+    left.set_xticks(shown, [str(samples) for samples in shown])
+    left.set_ylim(0, 1.12 * max(1, found.bound))
+    left.set_xlabel("samples")
+    left.set_ylabel("rank")
+    head(left, title, f"functional dimension {found.rank} of {found.parameters}")
+    values = found.spectrum.clamp_min(float(found.spectrum.max()) * 1e-20) if found.spectrum.numel() else found.spectrum
+    right.plot(range(1, len(values) + 1), values.tolist(), color=FIRST, marker=".", markersize=3, linewidth=0)
+    if found.tolerance > 0:
+        right.axhline(found.tolerance, color=SECOND, linestyle="--", linewidth=1.2)
+        right.set_yscale("log")
+    right.set_xlabel("index")
+    right.set_ylabel("singular value")
+    head(right, "", f"cut at {found.tolerance:.0e} ({found.method})")
+    write_picture(figure, path)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from linearize.analysis.canvas import FIRST, SECOND, head, new_figure, write_picture
 from linearize.analysis.flow import Flow, average, passed, reduced, source
 from linearize.analysis.rules import Rules
 from linearize.analysis.units import Unit, check_weighting, find_units, inputs_of
@@ -102,8 +103,6 @@ class PathLength:
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture of the share of paths of each length."""
-        from linearize.analysis.charts import draw_lengths
-
         draw_lengths(self, path, title)
 
     def __str__(self) -> str:
@@ -264,3 +263,19 @@ def _spread(distribution: Tensor) -> float:
 def _range(distribution: Tensor) -> tuple[int, int]:
     held = distribution.nonzero().flatten().tolist() or [0]
     return held[0], held[-1]
+
+
+def draw_lengths(found: PathLength, path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the share of paths of each length, and their mean.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure, (axes,) = new_figure((6, 3), 1)
+    axes.bar(range(len(found.distribution)), (100 * found.distribution).tolist(), color=FIRST)
+    axes.axvline(found.mean, color=SECOND, linestyle="--", linewidth=1.2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("nonlinear units on a path")
+    axes.set_ylabel(f"paths, % ({found.weighting})")
+    head(axes, title, f"average path length {found.mean:.2f}")
+    write_picture(figure, path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.analysis.symmetries import Symmetry
+from linearize.analysis.symmetry import Symmetry
 from linearize.analysis.units import zeros_like_inputs
 from linearize.collapse import collapse
 from linearize.convert import convert, unwrapped

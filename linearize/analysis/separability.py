@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from linearize.analysis.canvas import FIRST, NAMES, SECOND, head, new_figure, write_picture
 from linearize.convert import convert, unwrapped
 from linearize.errors import DataError, UsageError
 from linearize.gating.gate import gates
 from linearize.graph.capture import normalize_inputs, tensors_of
-from linearize.text_table import render
 from linearize.running.models import call, device_of, evaluating, move
+from linearize.text_table import render
 
 __all__ = ["LayerSeparability", "Separability", "class_separability"]
 
@@ -67,8 +68,6 @@ class Separability:
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture of accuracy and separable classes, layer by layer."""
-        from linearize.analysis.charts import draw_separability
-
         draw_separability(self, path, title)
 
     def __str__(self) -> str:
@@ -200,3 +199,25 @@ def _separate(name: str, points: Tensor, labels: Tensor) -> LayerSeparability:
         margin=min(margins) if margins else None,
         trivial=len(points) <= points.shape[1] + 1,
     )
+
+
+def draw_separability(found: Separability, path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the accuracy of linear classifiers and the share of separable classes, layer by layer.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    layers = found.layers
+    figure, (axes,) = new_figure((max(5, 2 + 0.32 * min(len(layers), NAMES)), 3.4), 1)
+    places = range(len(layers))
+    accuracy = [100 * layer.accuracy for layer in layers]
+    axes.plot(places, accuracy, color=FIRST, marker="o", markersize=4, label="accuracy of linear classifiers")
+    separable = [100 * layer.separable / layer.classes for layer in layers]
+    axes.plot(places, separable, color=SECOND, marker="s", markersize=4, linestyle="--", label="separable classes")
+    if len(layers) <= NAMES:
+        axes.set_xticks(places, [layer.name for layer in layers], fontsize=7, rotation=90)
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("%")
+    axes.legend(fontsize=8, frameon=False)
+    head(axes, title, f"{layers[-1].separable} of {layers[-1].classes} classes separable at the output")
+    write_picture(figure, path)

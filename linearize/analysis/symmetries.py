@@ -7,61 +7,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from linearize.analysis.ablation import ablated
 from linearize.analysis.bounds import bounds, box_of, input_shapes, per_channel
-from linearize.analysis.observe import Observation, ablated, observe, unread
+from linearize.analysis.channel_ranges import ChannelRange, channel_ranges, unread
 from linearize.analysis.pieces import homogeneous, line_on
+from linearize.analysis.symmetry import Evidence, Kind, Required, Symmetry
 from linearize.analysis.units import find_units
 from linearize.analysis.weights import live_columns, parallel_rows
 from linearize.convert import convert, unwrapped
 from linearize.errors import UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, capture, fake_inputs
-from linearize.text_table import render
 from linearize.running.models import batches_of, device_of, move
 
-__all__ = ["Symmetry", "hidden_symmetries", "symmetry_table"]
+__all__ = ["hidden_symmetries"]
 
-Kind = Literal["inactive", "active", "parallel", "unseen"]
-Evidence = Literal["data", "box"]
-Required = tuple[tuple[str, int, float], ...]
 Ranges = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Symmetry:
-    """Channels of one site that are redundant for one reason.
-
-    Attributes:
-        kind: "inactive": the activation puts out a constant. "active": it is a straight line there. "parallel": the
-            channels are positive multiples of the first one. "unseen": no output changes if they are set to 0.
-        site: name of the site.
-        channels: by index; of parallel ones, the first is the one that the others are multiples of.
-        evidence: "data": on these inputs. "box": for every input in the box.
-        slopes, intercepts: the line that takes the place of each channel's activation (not for parallel ones).
-        scales: of parallel channels, how many times the first one each is; the first scale is 1.
-        requires: (site, channel, constant) of inactive channels that must be constant for these to be unseen.
-        inputs: example inputs without values, for those who have to capture the model.
-    """
-
-    kind: Kind
-    site: str
-    channels: tuple[int, ...]
-    evidence: Evidence
-    slopes: tuple[float, ...] = ()
-    intercepts: tuple[float, ...] = ()
-    scales: tuple[float, ...] = ()
-    requires: Required = ()
-    inputs: Any = field(default=None, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {key: value for key, value in asdict(replace(self, inputs=None)).items() if key != "inputs"}
 
 
 def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list[Symmetry]:
@@ -99,7 +66,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
     twin, batches = _twin(model, inputs)
     shapes = fake_inputs(batches[0])
     found = gates(twin)
-    observed = observe(twin, found, batches)
+    observed = channel_ranges(twin, found, batches)
     on_data: Ranges = {name: (seen.low, seen.high) for name, seen in observed.items()}
     on_box = _boxed(twin, batches[0], box) if box is not None else {}
     records: list[Symmetry] = []
@@ -112,23 +79,6 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
     order = {name: place for place, name in enumerate(found)}
     records.sort(key=lambda record: order[record.site])
     return [replace(record, inputs=shapes) for record in records]
-
-
-def symmetry_table(symmetries: Iterable[Symmetry]) -> str:
-    """The records as a table.
-
-    Example:
-        >>> print(symmetry_table([Symmetry("inactive", "act", (0, 2), "data")]))
-        site  kind      channels  which  evidence
-        ----  --------  --------  -----  --------
-        act   inactive         2  0, 2   data
-    """
-    rows = [(s.site, s.kind, len(s.channels), _some(s.channels), s.evidence) for s in symmetries]
-    return render(("site", "kind", "channels", "which", "evidence"), rows)
-
-
-def _some(channels: Sequence[int]) -> str:
-    return ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
 
 
 def _twin(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Inputs]]:
@@ -210,7 +160,7 @@ def free(gate: ChannelGate) -> list[int]:
 def _parallel(
     twin: nn.Module,
     found: dict[str, ChannelGate],
-    observed: dict[str, Observation],
+    observed: dict[str, ChannelRange],
     known: Sequence[Symmetry],
     *,
     use_weights: bool,

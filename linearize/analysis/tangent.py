@@ -6,12 +6,14 @@ Shape letters: N samples, O outputs of a sample, R = N * O rows.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linearize.analysis.canvas import FIRST, SECOND, head, new_figure, write_picture
 from linearize.analysis.dimension import gram
 from linearize.analysis.jacobian import Differentiable
 from linearize.errors import UsageError
@@ -120,8 +122,6 @@ class TangentRecorder:
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write a picture of distance and ranks over the steps."""
-        from linearize.analysis.charts import draw_kernel
-
         draw_kernel(self.curve, path, title)
 
     def __str__(self) -> str:
@@ -130,3 +130,28 @@ class TangentRecorder:
             for row in self.curve
         ]
         return render(("step", "rank", "effective rank", "distance", "norm"), rows)
+
+
+def draw_kernel(curve: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw distance and ranks of a tangent kernel over the steps of a `TangentRecorder`.
+
+    Raises:
+        UsageError: nothing was recorded, matplotlib is not installed, or the file cannot be written.
+    """
+    if not curve:
+        raise UsageError("curve", "found no row", "Call record() at least once.")
+    figure, (left, right) = new_figure((9, 3), 2)
+    steps = [row["step"] for row in curve]
+    left.plot(steps, [row["distance"] for row in curve], color=FIRST, marker="o", markersize=4)
+    left.set_ylim(bottom=0)
+    left.set_ylabel("distance from the start")
+    right.plot(steps, [row["rank"] for row in curve], color=FIRST, marker="o", markersize=4, label="rank")
+    effective = [row["effective_rank"] for row in curve]
+    right.plot(steps, effective, color=SECOND, marker="s", markersize=4, linestyle="--", label="effective rank")
+    right.set_ylim(bottom=0)
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+    head(left, title, f"tangent kernel, distance {curve[-1]['distance']:.2f} at the end")
+    head(right, "", "")
+    write_picture(figure, path)

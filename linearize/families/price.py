@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from linearize.algebra.forms import FORMS, IDENTITY, Infeasible, Piece, Pieces
+from linearize.families.option import SiteChoice
 from linearize.gating.gate import ChannelGate
 from linearize.gating.groups import ports_of
 from linearize.plan import NARROWED
-from linearize.families.option import SiteChoice
 from linearize.sites.site import Site
 from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import chains_of, narrow

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 from linearize.bench import benchmark
 from linearize.errors import CollapseError, UsageError
-from linearize.gating.gate import gates
-from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, mask_of
-from linearize.planning.budget import Budget
-from linearize.planning.knapsack import choose, uniform
-from linearize.training.distance import real_loss, some_of
-from linearize.planning.job import Job, Made
-from linearize.planning.timing.layers import cache_file
 from linearize.families.option import BLOCKS, WHOLE, SiteChoice
+from linearize.gating.gate import gates
+from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
+from linearize.planning.budget import Budget
+from linearize.planning.carry_out import collapsed, edited, planned, site_choices
+from linearize.planning.gradual import path_to
+from linearize.planning.job import Job, Made
+from linearize.planning.knapsack import choose, uniform
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
-from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
+from linearize.planning.settle import Settled, settle
 from linearize.planning.survey import Survey, describe, survey
-from linearize.planning.gradual import path_to
+from linearize.planning.timing.table import cache_file
 from linearize.report.budget import Outcome
+from linearize.surgery.form_choice import mask_of
+from linearize.training.distance import real_loss, some_of
 
 __all__ = ["How", "to_budget"]
 

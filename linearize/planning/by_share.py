@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from linearize.calibrate import calibrate
 from linearize.collapse import collapse
-from linearize.plan import When, make_plan
+from linearize.plan import When
 from linearize.planning.job import Job, Made
+from linearize.surgery.form_choice import make_plan
 from linearize.training.priors import SparsityPrior
 
 __all__ = ["to_share"]

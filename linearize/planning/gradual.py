@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.running.copies import duplicate
 from linearize.errors import CollapseError
 from linearize.gating.gate import gates
+from linearize.running.copies import duplicate
 from linearize.training.path import PlannedPath
 
 __all__ = ["path_to"]

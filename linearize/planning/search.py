@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from linearize.planning.knapsack import Choice, choose
-from linearize.training.distance import real_loss, some_of
 from linearize.families.option import BLOCKS, WHOLE, Group, Option
-from linearize.planning.settle import edited, site_choices
+from linearize.planning.carry_out import edited, site_choices
+from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
+from linearize.training.distance import real_loss, some_of
 
 __all__ = ["searched", "unscaled"]
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from linearize.families.channels.apply import carry_out
 from linearize.families.channels.collect import observe
-from linearize.gating.gate import gates
 from linearize.families.channels.fit import curve_of
-from linearize.planning.resume import NOTHING, Notes, fingerprint
 from linearize.families.option import SiteChoice
-from linearize.planning.settle import edited
+from linearize.gating.gate import gates
+from linearize.planning.carry_out import edited
+from linearize.planning.resume import NOTHING, Notes, fingerprint
 from linearize.planning.survey import Survey
 
 __all__ = ["edited_in_order"]

@@ -13,27 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.families.blocks.block import Block, blocks_of, observe_blocks
-from linearize.families.modules.find import wholes_of
-from linearize.families.channels.collect import observe
-from linearize.families.modules.whole import Whole, observe_wholes
 from linearize.calibrate import Calibration, calibrate
 from linearize.collapse import collapse
 from linearize.cost import Cost, cost
 from linearize.errors import UsageError
+from linearize.families.blocks.block import Block, blocks_of, observe_blocks
+from linearize.families.channels.collect import observe
+from linearize.families.channels.fit import Curve, curve_of
+from linearize.families.channels.options import candidates
+from linearize.families.lines.options import sensitivities, unit_costs, unit_groups, with_lines
+from linearize.families.modules.find import wholes_of
+from linearize.families.modules.options import with_modules
+from linearize.families.modules.whole import Whole, observe_wholes
+from linearize.families.option import Group, Measure
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
-from linearize.families.channels.options import candidates
 from linearize.planning.knapsack import choose
-from linearize.families.channels.fit import Curve, curve_of
-from linearize.training.distance import some_of
-from linearize.families.modules.options import with_modules
 from linearize.planning.resume import NOTHING, Notes
-from linearize.families.option import Group, Measure
 from linearize.planning.timing.all import timed
-from linearize.families.lines.options import sensitivities, unit_costs, unit_groups, with_lines
 from linearize.running.models import device_of
 from linearize.surgery.layers import MaskedActivation
+from linearize.training.distance import some_of
 
 __all__ = ["Survey", "survey"]
 
@@ -191,8 +191,8 @@ def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, seed
 
 def _uncollapsible(gated: nn.Module) -> set[str]:
     """Sites whose width the code around them does not let change: found by trying, on a copy."""
-    from linearize.running.copies import duplicate
     from linearize.errors import CollapseError
+    from linearize.running.copies import duplicate
 
     trial = duplicate(gated, CollapseError)
     for gate in gates(trial).values():

@@ -9,10 +9,10 @@ from typing import Any
 
 from linearize.cost import Cost
 from linearize.report.budget import Outcome
-from linearize.text_table import render, render_markdown
 from linearize.report.timing import BenchmarkResult, write_json
 from linearize.report.verification import Verification
 from linearize.summary import Summary
+from linearize.text_table import render, render_markdown
 
 __all__ = ["Report", "outcome_table"]
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from linearize.families.channels.editable import Consumer
-
 __all__ = ["gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
 
 _MANY, _FEW = 64, 8  # positions sampled per image where patches are read: neighbours tell the same
@@ -33,11 +31,17 @@ def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def gradient_rows(consumers: Sequence[Consumer], gradients: Mapping[int, Tensor], mask: Tensor | None) -> Tensor | None:
-    """Gradients at the rows of all consumers' outputs, (R, O); None if a consumer got none."""
-    if len(gradients) < len(consumers):
+def gradient_rows(dims: Sequence[int], gradients: Mapping[int, Tensor], mask: Tensor | None) -> Tensor | None:
+    """Gradients at the rows of all consumers' outputs, (R, O); None if a consumer got none.
+
+    Args:
+        dims: of each consumer, how many dimensions lie behind its channels.
+        gradients: by the consumer's index.
+        mask: (B, T), where padding is marked.
+    """
+    if len(gradients) < len(dims):
         return None
-    parts = [rows_of(gradients[i], consumer.port.dims, mask) for i, consumer in enumerate(consumers)]
+    parts = [rows_of(gradients[i], behind, mask) for i, behind in enumerate(dims)]
     return torch.cat(parts, 1) if len({len(part) for part in parts}) == 1 else None
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from linearize.errors import DataError, TrainingError
 from linearize.gating.gate import gates
-from linearize.training.priors import SparsityPrior
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.training.features import Features
 from linearize.training.losses import distillation_loss, task_loss
 from linearize.training.path import PlannedPath
+from linearize.training.priors import SparsityPrior
 from linearize.training.state import random_state, set_random_state
 
 if TYPE_CHECKING:

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.algebra.affine import same_padding
-from linearize.algebra.forms import Infeasible
 from linearize.algebra.covariance import Covariance, in_passes
-from linearize.training.probes import projection
+from linearize.algebra.forms import Infeasible
 from linearize.algebra.removal import regularised
-from linearize.running.rows import positions_for
 from linearize.gating.gate import gates
-from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
+from linearize.running.rows import positions_for
+from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.sites.site import Port, Site
 from linearize.surgery.specs import Spec, build, replace_module
+from linearize.training.probes import projection
 
 __all__ = ["Block", "BlockFit", "blocks_of", "observe_blocks", "replace_block"]
 

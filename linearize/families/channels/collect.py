@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.covariance import Covariance, in_passes
+from linearize.calibrate import padding_mask
+from linearize.errors import DataError
 from linearize.families.channels.editable import (
     Consumer,
     bias_of,
@@ -27,16 +29,14 @@ from linearize.families.channels.editable import (
     matrix,
     obstacle_to_refit,
 )
-from linearize.training.probes import projection
-from linearize.running.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
 from linearize.families.channels.skip import Source, skip_source
-from linearize.calibrate import padding_mask
-from linearize.errors import DataError
 from linearize.gating.gate import gates
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
 from linearize.running.progress import progress_bar
+from linearize.running.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
 from linearize.sites.site import Site
+from linearize.training.probes import projection
 
 __all__ = ["Observation", "observe"]
 
@@ -111,7 +111,7 @@ class _Watch:
         if self.h is None:
             return
         found, consumer = self.found, self.found.consumers[0]
-        gradient = gradient_rows(found.consumers, self.gradients, mask)
+        gradient = gradient_rows([c.port.dims for c in found.consumers], self.gradients, mask)
         if consumer.spatial:
             h, where, positions = patches_of(self.h, consumer.module, self._wanted, generator)
             weights = None

@@ -11,12 +11,12 @@ from torch import nn
 from linearize.algebra.forms import Infeasible
 from linearize.families.blocks.block import Block
 from linearize.families.channels.editable import obstacle_to_refit
-from linearize.gating.gate import gates
-from linearize.gating.groups import groups_of
-from linearize.plan import NARROWED
 from linearize.families.channels.fit import Curve, levels
 from linearize.families.option import BLOCKS, BORDERED, Group, Option, SiteChoice
 from linearize.families.price import Pricer
+from linearize.gating.gate import gates
+from linearize.gating.groups import groups_of
+from linearize.plan import NARROWED
 from linearize.running.progress import progress_bar
 from linearize.surgery.narrow import chains_of
 

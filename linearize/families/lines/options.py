@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.moments import SiteCalibration
-from linearize.training.probes import projection
-from linearize.running.rows import rows_of
 from linearize.calibrate import padding_mask
-from linearize.gating.gate import ChannelGate, gates
 from linearize.families.option import Group, Option, SiteChoice, frontier
+from linearize.gating.gate import ChannelGate, gates
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
+from linearize.running.rows import rows_of
+from linearize.training.probes import projection
 
 __all__ = ["sensitivities", "unit_costs", "unit_groups", "with_lines"]
 

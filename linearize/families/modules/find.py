@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.families.modules.whole import Whole
 from linearize.convert import UNSELECTED
 from linearize.cost import flops_of_modules
+from linearize.families.modules.whole import Whole
 from linearize.gating.gate import ChannelGate, gates
-from linearize.graph.capture import untouched
 from linearize.gating.groups import ports_of
-from linearize.sites.record import record_of
+from linearize.graph.capture import untouched
 from linearize.running.models import batches_of, call, evaluating
+from linearize.sites.record import record_of
 
 __all__ = ["wholes_of"]
 

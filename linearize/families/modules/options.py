@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.families.modules.whole import Whole, layer_of
 from linearize.bench import interleaved
-from linearize.training.distance import losses_with
-from linearize.planning.timing.in_place import Shares
+from linearize.families.modules.whole import Whole, layer_of
 from linearize.families.option import WHOLE, Group, Option, SiteChoice
+from linearize.planning.timing.in_place import Shares
 from linearize.running.models import evaluating
 from linearize.surgery.specs import build
+from linearize.training.distance import losses_with
 
 __all__ = ["with_module_latencies", "with_modules"]
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.covariance import Covariance, in_passes
-from linearize.training.probes import projection
 from linearize.algebra.removal import regularised
-from linearize.running.rows import positions_for, rows_of
 from linearize.calibrate import padding_mask
 from linearize.gating.gate import ChannelGate
-from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batch, to_device
 from linearize.running.models import device_of, watching
+from linearize.running.rows import positions_for, rows_of
+from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.surgery.specs import Spec, build, replace_module
+from linearize.training.probes import projection
 
 __all__ = ["Whole", "WholeFit", "layer_of", "observe_wholes", "replace_wholes"]
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linearize.families.blocks.block import Block
-from linearize.families.modules.whole import Whole
 from linearize.bench import benchmark
+from linearize.families.blocks.block import Block
+from linearize.families.modules.options import with_module_latencies
+from linearize.families.modules.whole import Whole
+from linearize.families.option import Group
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
 from linearize.planning.timing.in_place import shares_in_place
-from linearize.planning.timing.layers import LatencyTable, with_latencies
-from linearize.families.modules.options import with_module_latencies
-from linearize.families.option import Group
+from linearize.planning.timing.layers import with_latencies
+from linearize.planning.timing.table import LatencyTable
 
 __all__ = ["timed"]
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.algebra.forms import Piece
+from linearize.bench import interleaved
 from linearize.families.blocks.block import Block
 from linearize.families.channels.editable import fold_of
-from linearize.bench import interleaved
+from linearize.families.option import BORDERED, Group, Option, SiteChoice
+from linearize.families.price import Pricer
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
 from linearize.planning.timing.in_place import Shares
-from linearize.families.option import BORDERED, Group, Option, SiteChoice
-from linearize.families.price import Pricer
+from linearize.planning.timing.table import LatencyTable
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
 from linearize.sites.site import Port, Site
@@ -36,52 +35,11 @@ from linearize.surgery.layers import PartialActivation
 from linearize.surgery.make import layer_spec
 from linearize.surgery.specs import build
 
-__all__ = ["LatencyTable", "cache_file", "with_latencies"]
+__all__ = ["with_latencies"]
 
 Run = Callable[[], Any]
 
 _LARGEST_PART = 0.95  # of the whole model's time that the layers around activations can take
-
-
-def cache_file() -> Path:
-    """Where ratios are remembered: `$LINEARIZE_CACHE`, or the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LINEARIZE_CACHE") or Path(home) / "linearize") / "latency.json"
-
-
-@dataclass
-class LatencyTable:
-    """Ratios of latencies, by a key that names everything they depend on.
-
-    Attributes:
-        path: the file; None remembers nothing beyond this object.
-        entries: what is known.
-    """
-
-    path: Path | None = None
-    entries: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path | None) -> LatencyTable:
-        """The table in a file; an empty one if there is none that can be read."""
-        try:
-            text = path.read_text(encoding="utf-8") if path is not None else "{}"
-            entries = {str(key): float(value) for key, value in json.loads(text).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            entries = {}
-        return cls(path, entries)
-
-    def save(self) -> None:
-        """Write the table, if it has a file and that can be written: a cache must not stop anybody's work."""
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            beside.write_text(json.dumps(self.entries), encoding="utf-8")
-            beside.replace(self.path)
-        except OSError:
-            return
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linearize.analysis.ablation import EXACT
 from linearize.errors import DataError
-from linearize.gating.gate import ChannelGate, gates
+from linearize.gating.gate import ChannelGate
 from linearize.graph.capture import Inputs, tensors_of
 from linearize.running.models import call
 
-if TYPE_CHECKING:
-    from linearize.analysis.symmetries import Symmetry
-
-# Sums of some thousand terms in float64, relative to the largest value.
-_EXACT = 1e-12
-_TRIALS = 256  # so many channels are tried one by one, if they cannot go together
-
 
 @dataclass
-class Observation:
+class ChannelRange:
     """What the inputs of a gate were.
 
     Attributes:
@@ -65,19 +58,21 @@ class Observation:
         for c, scale in group.items():
             worst = max(float((x[:, c] - scale * x[:, first]).abs().max()) for x in seen)
             largest = max(float(self.high[c].abs()), float(self.low[c].abs()))
-            if worst <= _EXACT * largest:
+            if worst <= EXACT * largest:
                 held[c] = scale
         return held
 
 
 @torch.no_grad()
-def observe(model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequence[Inputs]) -> dict[str, Observation]:
+def channel_ranges(
+    model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequence[Inputs]
+) -> dict[str, ChannelRange]:
     """Run a model in eval mode and watch the inputs of its gates.
 
     Raises:
         DataError: NaN or infinity turns up there.
     """
-    seen: dict[str, Observation] = {}
+    seen: dict[str, ChannelRange] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def note(gate: Any, args: tuple[Any, ...]) -> None:
@@ -87,7 +82,7 @@ def observe(model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequenc
                 old = seen[name]
                 low, high = torch.minimum(low, old.low), torch.maximum(high, old.high)
                 products = products + old.products
-            seen[name] = Observation(low, high, products, lambda: _inputs(model, found[name], batches))
+            seen[name] = ChannelRange(low, high, products, lambda: _inputs(model, found[name], batches))
 
         return note
 
@@ -143,77 +138,3 @@ def unread(model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequence
             most = value.abs().movedim(found[name].axis, 0).flatten(1).amax(1)
             largest[name] = torch.maximum(largest[name], most) if name in largest else most
     return {name: [int(c) for c in (most == 0).nonzero().flatten()] for name, most in largest.items()}
-
-
-@torch.no_grad()
-def ablated(
-    model: nn.Module,
-    found: Mapping[str, ChannelGate],
-    batches: Sequence[Inputs],
-    candidates: Mapping[str, Sequence[int]],
-    known: Sequence[Symmetry],
-) -> dict[str, list[int]]:
-    """Those candidates that can be set to 0, together and along with what is known, and leave every output alone."""
-    pairs = [(name, c) for name, channels in candidates.items() for c in channels]
-    if not pairs:
-        return {}
-    trial = _Trial(model, found, batches, known)
-    chosen = pairs if trial.same(pairs) else []
-    if not chosen:
-        for pair in reversed(pairs[:_TRIALS]):  # the last layers first: what they ignore, they ignore for good
-            if trial.same([*chosen, pair]):
-                chosen.append(pair)
-    return {name: sorted(c for other, c in chosen if other == name) for name in candidates}
-
-
-class _Trial:
-    """Compares a model with itself when some channels are set to 0: alone, and with all known symmetries taken out."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        found: Mapping[str, ChannelGate],
-        batches: Sequence[Inputs],
-        known: Sequence[Symmetry],
-    ) -> None:
-        from linearize.analysis.reduce import merge_parallel
-
-        self.batches = batches
-        self.expected = self._outputs(model)
-        self.versions = [(model, found)]
-        if known:
-            merged = copy.deepcopy(model)
-            inside = gates(merged)
-            for record in known:
-                if record.kind == "parallel":
-                    merge_parallel(merged, record, inside[record.site])
-                for c, slope, intercept in zip(record.channels, record.slopes, record.intercepts, strict=False):
-                    _replace(inside[record.site], c, slope, intercept)
-            self.versions.append((merged, inside))
-
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        return [t for batch in self.batches for t in tensors_of(call("model", model, batch))]
-
-    def same(self, pairs: Sequence[tuple[str, int]]) -> bool:
-        """True if no output changes."""
-        return all(self._equal(model, found, pairs) for model, found in self.versions)
-
-    def _equal(self, model: nn.Module, found: Mapping[str, ChannelGate], pairs: Sequence[tuple[str, int]]) -> bool:
-        held = {name: {k: v.clone() for k, v in gate.state_dict().items()} for name, gate in found.items()}
-        try:
-            for name, c in pairs:
-                _replace(found[name], c, 0.0, 0.0)
-            return all(_close(a, b) for a, b in zip(self.expected, self._outputs(model), strict=True))
-        finally:
-            for name, gate in found.items():
-                gate.load_state_dict(held[name])
-
-
-def _replace(gate: ChannelGate, channel: int, slope: float, intercept: float) -> None:
-    gate.slope[channel], gate.intercept[channel], gate.frozen[channel] = slope, intercept, True
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.numel() or not a.is_floating_point():
-        return torch.equal(a, b)
-    return float((a - b).abs().max()) <= _EXACT * max(1e-300, float(a.abs().max()))
