@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 def by_magnitude(found: Survey, keep: int, *, refit: bool) -> nn.Module:
     """Equally many channels in every layer, those of the largest weights."""
     chosen, choices = {}, {}
-    for name, curve in found.curves.items():
+    for name, curve in found.places["channels"].curves.items():
         site = curve.observation.site
         if site.producer is None:
             continue
@@ -51,7 +51,7 @@ def by_magnitude(found: Survey, keep: int, *, refit: bool) -> nn.Module:
         choices[name] = SiteChoice(name, keep)
     model = edited(found, choices, chosen)
     if not refit:
-        for name, curve in found.curves.items():
+        for name, curve in found.places["channels"].curves.items():
             down: Any = model.get_submodule(curve.observation.consumers[0].port.module)
             mask = torch.zeros(curve.channels, dtype=torch.bool)
             mask[chosen[name]] = True
@@ -63,7 +63,7 @@ def by_magnitude(found: Survey, keep: int, *, refit: bool) -> nn.Module:
 
 def by_removal(found: Survey, keep: int) -> nn.Module:
     """Equally many channels in every layer, chosen and refitted in closed form."""
-    return collapse(edited(found, {name: SiteChoice(name, keep) for name in found.curves})).eval()
+    return collapse(edited(found, {name: SiteChoice(name, keep) for name in found.places["channels"].curves})).eval()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -81,9 +81,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ffn = sum(group.stay.flops for group in found.groups)
     rows, models = [], {"original": original}
     for share in options.budgets:
-        keep = round(share * next(iter(found.curves.values())).channels / 8) * 8
+        keep = round(share * next(iter(found.places["channels"].curves.values())).channels / 8) * 8
         budget = Budget("flops", 1 - (1 - share) * ffn / found.total)
-        settled = settle(found, budget, batch, time_ratio=lambda _: 1.0)
+        settled = settle(found, budget, batch)
         choices = site_choices(settled.choice)
         behind = edited_in_order(found, choices, known, progress=False)
         ways = {

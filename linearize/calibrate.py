@@ -8,7 +8,8 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.moments import Moments, SiteCalibration
-from linearize.errors import DataError, UsageError
+from linearize.errors import UsageError
 from linearize.gating.gate import ChannelGate, gates
-from linearize.running.batches import Batch, read_batch, to_device
-from linearize.running.models import device_of, evaluating
-from linearize.running.progress import progress_bar
+from linearize.running.passes import Moment, run_passes
 
-__all__ = ["Calibration", "SiteCalibration", "calibrate", "padding_mask", "stream"]
+__all__ = ["Calibration", "LineCollector", "SiteCalibration", "calibrate", "fit_lines", "line_collectors"]
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,57 @@ def _row(name: str, site: SiteCalibration) -> tuple[str, ...]:
 
 
 @dataclass
-class _Fitter:
-    """Moments of every gate, checked batch by batch."""
+class LineCollector:
+    """Moments of what one gate reads and of what its activation makes of it.
 
-    moments: dict[str, Moments] = field(default_factory=dict)
+    Attributes:
+        name: of the site.
+        gate: whose activation is watched.
+        moments: found so far.
+    """
 
-    def watch(self, name: str, gate: ChannelGate, x: Tensor, h: Tensor) -> None:
-        if name not in self.moments:
-            self.moments[name] = Moments(gate.channels, "cpu" if x.device.type == "mps" else x.device)
-        self.moments[name].update(x, h)
+    name: str
+    gate: ChannelGate
+    moments: Moments = field(init=False)
+    kind: str = field(default="line", init=False)
+    gradients: bool = field(default=False, init=False)
 
-    def check(self, index: int) -> None:
-        finite = {name: moments.finite.cpu() for name, moments in self.moments.items()}
-        bad = next((name for name, flag in finite.items() if not flag), None)
-        if bad is not None:
-            remedy = "Check this batch, and the weights before this site."
-            raise DataError(bad, f"found NaN or infinity at this activation in batch {index}", remedy)
+    def __post_init__(self) -> None:
+        device = self.gate.alpha.device
+        self.moments = Moments(self.gate.channels, "cpu" if device.type == "mps" else device)
+
+    @property
+    def memory(self) -> float:
+        """Bytes."""
+        return 56.0 * self.gate.channels
+
+    def attach(self, now: Moment) -> Iterator[Any]:
+        """Watch the activation."""
+
+        def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
+            self.moments.update(*_rows(inputs[0].detach(), h.detach(), self.gate.axis, now.mask(self.name)))
+
+        yield self.gate.activation.register_forward_hook(see)
+
+    def take(self, now: Moment) -> None:
+        """Nothing: rows are counted as they pass, before anything overwrites them."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return bool(self.moments.finite)
+
+    def merge(self, other: LineCollector) -> None:
+        """Take in what another one found on other batches."""
+        self.moments.merge(other.moments)
+
+    def state(self) -> dict[str, Any]:
+        """What was found."""
+        return self.moments.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        self.moments.restore(state)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> Calibration:
@@ -96,15 +130,30 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
         >>> model[1].slope.tolist(), found.sites["1"].residual.tolist()
         ([1.0, 0.0], [0.0, 0.0])
     """
-    fitter = _Fitter()
-    stream(model, batches, fitter.watch, after_batch=fitter.check, progress=progress)
-    sites = {}
-    for name, gate in gates(model).items():
-        moments = fitter.moments.get(name, Moments(gate.channels))
-        sites[name] = moments.fit(constant=gate.gated_unit)
-    for name, gate in gates(model).items():
-        if sites[name].count:
-            _set_line(gate, sites[name])
+    collectors = line_collectors(model)
+    run_passes(model, batches, collectors, memory=math.inf, label="calibrate", progress=progress)
+    return fit_lines(model, collectors)
+
+
+def line_collectors(model: nn.Module) -> list[LineCollector]:
+    """A collector for every gate.
+
+    Raises:
+        UsageError: the model has none.
+    """
+    named = gates(model)
+    if not named:
+        raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
+    return [LineCollector(name, gate) for name, gate in named.items()]
+
+
+def fit_lines(model: nn.Module, collectors: Iterable[LineCollector]) -> Calibration:
+    """Give every gate the line that its collector implies."""
+    named = gates(model)
+    sites = {c.name: c.moments.fit(constant=named[c.name].gated_unit) for c in collectors}
+    for name, site in sites.items():
+        if site.count:
+            _set_line(named[name], site)
     return Calibration(sites)
 
 
@@ -112,79 +161,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
 def _set_line(gate: ChannelGate, site: SiteCalibration) -> None:
     for buffer, fitted in ((gate.slope, site.slope), (gate.intercept, site.intercept)):
         buffer.copy_(torch.where(gate.linear, buffer, fitted.to(buffer)))
-
-
-def stream(
-    model: nn.Module,
-    batches: Iterable[Any],
-    watch: Callable[[str, ChannelGate, Tensor, Tensor], None],
-    *,
-    after_batch: Callable[[int], None] = lambda _: None,
-    progress: bool = True,
-) -> int:
-    """Run `model` over `batches` and show each gate's activation to `watch(name, gate, x, h)`, rows first.
-
-    x and h are (R, C): the channel axis last, all others made rows, padding left out. The model runs in eval
-    mode without gradients and is left in the mode it was in.
-
-    Returns:
-        The number of batches.
-
-    Raises:
-        UsageError: the model has no gates.
-        DataError: there are no batches, or a batch is of no known form, or does not go through the model.
-    """
-    named = gates(model)
-    if not named:
-        raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
-    device, handles = device_of(model), []
-    current: dict[str, Any] = {}
-
-    def hook(name: str, gate: ChannelGate) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-            watch(name, gate, *_rows(inputs[0], h, gate.axis, padding_mask(model, name, current)))
-
-        return see
-
-    count = 0
-    total = len(batches) if isinstance(batches, Sized) else None
-    try:
-        handles = [gate.activation.register_forward_hook(hook(name, gate)) for name, gate in named.items()]
-        with evaluating(model), progress_bar("calibrate", total, enabled=progress) as advance:
-            for raw in batches:
-                batch = read_batch(model, to_device(raw, device))
-                current.clear()
-                current.update(batch.kwargs)
-                _run(model, batch, count)
-                after_batch(count)
-                count += 1
-                advance("")
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not count:
-        raise DataError("batches", "found none", "Pass at least one batch (a generator is empty after its first use).")
-    return count
-
-
-def _run(model: nn.Module, batch: Batch, index: int) -> None:
-    try:
-        model(*batch.args, **batch.kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
-        found = f"batch {index} does not go through the model ({type(error).__name__}: {line})"
-        raise DataError("data", found, "Give it shapes and dtypes that the model's forward takes.") from error
-
-
-def padding_mask(model: nn.Module, name: str, kwargs: dict[str, Any]) -> Tensor | None:
-    """The padding mask that belongs to a site, if the batch has one."""
-    key = "attention_mask"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in name.split("."):
-        key = "decoder_attention_mask"  # the two sequences may be of the same length by chance
-    mask = kwargs.get(key)
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _rows(x: Tensor, h: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,10 +16,40 @@ When = Literal["cheaper", "always"]
 UNCHANGED = "unchanged"  # no channel is linear: the activation comes back as it was
 NARROWED = "narrowed"  # channels leave all maps of a chain through a depthwise one
 MASKED = "partial activation"  # linear channels stay where they are, behind an activation that leaves them out
-BORDERED = "bordered block"
-BLOCKS = ("block", BORDERED)  # one convolution for a chain of sites
-WHOLE = "whole module"  # one linear map for a module, and for the sites inside
-_KNOWN = (UNCHANGED, NARROWED, MASKED, *FORMS, *BLOCKS, WHOLE)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form that a family of replacements adds to those of collapsing.
+
+    Attributes:
+        name: as plans say it.
+        tell: what it does, in words, given K and the rank.
+        replaces: True if other modules take the place of the site's at once, so that no gate is left to collapse.
+    """
+
+    name: str
+    tell: Callable[[int, int], str]
+    replaces: bool = True
+
+
+_COLLAPSING = (UNCHANGED, NARROWED, MASKED, *FORMS)
+_ADDED: dict[str, Form] = {}
+
+
+def add_forms(*forms: Form) -> None:
+    """Make forms known to plans. Each family adds its own."""
+    _ADDED.update({form.name: form for form in forms})
+
+
+def added_form(name: str) -> Form | None:
+    """A form that a family has added; None for those of collapsing.
+
+    Example:
+        >>> added_form("merged") is None
+        True
+    """
+    return _ADDED.get(name)
 
 
 @dataclass(frozen=True)
@@ -28,7 +59,7 @@ class SitePlan:
     Attributes:
         site: its name.
         form: "vanished", "merged", "merged (input)", "factored", "narrowed", "partial activation" or "unchanged"; of
-            `compress` also "block", "bordered block" and "whole module".
+            `compress` also the forms of its families, such as "block" or "whole module".
         linear: the channels that are linear, by index.
         before, after: multiply-adds of its maps in one forward of the example inputs.
         reason: why its channels are not collapsed, if they are not.
@@ -114,8 +145,9 @@ def _site(data: dict[str, Any]) -> SitePlan:
 
 def _nonsense(site: SitePlan) -> str:
     """What is wrong with an entry that somebody may have edited; "" if nothing is."""
-    if site.form not in _KNOWN:
-        return f"found the form {site.form!r}; known are {', '.join(_KNOWN)}"
+    known = (*_COLLAPSING, *_ADDED)
+    if site.form not in known:
+        return f"found the form {site.form!r}; known are {', '.join(known)}"
     for name, value in (("rank", site.rank), ("channels", site.channels)):
         if type(value) is not int or value < 0:
             return f"found {name} {value!r}, which is no count"

@@ -12,7 +12,10 @@ from torch.nn import functional
 
 import linearize
 from linearize.compress import compress
-from linearize.families.blocks.block import blocks_of, observe_blocks, replace_block
+from linearize.families.blocks.apply import replace_block
+from linearize.families.blocks.collect import observe_blocks
+from linearize.families.blocks.find import blocks_of
+from linearize.families.blocks.fit import fit_block
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
 
@@ -76,7 +79,7 @@ def test_the_kernel_is_that_of_least_squares(data: list[Tensor], kernel: int, st
         x = stem(torch.cat(data))
     handle.remove()
     for size in block.kernels:
-        found = block.fit(size, ridge=1e-9)
+        found = fit_block(block, size, ridge=1e-9)
         patches = functional.unfold(x, size, padding=size // 2, stride=stride).transpose(1, 2).flatten(0, 1)
         target = seen[0].flatten(2).transpose(1, 2).flatten(0, 1)
         features = torch.cat((patches, torch.ones(len(patches), 1, dtype=torch.float64)), 1)
@@ -90,7 +93,7 @@ def test_a_replaced_block_is_one_layer_and_the_rest_stays(data: list[Tensor]) ->
     gated = linearize.convert(model, data[0])
     (block,) = blocks_of(gated, groups_of(gated))
     observe_blocks(gated, data, [block])
-    replace_block(gated, block, 3, block.fit(3))
+    replace_block(gated, block, 3, fit_block(block, 3))
     assert gates(gated) == {}
     inverted: Any = gated.get_submodule("1")
     assert type(inverted) is Inverted
@@ -111,8 +114,8 @@ def test_a_linear_block_is_replaced_at_no_loss(data: list[Tensor]) -> None:
     gated = linearize.convert(model, data[0])
     (block,) = blocks_of(gated, groups_of(gated))
     observe_blocks(gated, data, [block])
-    assert 1e-6 < block.fit(3, ridge=1e-9).loss < 1e-3  # at the border the padding differs
-    bordered = block.fit(3, ridge=1e-9, bordered=True)
+    assert 1e-6 < fit_block(block, 3, ridge=1e-9).loss < 1e-3  # at the border the padding differs
+    bordered = fit_block(block, 3, ridge=1e-9, bordered=True)
     assert bordered.loss < 1e-8
     before = model(data[0])
     replace_block(gated, block, 3, bordered)

@@ -18,6 +18,7 @@ import linearize
 from linearize.compress import compress
 from linearize.cost import Cost
 from linearize.errors import DataError, TrainingError, UsageError
+from linearize.families.family import Context
 from linearize.families.option import MEASURES, Group, Option, SiteChoice
 from linearize.plan import Plan
 from linearize.planning import settle as settling
@@ -317,7 +318,7 @@ def test_the_search_leaves_out_a_kind_of_options_whose_losses_are_wrong() -> Non
     gated = linearize.convert(model, images[0])
     found = survey(model, gated, images, images[0], measure="flops", progress=False)
     wrong = [
-        replace(g, options=tuple(replace(o, loss=1e-9) if o.choices[0].block else o for o in g.options))
+        replace(g, options=tuple(replace(o, loss=1e-9) if o.choices[0].replaces else o for o in g.options))
         for g in found.groups
     ]
     found = replace(found, groups=wrong)
@@ -326,7 +327,7 @@ def test_the_search_leaves_out_a_kind_of_options_whose_losses_are_wrong() -> Non
     for trials, blocks in ((0, True), (1, False)):
         around = searched(found, budget, images, trials=trials, say=lines.append)
         choice = unscaled(choose(around.groups, "flops", budget), found)
-        assert any(c.block for c in site_choices(choice).values()) is blocks
+        assert any(c.replaces for c in site_choices(choice).values()) is blocks
         assert choice.cost <= budget
     assert any("without blocks" in line for line in lines)
 
@@ -581,7 +582,7 @@ def test_a_latency_that_was_predicted_wrongly_is_neither_missed_nor_overdone(
     options = tuple(
         Option((), (1 - share) ** 2, share, 0, 0, latency=share) for share in torch.linspace(1, 0, 101).tolist()
     )
-    found = Survey(nn.Identity(), "latency", [Group(("a",), options)], 1.0, Cost(1, 1))
+    found = Survey(Context(nn.Identity(), None, [], "latency"), "latency", [Group(("a",), options)], 1.0, Cost(1, 1))
 
     def measured(_: Any, budget: Budget, choice: Choice, *__: Any) -> Settled:
         reached = bend(choice.cost)
@@ -602,7 +603,9 @@ def test_where_the_table_of_latencies_is_wrong_a_plan_by_flops_may_win(monkeypat
 
         return Group((name,), (option(10, 0.0), option(5, 1.0), option(0, 3.0)))
 
-    found = Survey(nn.Identity(), "latency", [group("a", 1.0), group("b", 0.0)], 1.0, Cost(1, 1))
+    found = Survey(
+        Context(nn.Identity(), None, [], "latency"), "latency", [group("a", 1.0), group("b", 0.0)], 1.0, Cost(1, 1)
+    )
 
     def measured(_: Any, budget: Budget, choice: Choice, *__: Any) -> Settled:
         reached = sum(option.flops for option in choice.options)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from linearize import recompute
 from linearize.errors import UsageError
+from linearize.gating import arithmetic
 from linearize.gating.gate import ChannelGate, gates
 from linearize.sites.site import Site
 
@@ -90,7 +90,7 @@ def test_linear_channels_differ_from_the_activation() -> None:
 def test_gradients_are_those_of_the_formula(
     activation: nn.Module, shape: tuple[int, ...], axis: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recompute, "_CPU_PIECE", piece)
+    monkeypatch.setattr(arithmetic, "_CPU_PIECE", piece)
     gate = random_gate(activation, 6, axis).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(shape, dtype=torch.float64)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,17 @@ from torch import Tensor, nn
 import linearize
 from linearize.compress import compress
 from linearize.errors import UsageError
+from linearize.families.modules.apply import replace_wholes
+from linearize.families.modules.collect import observe_wholes
 from linearize.families.modules.find import wholes_of
-from linearize.families.modules.options import with_module_latencies
-from linearize.families.modules.whole import observe_wholes, replace_wholes
-from linearize.families.option import WHOLE, Group, Option, SiteChoice
+from linearize.families.modules.fit import fit_whole
+from linearize.families.modules.options import WHOLE
+from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
 from linearize.planning.knapsack import choose
-from linearize.planning.survey import survey
+from linearize.planning.survey import layers_of, survey
+from linearize.planning.timing.enclosing import with_enclosing_latencies
 from linearize.planning.timing.in_place import shares_in_place
 from linearize.surgery.carriers import OnlyLinear
 from linearize.training.distance import losses_with
@@ -185,7 +190,7 @@ def test_an_input_by_keyword_and_none_for_what_is_not_asked(data: list[Tensor]) 
     assert (whole.keyword, whole.nones, whole.alone) == ("hidden", 1, False)
     observe_wholes(gated, several, [whole])
     assert whole.sensitivity is not None
-    fit = whole.fit()
+    fit = fit_whole(whole)
     assert fit is not None
     first, x = original[0], several[0]
     mixed = first.first(x)  # type: ignore[operator]
@@ -223,7 +228,7 @@ def test_attention_of_transformers_saved_and_loaded(kind: str, tmp_path: Path) -
     found = [w for w in wholes_of(gated, batch, groups_of(gated)) if w.path.endswith(("self_attn", "attention"))]
     assert [(w.nones, w.keyword) for w in found] == [(1, "hidden_states" if kind == "CLIPVision" else "")] * 2
     observe_wholes(gated, [batch], found)
-    replace_wholes(gated, [(whole, whole.fit()) for whole in found])  # type: ignore[misc]
+    replace_wholes(gated, [(whole, fit_whole(whole)) for whole in found])  # type: ignore[misc]
     small = linearize.collapse(gated)
     expected = small(**batch)[0]
     torch.testing.assert_close(gated(**batch)[0], expected, rtol=0, atol=1e-5)
@@ -264,7 +269,7 @@ def test_models_of_transformers(kind: str) -> None:
     assert all(len(whole.sites) == 1 and whole.inputs == 32 for whole in layers)
     observe_wholes(gated, [batch], found)
     assert [whole.rows and whole.rows.count for whole in layers] == [34 if kind == "ViT" else 21] * 2  # without padding
-    replace_wholes(gated, [(layers[1], layers[1].fit())])  # type: ignore[list-item]
+    replace_wholes(gated, [(layers[1], fit_whole(layers[1]))])  # type: ignore[list-item]
     assert gated(**batch)[0].isfinite().all()
     assert len(gates(gated)) == 2  # the first layer's, and the pooler's
 
@@ -371,8 +376,9 @@ def test_what_a_pass_found_comes_back_from_plain_values(data: list[Tensor]) -> N
     gated, wholes = observed(network(1.0), data)
     for whole in wholes_of(gated, data[0], groups_of(gated)):
         whole.restore(wholes[whole.path].state(), torch.device("cpu"))
-        fit, known = whole.fit(), wholes[whole.path].fit()
+        fit, known = fit_whole(whole), fit_whole(wholes[whole.path])
         assert fit is not None
+        assert known is not None
         assert torch.equal(fit.weight, known.weight)
         assert fit.loss == known.loss
 
@@ -403,7 +409,7 @@ def tree(seed: int) -> list[Group]:
     def group(name: str, inside: str, *pairs: tuple[float, float], module: bool = False) -> Group:
         choices = [SiteChoice(name, 0, i, WHOLE if module and i else "factored") for i in range(len(pairs))]
         options = tuple(Option((c,), v, p, p, p, p) for c, (v, p) in zip(choices, pairs, strict=True))
-        return Group((name,), options, inside=inside, module=module)
+        return Group((name,), options, inside=inside, gone_form=WHOLE, encloses=module)
 
     return [
         group("a", "m", (0.0, 60.0), *numbers(3)),
@@ -438,16 +444,16 @@ def test_costs_of_a_module_and_of_what_is_inside_add_up(data: list[Tensor]) -> N
     model = network(1.0, 0.1)
     gated = linearize.convert(model, data[0])
     found = survey(model, gated, data, data[0], measure="flops", progress=False)
-    modules = {group.sites[0]: group for group in found.groups if group.module}
+    modules = {group.sites[0]: group for group in found.groups if group.encloses}
     assert {"2", "2.mixer"} <= set(modules)
     inside = [group for group in found.groups if group.inside == "2"]
-    whole = next(w for p, w in found.wholes.items() if p == "2")
+    whole = next(w for p, w in found.places["modules"].items() if p == "2")
     assert modules["2"].stay.flops + sum(g.stay.flops for g in inside) == whole.flops
     assert modules["2"].stay.params + sum(g.stay.params for g in inside) == whole.params
     assert 0 <= found.fixed < found.total
-    timed = [Group(g.sites, tuple(Option(o.choices, o.loss, o.flops, o.params, 0.0, 0.01) for o in g.options),
-                   inside=g.inside, module=g.module) for g in found.groups]  # fmt: skip
-    timed = with_module_latencies(model, timed, found.wholes, {"2": {16: 0.5}}, batch=16, rounds=2)
+    timed = [replace(g, options=tuple(replace(o, latency=0.01) for o in g.options)) for g in found.groups]
+    layers = functools.partial(layers_of, found)
+    timed = with_enclosing_latencies(model, timed, layers, {"2": {16: 0.5}}, batch=16, rounds=2)
     assert all(option.cost("latency") >= 0 for group in timed for option in group.options)
 
 

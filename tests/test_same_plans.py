@@ -1,6 +1,6 @@
 """Plans of five models, kept as files: changing how the code is laid out must not change what it computes.
 
-`python -m tests.test_same_plans` writes them anew, for a change that is meant to change them, which the commit then says.
+`python -m tests.test_same_plans` writes them anew: for a change that is meant to change them.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def planned(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
     made = []
     for budget in budgets:
         around = searched(found, budget * found.total, subject.calibration, trials=_TRIALS, seed=subject.seed)
-        settled = settle(around, Budget("activations", budget), subject.example, time_ratio=lambda _: 1.0)
+        settled = settle(around, Budget("activations", budget), subject.example)
         told: Plain = {"choices": [str(choice) for choice in site_choices(settled.choice).values()]}
         made.append(Candidate(budget, freeze(settled.gated).eval(), settled.reached, settled.met, told=told))
     return made

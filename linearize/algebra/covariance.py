@@ -5,15 +5,14 @@ Shape letters: R rows, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Covariance", "in_passes"]
+__all__ = ["Covariance"]
 
-Thing = TypeVar("Thing")
 _CHUNK = 2**23  # elements turned to float64 at once
 
 
@@ -49,9 +48,9 @@ class Covariance:
         step = max(1, _CHUNK // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):
             some = None if weights is None else weights[start : start + step].to(self.mean)
-            self._merge(rows[start : start + step].to(self.mean), some)
+            self._update(rows[start : start + step].to(self.mean), some)
 
-    def _merge(self, rows: Tensor, weights: Tensor | None) -> None:
+    def _update(self, rows: Tensor, weights: Tensor | None) -> None:
         self.count += len(rows)
         total = float(len(rows) if weights is None else weights.sum())
         if not total:
@@ -64,6 +63,34 @@ class Covariance:
         self.scatter.addmm_(scaled.t(), centred)
         self.scatter.addr_(shift, shift, alpha=before * total / self.weight)
         self.mean += shift * (total / self.weight)
+
+    def merge(self, other: Covariance) -> None:
+        """Take in the rows that another one has seen; either may have seen none.
+
+        Example:
+            >>> rows = torch.randn(9, 2, dtype=torch.float64)
+            >>> first, second, whole = Covariance(2), Covariance(2), Covariance(2)
+            >>> first.update(rows[:4]), second.update(rows[4:]), whole.update(rows)
+            (None, None, None)
+            >>> first.merge(second)
+            >>> bool(torch.allclose(first.covariance, whole.covariance, rtol=1e-12))
+            True
+        """
+        self.count += other.count
+        if not other.weight:
+            return
+        shift, before = other.mean.to(self.mean) - self.mean, self.weight
+        self.weight = before + other.weight
+        self.scatter += other.scatter.to(self.scatter)
+        self.scatter.addr_(shift, shift, alpha=before * other.weight / self.weight)
+        self.mean += shift * (other.weight / self.weight)
+
+    def part(self, start: int) -> Covariance:
+        """The same of the features from `start` on."""
+        found = Covariance(0, self.mean.device)
+        found.count, found.weight = self.count, self.weight
+        found.mean, found.scatter = self.mean[start:].clone(), self.scatter[start:, start:].clone()
+        return found
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain values and tensors; `Covariance.of` makes the object again."""
@@ -87,22 +114,3 @@ class Covariance:
     def finite(self) -> bool:
         """Whether all sums are finite. On a GPU this waits for the device."""
         return bool(torch.isfinite(self.scatter.sum() + self.mean.sum()))
-
-
-def in_passes(things: Iterable[Thing], features: Callable[[Thing], list[int]], memory: float) -> Iterator[list[Thing]]:
-    """The things in groups whose covariances, of so many features each, fit into so many bytes; one thing at least.
-
-    Example:
-        >>> [len(group) for group in in_passes(range(5), lambda _: [10], memory=1700)]
-        [2, 2, 1]
-    """
-    group, used = list[Thing](), 0.0
-    for thing in things:
-        size = sum(8.0 * count**2 for count in features(thing))
-        if group and used + size > memory:
-            yield group
-            group, used = [], 0.0
-        group.append(thing)
-        used += size
-    if group:
-        yield group

@@ -5,6 +5,7 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 __all__ = ["Moments", "SiteCalibration"]
 
+_TENSORS = ("mean_x", "mean_h", "xx", "hh", "xh", "moved", "size")
 _CHUNK = 2**20  # elements turned to float64 at once
 
 
@@ -67,22 +69,46 @@ class Moments:
         rows = max(1, _CHUNK // max(1, x.shape[1]))
         for some_x, some_h in zip(x.split(rows), h.split(rows), strict=True):
             if len(some_x):
-                self._merge(some_x.to(self.xx), some_h.to(self.xx))
+                self._update(some_x.to(self.xx), some_h.to(self.xx))
 
-    def _merge(self, x: Tensor, h: Tensor) -> None:
+    def _update(self, x: Tensor, h: Tensor) -> None:
         count, old = len(x), self.count
         mean_x, mean_h = x.mean(0), h.mean(0)
         self.moved = torch.maximum(self.moved, (x - h).abs().amax(0))
         self.size = torch.maximum(self.size, h.abs().amax(0))
         x, h = x - mean_x, h - mean_h
         dx, dh = mean_x - self.mean_x, mean_h - self.mean_h
+        self._add(count, (x * x).sum(0), (h * h).sum(0), (x * h).sum(0), dx, dh, old)
+
+    def merge(self, other: Moments) -> None:
+        """Take in the rows that another one has seen; either may have seen none."""
+        if not other.count:
+            return
+        count, old = other.count, self.count
+        self.moved = torch.maximum(self.moved, other.moved.to(self.moved))
+        self.size = torch.maximum(self.size, other.size.to(self.size))
+        dx, dh = other.mean_x.to(self.xx) - self.mean_x, other.mean_h.to(self.xx) - self.mean_h
+        self._add(count, other.xx.to(self.xx), other.hh.to(self.xx), other.xh.to(self.xx), dx, dh, old)
+
+    def _add(self, count: int, xx: Tensor, hh: Tensor, xh: Tensor, dx: Tensor, dh: Tensor, old: int) -> None:
+        """Add central moments of `count` rows whose means are (dx, dh) away."""
         self.count = total = old + count
         weight = old * count / total
-        self.xx = self.xx + (x * x).sum(0) + weight * dx * dx
-        self.hh = self.hh + (h * h).sum(0) + weight * dh * dh
-        self.xh = self.xh + (x * h).sum(0) + weight * dx * dh
+        self.xx = self.xx + xx + weight * dx * dx
+        self.hh = self.hh + hh + weight * dh * dh
+        self.xh = self.xh + xh + weight * dx * dh
         self.mean_x = self.mean_x + dx * (count / total)
         self.mean_h = self.mean_h + dh * (count / total)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain values and tensors; `restore` takes it back."""
+        return {"count": self.count, **{name: getattr(self, name) for name in _TENSORS}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        self.count = state["count"]
+        for name in _TENSORS:
+            setattr(self, name, state[name].to(self.xx))
 
     @property
     def finite(self) -> Tensor:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from linearize.plan import BLOCKS, BORDERED, WHOLE
+from linearize.plan import UNCHANGED, added_form
 from linearize.text_table import render
 
-__all__ = ["BLOCKS", "BORDERED", "MEASURES", "WHOLE", "Group", "Measure", "Option", "SiteChoice", "frontier"]
+__all__ = ["MEASURES", "Group", "Measure", "Option", "SiteChoice", "frontier"]
 
 Measure = Literal["latency", "flops", "params", "activations"]
 MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations")
@@ -25,10 +25,7 @@ class SiteChoice:
         site: its name; the path of a module.
         keep: K.
         rank: r of the linear skip; 0 for none.
-        form: "unchanged", "factored", "merged", "vanished" or "narrowed"; "line" for channels that go to their own line
-            in place; "block" for one dense convolution in place of all sites of the group, with `rank` for its kernel;
-            "bordered block" for one whose bias is another near the border; "whole module" for a module (`site` is its
-            path) that one linear map stands for, and for the sites inside, which go with it.
+        form: "unchanged", one of collapsing ("factored", "merged", "vanished", "narrowed"), or one that a family adds.
     """
 
     site: str
@@ -37,19 +34,17 @@ class SiteChoice:
     form: str = "factored"
 
     @property
-    def block(self) -> bool:
+    def replaces(self) -> bool:
         """True if other modules take the place of the site's, at once."""
-        return self.form in (*BLOCKS, WHOLE)
+        form = added_form(self.form)
+        return form is not None and form.replaces
 
     def __str__(self) -> str:
-        if self.form == "unchanged" and not self.keep:
-            return "stay, what is inside apart"
-        if self.form in ("unchanged", "line"):
-            return f"keep {self.keep}" if self.form == "unchanged" else f"keep {self.keep}, lines"
-        if self.form == WHOLE:
-            return f"the whole of it one linear map of rank {self.rank}" if self.rank else "gone with its module"
-        if self.block:
-            return f"one {self.rank}x{self.rank} convolution{' and a border' if self.form == BORDERED else ''}"
+        form = added_form(self.form)
+        if form is not None:
+            return form.tell(self.keep, self.rank)
+        if self.form == UNCHANGED:
+            return f"keep {self.keep}" if self.keep else "stay, what is inside apart"
         skip = "" if not self.rank else f" + skip of rank {self.rank}"
         return f"keep {self.keep}{skip}" if self.keep else f"one linear map of rank {self.rank}"
 
@@ -92,16 +87,20 @@ class Group:
         sites: names, in order of execution.
         options: the possibilities.
         reason: why there is no other option than to stay, if there is none.
-        inside: path of the smallest module around them that has a group of its own; "" for none.
-        module: True for the group of a module: its only site is the path, its options are to stay, at the cost of what
-            is no other group's, and to become one linear map, whereupon all groups inside are gone.
+        inside: path of the smallest place around them that has a group of its own; "" for none.
+        gone_form: the form that they have when that place is replaced, and they with it.
+        encloses: True for the group of a place with others inside: its only site is the path; its options are to stay,
+            at the cost of what is no other group's, and those by which all groups inside are gone.
+        shape: of the group's input in the example batch; () if that is not known, and nothing can be timed.
     """
 
     sites: tuple[str, ...]
     options: tuple[Option, ...]
     reason: str | None = None
     inside: str = ""
-    module: bool = False
+    gone_form: str = ""
+    encloses: bool = False
+    shape: tuple[int, ...] = ()
 
     @property
     def stay(self) -> Option:
@@ -110,12 +109,12 @@ class Group:
 
     @property
     def gone(self) -> Option:
-        """What is left of it when the module around it becomes one linear map."""
-        return Option(tuple(SiteChoice(site, 0, form=WHOLE) for site in self.sites), 0.0, 0.0, 0.0, 0.0, 0.0)
+        """What is left of it when the place around it is replaced."""
+        return Option(tuple(SiteChoice(site, 0, form=self.gone_form) for site in self.sites), 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def pareto(self, measure: Measure) -> Group:
-        """Only the options that no other beats in both loss and cost; of a module all."""
-        if self.module:
+        """Only the options that no other beats in both loss and cost; of one that encloses others all."""
+        if self.encloses:
             return self
         return replace(self, options=(self.stay, *(o for o in frontier(self.options, measure) if o is not self.stay)))
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from linearize.bench import benchmark
 from linearize.errors import CollapseError, UsageError
-from linearize.families.option import BLOCKS, WHOLE, SiteChoice
+from linearize.families.option import SiteChoice
+from linearize.families.registry import family_of
 from linearize.gating.gate import gates
-from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
+from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.budget import Budget
-from linearize.planning.carry_out import collapsed, edited, planned, site_choices
+from linearize.planning.carry_out import collapsed, edited, planned, replaced, site_choices
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job, Made
 from linearize.planning.knapsack import choose, uniform
@@ -107,7 +108,7 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
     if noted is not None:
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.write_text(settled.plan.to_json() + "\n", encoding="utf-8")
-    if how.sequential and found.curves:
+    if how.sequential:
         with steps("refit"):
             choices = site_choices(settled.choice)
             goal = edited_in_order(
@@ -169,7 +170,7 @@ def _trained(
         return goal, small, []
     with job.steps("fine-tune"):
         way = int(job.options.get("gradual", 0) * total)
-        start = edited(found, {name: c for name, c in choices.items() if c.block})
+        start = edited(found, replaced(choices))
         model, path = path_to(start, goal, steps=way)
         history = job.train(model, path, job.options)
     with job.steps("collapse"):
@@ -183,32 +184,28 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     keep: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for site in plan.checked().sites:
-        if site.form == WHOLE and (site.site in named or site.site in found.wholes):
-            choices[site.site] = SiteChoice(site.site, 0, site.rank, WHOLE)
-            continue
-        _check_site(found, site)
-        if site.form in BLOCKS and found.blocks:
-            choices[site.site] = SiteChoice(site.site, 0, site.rank, site.form)
-        if site.form == UNCHANGED or not site.linear:
-            continue
-        mask = mask_of(site, named[site.site].channels)
-        if site.site in found.curves and (site.dropped or site.rank) and site.form != MASKED:
-            choices[site.site] = SiteChoice(site.site, int((~mask).sum()), site.rank, site.form)
-            keep[site.site] = (~mask).nonzero().flatten()
-        else:
-            masks[site.site] = mask
+        family = family_of(site.form)
+        again = family.replay(found.places[family.name], site, named.get(site.site))
+        if again is None or not again.choice.replaces:
+            _check_site(found, site)
+        if again is not None:
+            choices[site.site] = again.choice
+            if again.keep is not None:
+                keep[site.site] = again.keep
+        elif site.form != UNCHANGED and site.linear:
+            masks[site.site] = mask_of(site, named[site.site].channels)
     with job.steps("plan"):
         gated = edited(found, choices, keep)
         for name, mask in masks.items():
             gates(gated)[name].linearize_(mask)
-        again = planned(gated, choices)
+        told = planned(gated, choices)
         try:
-            small = collapsed(gated, again)
+            small = collapsed(gated, told)
         except CollapseError:  # channels were edited, and the forms do not go with them: let collapsing choose
-            again = planned(gated, {name: choice for name, choice in choices.items() if choice.block})
-            small = collapsed(gated, again)
-    gated, small, history = _trained(job, found, choices, gated, again, small)
-    return Made(gated, small, again, history, {"notes": tuple(found.notes)})
+            told = planned(gated, replaced(choices))
+            small = collapsed(gated, told)
+    gated, small, history = _trained(job, found, choices, gated, told, small)
+    return Made(gated, small, told, history, {"notes": tuple(found.notes)})
 
 
 def _check_site(found: Survey, site: SitePlan) -> None:
@@ -221,6 +218,3 @@ def _check_site(found: Survey, site: SitePlan) -> None:
         raise UsageError(site.site, f"has {site.channels} channels in the plan and {gate.channels} here", remedy)
     if site.linear and max(site.linear) >= gate.channels:
         raise UsageError(site.site, f"found channel {max(site.linear)} of {gate.channels} in the plan", remedy)
-    curve = found.curves.get(site.site)
-    if curve is not None and site.form not in BLOCKS and site.rank > max(1, curve.largest_rank):
-        raise UsageError(site.site, f"found rank {site.rank}, and the largest is {curve.largest_rank}", remedy)

@@ -5,50 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from linearize.collapse import collapse
 from linearize.errors import CollapseError
-from linearize.families.blocks.block import replace_block
-from linearize.families.channels.apply import carry_out
-from linearize.families.modules.whole import replace_wholes
-from linearize.families.option import BORDERED, WHOLE, SiteChoice
+from linearize.families.option import SiteChoice
+from linearize.families.registry import FAMILIES, family_of
 from linearize.gating.gate import gates
-from linearize.plan import Plan, SitePlan
+from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.knapsack import Choice
 from linearize.planning.survey import Survey
 from linearize.running.copies import duplicate
 from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.form_choice import make_plan
 
+__all__ = ["collapsed", "edited", "planned", "replaced", "site_choices"]
+
 
 def site_choices(choice: Choice) -> dict[str, SiteChoice]:
     """What happens to each site, by name, where anything does."""
     each = [c for option in choice.options for c in option.choices]
-    return {c.site: c for c in each if c.form != "unchanged"}
+    return {c.site: c for c in each if c.form != UNCHANGED}
+
+
+def replaced(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
+    """Those choices by which other modules take the place of a site's, so that no gate is left."""
+    return {name: choice for name, choice in choices.items() if choice.replaces}
 
 
 def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A copy of the gated model with the choices carried out; `keep` overrides which channels stay."""
     model = duplicate(found.gated, CollapseError)
-    named = gates(model)
-    for name, choice in choices.items():
-        if choice.form == "line":
-            order = found.unit_costs[name].argsort(stable=True)
-            mask = torch.zeros(named[name].channels, dtype=torch.bool)
-            mask[order[: named[name].channels - choice.keep]] = True
-            named[name].linearize_(mask)
-        elif choice.form == WHOLE:
-            continue
-        elif choice.block:
-            if name in found.blocks:
-                block = found.blocks[name]
-                replace_block(model, block, choice.rank, block.fit(choice.rank, bordered=choice.form == BORDERED))
-        elif choice.keep < named[name].channels and name in found.curves:
-            carry_out(model, found.curves[name].edit(found.gated, choice, None if keep is None else keep.get(name)))
-    wholes = [whole for path, whole in found.wholes.items() if path in choices and choices[path].rank]
-    replace_wholes(model, [(whole, fit) for whole in wholes if (fit := whole.fit()) is not None])
+    for family in FAMILIES:
+        own = {name: choice for name, choice in choices.items() if family_of(choice.form) is family}
+        if own:
+            family.apply(model, found.context, found.places[family.name], own, keep or {})
     return model
 
 
@@ -70,15 +61,13 @@ def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice 
         for c in option.choices:
             losses[c.site] = option.loss / len(option.choices)
     named = gates(gated)
-    blocks = (c for c in choices.values() if c.block)
-    sites = [SitePlan(c.site, c.form, (), rank=c.rank, loss=losses.get(c.site, 0.0)) for c in blocks]
+    sites = [
+        SitePlan(c.site, c.form, (), rank=c.rank, loss=losses.get(c.site, 0.0)) for c in replaced(choices).values()
+    ]
     for site in make_plan(gated).sites if named else ():
         chosen = choices.get(site.site)
-        if chosen is not None and chosen.form in ("factored", "merged", "vanished") and site.linear and not site.reason:
-            gate = named[site.site]
-            nothing = (gate.slope == 0) & ((gate.intercept == 0) if gate.gated_unit else True)
-            dropped = tuple(i for i in site.linear if bool(nothing[i]))
-            site = replace(site, form=chosen.form, dropped=dropped, rank=chosen.rank)  # noqa: PLW2901
+        if chosen is not None:
+            site = family_of(chosen.form).entry(site, chosen, named[site.site])  # noqa: PLW2901
         sites.append(replace(site, loss=losses.get(site.site, 0.0)))
     record = record_of(gated) or Record()
     order = {site.name: position for position, site in enumerate(record.sites)}

@@ -1,6 +1,6 @@
 """The best option of every group within a budget: a knapsack with one choice per group.
 
-Groups are merged one after the other, those inside a module first; of all partial choices only those survive that none
+Groups are merged one after the other, those inside another first; of all partial choices only those survive that none
 beats in both cost and loss. If these become more than `limit`, the best of each small interval of cost survives, so
 that what comes out never exceeds the budget, and misses the optimum by what `limit` intervals cannot tell apart.
 
@@ -73,7 +73,7 @@ class _Front:
 
 @dataclass(frozen=True)
 class _Tree:
-    """Groups, some of them modules with other groups inside, which are gone when the module becomes one linear map."""
+    """Groups, some of which enclose others, which are gone when the outer one is replaced."""
 
     groups: Sequence[Group]
     measure: Measure
@@ -97,7 +97,7 @@ class _Tree:
         return [index for index, group in enumerate(self.groups) if group.inside == path]
 
     def _below(self, index: int) -> list[int]:
-        if not self.groups[index].module:
+        if not self.groups[index].encloses:
             return []
         inner = self._inside(self.groups[index].sites[0])
         return [*inner, *(other for child in inner for other in self._below(child))]
@@ -108,29 +108,29 @@ class _Tree:
     def _cheapest(self, index: int) -> tuple[tuple[float, float], dict[int, Option]]:
         group = self.groups[index]
         ways = [{index: option} for option in group.options]
-        if group.module:
-            stay, linear = group.options
+        if group.encloses:
+            stay, *others = group.options
             inner = [self._cheapest(child)[1] for child in self._inside(group.sites[0])]
             ways = [{index: stay} | {k: v for some in inner for k, v in some.items()}]
-            ways.append({index: linear} | self._gone(index))
+            ways += [{index: option} | self._gone(index) for option in others]
         priced = [(sum(o.cost(self.measure) for o in way.values()), sum(o.loss for o in way.values())) for way in ways]
         least = min(range(len(ways)), key=priced.__getitem__)
         return priced[least], ways[least]
 
     def _front(self, index: int) -> _Front:
         group = self.groups[index]
-        if not group.module:
+        if not group.encloses:
             options = group.pareto(self.measure).options
             costs, losses = (np.array([get(o) for o in options]) for get in (self._cost, lambda o: o.loss))
             return _Front(costs, losses, lambda position: {index: options[position]})
-        stay, linear = group.options
+        stay, *others = group.options
         inner, gone = self._joined(self._inside(group.sites[0]), float("inf")), self._gone(index)
-        costs = np.append(inner.costs + self._cost(stay), self._cost(linear))
-        losses = np.append(inner.losses, linear.loss)
+        costs = np.append(inner.costs + self._cost(stay), [self._cost(option) for option in others])
+        losses = np.append(inner.losses, [option.loss for option in others])
 
         def pick(position: int) -> dict[int, Option]:
-            if position == len(inner.costs):
-                return {index: linear} | gone
+            if position >= len(inner.costs):
+                return {index: others[position - len(inner.costs)]} | gone
             return {index: stay} | inner.pick(position)
 
         return _Front(costs, losses, pick)
@@ -168,11 +168,11 @@ def uniform(groups: Sequence[Group], measure: Measure, budget: float) -> Choice 
 
     A kind is a share of channels that stay, with the same rank of the skip; groups without it stay as they are.
     """
-    kinds = dict.fromkeys(_kind(group, o) for group in groups if not group.module for o in group.options)
+    kinds = dict.fromkeys(_kind(group, o) for group in groups if not group.encloses for o in group.options)
     best: Choice | None = None
     for kind in kinds:
         same = [
-            group.stay if group.module else next((o for o in group.options if _kind(group, o) == kind), group.stay)
+            group.stay if group.encloses else next((o for o in group.options if _kind(group, o) == kind), group.stay)
             for group in groups
         ]
         found = _sum(same, measure, reachable=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from linearize.families.option import BLOCKS, WHOLE, Group, Option
+from linearize.families.option import Group, Option
+from linearize.families.registry import FAMILIES
 from linearize.planning.carry_out import edited, site_choices
 from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
@@ -25,8 +26,6 @@ __all__ = ["searched", "unscaled"]
 
 _SPREAD = 0.5  # of the logarithm of the factors
 _DEAR = 1e6
-# Kinds of options whose predicted losses may all be wrong together: each is left out once.
-_FAMILIES = {"blocks": BLOCKS, "whole modules": (WHOLE,), "blocks and whole modules": (*BLOCKS, WHOLE)}
 
 
 def searched(
@@ -45,7 +44,7 @@ def searched(
         found: the survey; its own choice is the one to start from.
         budget: cost that the groups may have in all.
         data: re-iterable batches; some spread over all of it are used.
-        trials: choices to try, besides those without some kind of options; 0 tries none of either.
+        trials: choices to try, besides those without the options of some families; 0 tries none of either.
         batches: number of batches to measure on.
         seed: of the factors.
         say: told what is going on.
@@ -64,7 +63,7 @@ def searched(
         return seen[choice.options]
 
     best, least = found.groups, tried(found.groups, "at the start")
-    for name, forms in _FAMILIES.items():
+    for name, forms in _kinds().items():
         without = _without(found.groups, forms)
         if trials and without != found.groups and (loss := tried(without, f"without {name}")) < least:
             best, least = without, loss
@@ -77,6 +76,14 @@ def searched(
         if loss < least:
             best, least, factors = scaled, loss, factors + step
     return replace(found, groups=best)
+
+
+def _kinds() -> dict[str, list[str]]:
+    """Kinds of options whose predicted losses may all be wrong together, by the names of their families."""
+    own = {family.name: [form.name for form in family.forms if form.replaces] for family in FAMILIES}
+    own = {name: forms for name, forms in own.items() if forms}
+    every = [form for forms in own.values() for form in forms]
+    return own | ({" and ".join(own): every} if len(own) > 1 else {})
 
 
 def _scaled(group: Group, scale: float) -> Group:

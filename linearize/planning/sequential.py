@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from linearize.families.channels.apply import carry_out
-from linearize.families.channels.collect import observe
-from linearize.families.channels.fit import curve_of
 from linearize.families.option import SiteChoice
+from linearize.families.registry import family_of
 from linearize.gating.gate import gates
 from linearize.planning.carry_out import edited
 from linearize.planning.resume import NOTHING, Notes, fingerprint
 from linearize.planning.survey import Survey
+from linearize.running.passes import Collector, run_passes
+from linearize.training.probes import projection
 
 __all__ = ["edited_in_order"]
 
@@ -34,21 +34,19 @@ def edited_in_order(
     Which channels stay is decided already; the weights are refitted on what reaches the site now. One pass over the
     data for each site.
     """
-    model = edited(found, {name: choice for name, choice in choices.items() if choice.block or choice.form == "line"})
+    model = edited(found, {name: choice for name, choice in choices.items() if not family_of(choice.form).in_order})
     for name in gates(model):
         choice = choices.get(name)
-        if choice is None or choice.form == "line" or name not in found.curves:
-            continue
-        if choice.keep >= found.curves[name].channels:
+        family = family_of(choice.form) if choice is not None else None
+        if choice is None or family is None or not family.in_order:
             continue
         say(f"  refit {name}")
         kind = f"refit {fingerprint(model)[:12]}"  # what reaches the site depends on all that was refitted before it
-        known = notes.some(kind, [name])
-        seen = observe(model, data, sites=[name], seed=seed, progress=progress, known=known)[name]
-        if not known:
-            notes.write(kind, {name: seen.state()})
-        carry_out(
-            model,
-            curve_of(model, seen, stock=found.curves[name].stock).edit(model, choice, found.curves[name].keep(choice)),
-        )
+
+        def see(collectors: Sequence[Collector], kind: str = kind) -> None:
+            for collector in collectors:
+                collector.kind = kind
+            run_passes(model, data, collectors, probe=projection, seed=seed, progress=progress, notes=notes)
+
+        family.refit(model, found.places[family.name], choice, see)
     return model

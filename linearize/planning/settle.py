@@ -17,7 +17,7 @@ from linearize.errors import CollapseError
 from linearize.gating.gate import gates
 from linearize.plan import Plan
 from linearize.planning.budget import Budget
-from linearize.planning.carry_out import collapsed, edited, planned, site_choices
+from linearize.planning.carry_out import collapsed, edited, planned, replaced, site_choices
 from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
 
@@ -59,7 +59,7 @@ def settle(
     budget: Budget,
     batch: Any,
     *,
-    time_ratio: Callable[[nn.Module], float],
+    time_ratio: Callable[[nn.Module], float] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Settled:
     """The model of least predicted loss within a budget, one-shot.
@@ -68,7 +68,7 @@ def settle(
         found: the survey.
         budget: what may remain.
         batch: for which costs are counted.
-        time_ratio: latency of a model over the original's, measured.
+        time_ratio: latency of a model over the original's, measured; None where the budget is none in latency.
         say: told what is going on.
     """
     best = _nearest(found, budget, batch, time_ratio, say)
@@ -81,7 +81,7 @@ def settle(
             best = replace(other, choice=replace(other.choice, cost=own), predicted=(found.fixed + own) / found.total)
     if not best.met and best.reached > 1:  # slower than the original, which then is the nearest
         stay = choose(found.groups, found.measure, float("inf"))
-        best = replace(_try(found, budget, stay, batch, lambda _: 1.0), reached=1.0, met=False)
+        best = replace(_try(found, replace(budget, measure="flops"), stay, batch, None), reached=1.0, met=False)
     return best
 
 
@@ -89,7 +89,7 @@ def _nearest(
     found: Survey,
     budget: Budget,
     batch: Any,
-    time_ratio: Callable[[nn.Module], float],
+    time_ratio: Callable[[nn.Module], float] | None,
     say: Callable[[str], None],
 ) -> Settled:
     """The best model within the budget among plans in the survey's measure, which may be another than the budget's."""
@@ -133,7 +133,7 @@ def _tightened(aim: float, budget: Budget, settled: Settled) -> float:
 
 
 def _try(
-    found: Survey, budget: Budget, choice: Choice, batch: Any, time_ratio: Callable[[nn.Module], float]
+    found: Survey, budget: Budget, choice: Choice, batch: Any, time_ratio: Callable[[nn.Module], float] | None
 ) -> Settled:
     choices = site_choices(choice)
     gated = edited(found, choices)
@@ -141,7 +141,7 @@ def _try(
     try:
         small = collapsed(gated, plan)
     except CollapseError:  # the forms chosen do not go together: let collapsing choose
-        plan = planned(gated, {name: c for name, c in choices.items() if c.block})
+        plan = planned(gated, replaced(choices))
         small = collapsed(gated, plan)
     predicted = (found.fixed + choice.cost) / found.total
     reached = fraction_of(found, budget, gated, small, batch, time_ratio)
@@ -155,10 +155,12 @@ def fraction_of(
     gated: nn.Module,
     small: nn.Module,
     batch: Any,
-    time_ratio: Callable[[nn.Module], float],
+    time_ratio: Callable[[nn.Module], float] | None,
 ) -> float:
     """What remains of the cost: counted, or measured for latency."""
     if budget.measure == "latency":
+        if time_ratio is None:
+            raise ValueError("a budget in latency needs a measurement")
         return time_ratio(small)
     if budget.measure == "activations":
         units = 0.0

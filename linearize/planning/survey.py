@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,34 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from linearize.calibrate import Calibration, calibrate
-from linearize.collapse import collapse
+from linearize.calibrate import fit_lines, line_collectors
 from linearize.cost import Cost, cost
 from linearize.errors import UsageError
-from linearize.families.blocks.block import Block, blocks_of, observe_blocks
-from linearize.families.channels.collect import observe
-from linearize.families.channels.fit import Curve, curve_of
-from linearize.families.channels.options import candidates
-from linearize.families.lines.options import sensitivities, unit_costs, unit_groups, with_lines
-from linearize.families.modules.find import wholes_of
-from linearize.families.modules.options import with_modules
-from linearize.families.modules.whole import Whole, observe_wholes
-from linearize.families.option import Group, Measure
+from linearize.families.family import Context, Layers
+from linearize.families.option import Group, Measure, Option
+from linearize.families.registry import FAMILIES, family_of
+from linearize.families.ties import tied
 from linearize.gating.gate import gates
-from linearize.gating.groups import groups_of
 from linearize.planning.knapsack import choose
 from linearize.planning.resume import NOTHING, Notes
 from linearize.planning.timing.all import timed
-from linearize.running.models import device_of
-from linearize.surgery.layers import MaskedActivation
+from linearize.running.passes import Collector, run_passes
 from linearize.training.distance import some_of
+from linearize.training.probes import projection
 
-__all__ = ["Survey", "survey"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["Survey", "describe", "survey"]
 
 
 @dataclass
@@ -45,28 +35,30 @@ class Survey:
     """What could be done to a model.
 
     Attributes:
-        gated: the converted model with its original weights and fitted lines.
+        context: the converted model with its original weights and fitted lines, and what options were asked for.
         measure: what the budget limits.
         groups: options with costs and losses.
         total: the whole original model's cost in that measure, for the example batch; 1 for latency.
         before: parameters and FLOPs of the original.
-        curves: by site name; empty for budgets in units.
-        blocks: by the name of their first site.
-        wholes: modules that could become one linear map, by path.
-        unit_costs: by site name, for budgets in units.
-        notes: what a reader should know, such as too little data.
+        places: by the name of a family, where it applies; only the family itself looks inside.
     """
 
-    gated: nn.Module
+    context: Context
     measure: Measure
     groups: list[Group]
     total: float
     before: Cost
-    curves: dict[str, Curve] = field(default_factory=dict)
-    blocks: dict[str, Block] = field(default_factory=dict)
-    wholes: dict[str, Whole] = field(default_factory=dict)
-    unit_costs: dict[str, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    places: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gated(self) -> nn.Module:
+        """The converted model."""
+        return self.context.gated
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know, such as too little data."""
+        return self.context.notes
 
     @property
     def fixed(self) -> float:
@@ -120,118 +112,62 @@ def survey(
         notes: of passes that an interrupted run has finished.
     """
     before = cost(original, batch)
-    say("calibrate")
-    calibration = calibrate(gated, data, progress=progress)
-    units = _units(gated, data, calibration, seed) if measure == "activations" else {}
-    barred = _uncollapsible(gated)
+    ties = _ties(gated, uniform or stock)
+    context = Context(
+        gated,
+        batch,
+        some_of(data, 4),
+        measure,
+        seed=seed,
+        round_to=round_to,
+        tied=frozenset(name for names in ties for name in names),
+        stock=stock,
+        modules=modules,
+        progress=progress,
+    )
+    places = {family.name: family.find(context) for family in FAMILIES}
     say("observe")
-    sites = [name for name in gates(gated) if name not in barred]
-    observations = observe(
-        gated, data, seed=seed, progress=progress, sites=sites, known=notes.some("site", sites),
-        finished=lambda found: notes.write("site", {name: seen.state() for name, seen in found.items()}),
-    )  # fmt: skip
-    observations = {name: found for name, found in observations.items() if found.rows.count}
-    few = [note for name, found in observations.items() if (note := _too_few(name, found.rows, found.seen))]
-    for note in few[:1]:
-        more = f" (and {len(few) - 1} more sites)" if len(few) > 1 else ""
-        warnings.warn(note + more, stacklevel=4)
-    curves = {name: curve_of(gated, found, stock=stock) for name, found in observations.items()}
+    lines = line_collectors(gated)
+    wanted: list[Collector] = [*lines]
+    for family in FAMILIES:
+        wanted += family.collectors(context, places[family.name])
+    run_passes(gated, data, wanted, probe=projection, seed=seed, progress=progress, notes=notes)
+    context.calibration = fit_lines(gated, lines).sites
     say("options")
-    blocks = {block.name: block for block in blocks_of(gated, groups_of(gated))}
-    if stock:
-        blocks, uniform = {}, uniform or True
-    held = notes.some("block", blocks)
-    for name, state in held.items():
-        blocks[name].restore(state, device_of(gated))
-    if blocks.keys() - held.keys():
-        new = [block for name, block in blocks.items() if name not in held]
-        observe_blocks(
-            gated, data, new, seed=seed,
-            finished=lambda some: notes.write("block", {block.name: block.state() for block in some}),
-        )  # fmt: skip
-    ties = _ties(gated, uniform)
-    groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, progress=progress)
-    if units and not stock:
-        groups = with_lines(groups, unit_groups(gated, units), barred={name for names in ties for name in names})
-    wholes: dict[str, Whole] = {}
-    if modules and not ties and measure != "activations":
-        say("modules")
-        wholes = _wholes(gated, data, batch, seed, notes)
-        groups = with_modules(groups, list(wholes.values()), gated, some_of(data, 4), progress=progress)
+    groups: list[Group] = []
+    for family in FAMILIES:
+        groups = family.options(context, places[family.name], groups)
+    for names in ties:
+        groups = tied(groups, set(names))
+    _warn(context.notes)
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "activations":
         total = sum(group.stay.activations for group in groups)
+    found = Survey(context, measure, groups, total, before, places)
     if measure == "latency":
         say("measure")
-        shapes = {name: found.shape for name, found in observations.items() if found.shape}
-        groups = timed(original, gated, groups, shapes, blocks, wholes, batch, batch_sizes, rounds=rounds, cache=cache)
-    return Survey(gated, measure, groups, total, before, curves, blocks, wholes, units, few)
-
-
-def _wholes(gated: nn.Module, data: Iterable[Any], batch: Any, seed: int, notes: Notes) -> dict[str, Whole]:
-    """The modules that could become one linear map, observed."""
-    found = {whole.path: whole for whole in wholes_of(gated, batch, groups_of(gated))}
-    held = notes.some("module", found)
-    for path, state in held.items():
-        found[path].restore(state, device_of(gated))
-    new = [whole for path, whole in found.items() if path not in held]
-    if new:
-        observe_wholes(
-            gated, data, new, seed=seed,
-            finished=lambda some: notes.write("module", {whole.path: whole.state() for whole in some}),
+        found.groups = timed(
+            original, gated, groups, lambda group, option: layers_of(found, group, option), batch, batch_sizes,
+            flops=float(before.flops), rounds=rounds, cache=cache,
         )  # fmt: skip
     return found
 
 
-def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, seed: int) -> dict[str, Tensor]:
-    """By site, what each channel costs the output if it goes to its line."""
-    found = sensitivities(gated, data, seed=seed)
-    return {name: unit_costs(gate, calibration.sites[name], found[name]) for name, gate in gates(gated).items()}
+def layers_of(found: Survey, group: Group, option: Option) -> Layers:
+    """What would stand in a place, to be timed."""
+    family = family_of(option.choices[0].form)
+    return family.layers(found.gated, found.places[family.name], group, option)
 
 
-def _uncollapsible(gated: nn.Module) -> set[str]:
-    """Sites whose width the code around them does not let change: found by trying, on a copy."""
-    from linearize.errors import CollapseError
-    from linearize.running.copies import duplicate
-
-    trial = duplicate(gated, CollapseError)
-    for gate in gates(trial).values():
-        if gate.site is not None and gate.site.reason is None:
-            gate.slope.zero_()
-            gate.intercept.zero_()
-            gate.linearize_(torch.arange(gate.channels) >= max(1, gate.channels // 2))
-    named = {
-        name: path for path, module in trial.named_modules() for name, gate in gates(trial).items() if gate is module
-    }
-    level = logging.getLogger("linearize.collapse").level
-    logging.getLogger("linearize.collapse").setLevel(logging.ERROR)
-    try:
-        small = collapse(trial)
-    except CollapseError as error:
-        _log.debug("no trial: %s", error)
-        return set()
-    finally:
-        logging.getLogger("linearize.collapse").setLevel(level)
-    modules = dict(small.named_modules())
-    return {name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)}
-
-
-def _too_few(name: str, rows: Any, samples: int) -> str | None:
-    """A covariance of F features needs more than F rows to have full rank."""
-    features = len(rows.mean)
-    if rows.count > features:
-        return None
-    needed = -(-(features + 1) * max(1, samples) // max(1, rows.count))
-    return (
-        f"{name}: found {rows.count} rows for {features} features: the covariance has no full rank and is regularised. "
-        f"Pass at least {needed} samples (there were {samples}), better ten times as many."
-    )
+def _warn(notes: Sequence[str]) -> None:
+    """The first note as a warning, in the name of the code that called `compress`."""
+    for note in notes[:1]:
+        more = f" (and {len(notes) - 1} more sites)" if len(notes) > 1 else ""
+        warnings.warn(note + more, stacklevel=5)
 
 
 def _ties(gated: nn.Module, uniform: bool | Sequence[str]) -> list[list[str]]:
     """Groups of site names that must keep equal widths."""
-    import fnmatch
-
     names = list(gates(gated))
     if uniform is True:
         shapes: dict[Any, list[str]] = {}

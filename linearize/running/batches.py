@@ -18,7 +18,7 @@ from torch import nn
 
 from linearize.errors import DataError
 
-__all__ = ["Batch", "read_batch", "to_device"]
+__all__ = ["Batch", "padding_mask", "read_batch", "to_device"]
 
 
 @dataclass
@@ -69,6 +69,15 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(to_device(entry, device) for entry in value)
     return value
+
+
+def padding_mask(model: nn.Module, name: str, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The padding mask that belongs to a site, if the batch has one."""
+    key = "attention_mask"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in name.split("."):
+        key = "decoder_attention_mask"  # the two sequences may be of the same length by chance
+    mask = kwargs.get(key)
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:

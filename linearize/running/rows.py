@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
+__all__ = ["Wanted", "gradient_rows", "patches_of", "row_weights", "rows_of"]
 
 _MANY, _FEW = 64, 8  # positions sampled per image where patches are read: neighbours tell the same
 _PER_FEATURE = 20  # rows that are enough, but for
@@ -54,18 +55,34 @@ def row_weights(gradient: Tensor | None) -> Tensor | None:
     return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
 
 
-def positions_for(rows: int, features: int) -> int:
-    """How many positions of an image to sample, given how many rows there are already.
+@dataclass(frozen=True)
+class Wanted:
+    """How many positions of an image to sample: fewer once there are rows enough for the features.
 
-    Example:
-        >>> positions_for(0, 2000), positions_for(40_000, 2000)
-        (64, 8)
+    It is told by the number of the batch, taking earlier ones to have been alike, and not by the rows that were really
+    seen: so parts of the data sample as the whole would.
+
+    Attributes:
+        index: of the batch.
+        features: F.
     """
-    return _FEW if rows >= max(_PER_FEATURE * features, _CHEAP) else _MANY
+
+    index: int
+    features: int
+
+    def of(self, images: int, positions: int) -> int:
+        """Positions of each image, given how many images a batch has, and how many positions an image has.
+
+        Example:
+            >>> Wanted(0, 2000).of(16, 196), Wanted(40, 2000).of(16, 196), Wanted(0, 2000).of(16, 9)
+            (64, 8, 9)
+        """
+        before = self.index * images * min(_MANY, positions)
+        return min(positions, _FEW if before >= max(_PER_FEATURE * self.features, _CHEAP) else _MANY)
 
 
-def patches_of(h: Tensor, conv: Any, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Some of the patches that a spatial consumer reads, (R, C * g), the same random `count` positions of every image.
+def patches_of(h: Tensor, conv: Any, wanted: Wanted, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    """Some of the patches that a spatial consumer reads, (R, C * g), the same random positions of every image.
 
     Returns:
         The patches, where they are, and how many positions there are.
@@ -75,6 +92,6 @@ def patches_of(h: Tensor, conv: Any, count: int, generator: torch.Generator) -> 
         patches = functional.unfold(some, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
         if not total:
             total = patches.shape[2]
-            where = torch.randperm(total, generator=generator)[:count].to(h.device)
+            where = torch.randperm(total, generator=generator)[: wanted.of(len(h), total)].to(h.device)
         found.append(patches[:, :, where].transpose(1, 2).flatten(0, 1))
     return torch.cat(found), where, total

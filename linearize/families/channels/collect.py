@@ -10,18 +10,15 @@ Shape letters: B samples, T positions, R rows, I inputs, C channels, g features 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.covariance import Covariance, in_passes
-from linearize.calibrate import padding_mask
-from linearize.errors import DataError
+from linearize.algebra.covariance import Covariance
 from linearize.families.channels.editable import (
     Consumer,
     bias_of,
@@ -31,14 +28,13 @@ from linearize.families.channels.editable import (
 )
 from linearize.families.channels.skip import Source, skip_source
 from linearize.gating.gate import gates
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, watching
-from linearize.running.progress import progress_bar
-from linearize.running.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
+from linearize.running.models import device_of
+from linearize.running.passes import Moment, Notebook, run_passes
+from linearize.running.rows import Wanted, gradient_rows, patches_of, row_weights, rows_of
 from linearize.sites.site import Site
 from linearize.training.probes import projection
 
-__all__ = ["Observation", "observe"]
+__all__ = ["Observation", "SiteCollector", "observe", "site_collectors"]
 
 
 @dataclass
@@ -87,6 +83,29 @@ class Observation:
         plain = {"inputs": self.inputs, "samples": self.samples, "seen": self.seen, "shape": tuple(self.shape)}
         return {**plain, "rows": self.rows.state(), "sensitivity": self.sensitivity}
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        self.rows = Covariance.of(state["rows"], self.rows.mean.device)
+        self.sensitivity = state["sensitivity"].to(self.sensitivity)
+        self.inputs, self.samples, self.seen = state["inputs"], state["samples"], state["seen"]
+        self.shape = state["shape"]
+
+    def merge(self, other: Observation) -> None:
+        """Take in what was found on other batches."""
+        if other.inputs != self.inputs:
+            self.without_skip()
+            other = replace(other)
+            other.without_skip()
+        self.rows.merge(other.rows)
+        self.sensitivity = self.sensitivity + other.sensitivity.to(self.sensitivity)
+        self.samples += other.samples
+        self.seen += other.seen
+        self.shape = self.shape or other.shape
+
+    def without_skip(self) -> None:
+        """Go on with the hidden channels alone."""
+        self.rows, self.inputs = self.rows.part(self.inputs), 0
+
     def weight(self, model: nn.Module) -> Tensor:
         """The consumers' weights under one another, (O, C * g), float64."""
         return torch.cat([matrix(model, consumer.port) for consumer in self.consumers])
@@ -97,51 +116,139 @@ class Observation:
 
 
 @dataclass
-class _Watch:
-    """What one site shows during one batch; its skip would start at `start`."""
+class SiteCollector:
+    """Watches one site; its skip would start at `start`.
+
+    Attributes:
+        found: the sums.
+        start: where a skip would begin; None where none is possible.
+        gradients: whether the sensitivity of the output is wanted.
+    """
 
     found: Observation
     start: Source | None
-    x: Tensor | None = None
-    h: Tensor | None = None
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    gradients: bool = True
+    kind: str = field(default="site", init=False)
+    _x: Tensor | None = field(default=None, init=False)
+    _h: Tensor | None = field(default=None, init=False)
+    _gradients: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def take(self, mask: Tensor | None, generator: torch.Generator) -> None:
+    @property
+    def name(self) -> str:
+        """Of the site."""
+        return self.found.site.name
+
+    @property
+    def memory(self) -> float:
+        """Bytes."""
+        return 8.0 * len(self.found.rows.mean) ** 2
+
+    def attach(self, now: Moment) -> Iterator[Any]:
+        """Watch the producer's input, and the consumers' inputs and outputs."""
+        for index, consumer in enumerate(self.found.consumers):
+            module = now.model.get_submodule(consumer.port.module)
+            yield module.register_forward_hook(self._see_output(index, now))
+        producer = self.found.site.producer
+        if producer is not None:
+            yield now.model.get_submodule(producer.module).register_forward_pre_hook(self._see_input)
+
+    def _see_input(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        start = self.start if self.found.inputs else None
+        self._x = None if start is None else start.at_outputs(inputs[0].detach())
+        self.found.shape = self.found.shape or tuple(inputs[0].shape)
+
+    def _see_output(self, index: int, now: Moment) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if index == 0:
+                self._h = inputs[0].detach()
+            if not self.gradients or not output.is_floating_point():
+                return None
+            output = output + now.source.to(output.dtype)
+            if not output.requires_grad:  # the model's own code switches gradients off
+                return None
+
+            def keep(gradient: Tensor) -> None:
+                self._gradients[index] = gradient.detach()
+
+            output.register_hook(keep)
+            return output
+
+        return see
+
+    @torch.no_grad()
+    def take(self, now: Moment) -> None:
         """Turn the batch into rows, and forget it."""
-        if self.h is None:
-            return
         found, consumer = self.found, self.found.consumers[0]
-        gradient = gradient_rows([c.port.dims for c in found.consumers], self.gradients, mask)
+        found.seen += now.batch.size
+        if self.gradients:
+            found.samples += now.positions
+        if self._h is None:
+            return
+        mask = now.mask(self.name)
+        gradient = gradient_rows([c.port.dims for c in found.consumers], self._gradients, mask)
         if consumer.spatial:
-            h, where, positions = patches_of(self.h, consumer.module, self._wanted, generator)
+            wanted = Wanted(now.index, len(found.rows.mean))
+            h, where, positions = patches_of(self._h, consumer.module, wanted, now.generator(self.name))
             weights = None
         else:
-            h, weights = rows_of(self.h, consumer.port.dims, mask), row_weights(gradient)
-        if found.inputs and self.x is not None:
-            x = self._at(where, positions) if consumer.spatial else rows_of(self.x, consumer.port.dims, mask)
-            x = x.to(h)
+            h, weights = rows_of(self._h, consumer.port.dims, mask), row_weights(gradient)
+        if found.inputs and self._x is not None:
+            x = self._at(where, positions) if consumer.spatial else rows_of(self._x, consumer.port.dims, mask)
             if len(x) != len(h):  # a pooling lies between: the consumer has rows of its own, and no skip is possible
-                found.inputs, found.rows = 0, Covariance(h.shape[1], found.rows.mean.device)
+                found.without_skip()
             else:
-                h = torch.cat((x, h), 1)
+                h = torch.cat((x.to(h), h), 1)
         if weights is not None and len(weights) != len(h):
             weights = None
         found.rows.update(h, weights)
         if gradient is not None:
             g = gradient.to(found.sensitivity)
             found.sensitivity.addmm_(g.t(), g)
-        self.x = self.h = None
-        self.gradients.clear()
-
-    @property
-    def _wanted(self) -> int:
-        return positions_for(self.found.rows.count, len(self.found.rows.mean))
+        self._x = self._h = None
+        self._gradients.clear()
 
     def _at(self, where: Tensor, positions: int) -> Tensor:
         """Rows of the site's input at some positions (R, I); none if it has another number of them."""
-        if self.x is None or math.prod(self.x.shape[2:]) != positions:
+        if self._x is None or math.prod(self._x.shape[2:]) != positions:
             return where.new_zeros(0, 1)
-        return self.x.flatten(2)[:, :, where].transpose(1, 2).flatten(0, 1)
+        return self._x.flatten(2)[:, :, where].transpose(1, 2).flatten(0, 1)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return self.found.rows.finite
+
+    def merge(self, other: SiteCollector) -> None:
+        """Take in what another one found on other batches."""
+        self.found.merge(other.found)
+
+    def state(self) -> dict[str, Any]:
+        """What was found."""
+        return self.found.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        self.found.restore(state)
+
+
+def site_collectors(
+    model: nn.Module, sites: Iterable[str] | None = None, *, sensitivity: bool = True
+) -> list[SiteCollector]:
+    """A collector for every site that can be refitted, in order of execution.
+
+    Args:
+        model: with gates.
+        sites: names of those to observe; None takes all that can be refitted.
+        sensitivity: also the sensitivity of the output, for which passes run backwards.
+    """
+    wanted = None if sites is None else set(sites)
+    found = []
+    for name, gate in gates(model).items():
+        if gate.site is None or (wanted is not None and name not in wanted):
+            continue
+        if obstacle_to_refit(model, gate.site) is None:
+            found.append(SiteCollector(_empty(model, gate.site), skip_source(model, gate.site), sensitivity))
+    return found
 
 
 def observe(
@@ -153,8 +260,7 @@ def observe(
     seed: int = 0,
     memory: float = 2e9,
     progress: bool = True,
-    known: Mapping[str, Any] | None = None,
-    finished: Callable[[dict[str, Observation]], None] = lambda _: None,
+    notes: Notebook | None = None,
 ) -> dict[str, Observation]:
     """Stream data through a gated model, and gather the statistics of every site that can be refitted.
 
@@ -166,8 +272,7 @@ def observe(
         seed: of random projections and of sampled positions.
         memory: bytes for covariances at a time; sites beyond that wait for another pass over the data.
         progress: show a bar on a terminal.
-        known: by site name, the `state` of observations that have been made already.
-        finished: is given what each pass found.
+        notes: of an interrupted run.
 
     Returns:
         By site name, in order of execution. A site that no batch reached has `rows.count` 0.
@@ -182,31 +287,12 @@ def observe(
         >>> found.rows.count, found.rows.covariance.shape
         (64, torch.Size([11, 11]))
     """
-    named = gates(model)
-    wanted = [name for name in named if (sites is None or name in set(sites))]
-    able = [name for name in wanted if obstacle_to_refit(model, named[name].site) is None]
-    known = known or {}
-    result = {name: _restored(model, named[name].site, known[name]) for name in able if name in known}
-    for some in _in_memory(model, [name for name in able if name not in known], memory):
-        found = {name: _empty(model, named[name].site) for name in some}
-        _pass(model, batches, found, sensitivity, seed, progress)
-        finished(found)
-        result.update(found)
-    return {name: result[name] for name in able}
+    collectors = site_collectors(model, sites, sensitivity=sensitivity)
+    run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress, notes=notes)
+    return {collector.name: collector.found for collector in collectors}
 
 
-def _restored(model: nn.Module, site: Site | None, state: Mapping[str, Any]) -> Observation:
-    """The observation whose state was kept."""
-    found = _empty(model, site)
-    rows = Covariance.of(state["rows"], found.rows.mean.device)
-    sensitivity = state["sensitivity"].to(found.sensitivity)
-    plain = {name: state[name] for name in ("inputs", "samples", "seen", "shape")}
-    return replace(found, rows=rows, sensitivity=sensitivity, **plain)
-
-
-def _empty(model: nn.Module, site: Site | None) -> Observation:
-    if site is None:
-        raise DataError("observe", "found a gate without a site", "Put gates in with linearize.convert.")
+def _empty(model: nn.Module, site: Site) -> Observation:
     consumers = consumers_of(model, site)
     source = skip_source(model, site)
     inputs = source.inputs if source is not None else 0
@@ -217,94 +303,3 @@ def _empty(model: nn.Module, site: Site | None) -> Observation:
     return Observation(
         site, inputs, consumers[0].group, consumers, rows, torch.zeros(outputs, outputs, dtype=torch.float64).to(place)
     )
-
-
-def _in_memory(model: nn.Module, names: list[str], memory: float) -> Iterator[list[str]]:
-    """Groups of sites whose covariances fit the memory together; one site at least."""
-    named = gates(model)
-
-    def features(name: str) -> list[int]:
-        site = named[name].site
-        if site is None:
-            return []
-        source = skip_source(model, site)
-        return [site.channels * consumers_of(model, site)[0].group + (source.inputs if source is not None else 0)]
-
-    return in_passes([name for name in names if named[name].site is not None], features, memory)
-
-
-def _pass(
-    model: nn.Module,
-    batches: Iterable[Any],
-    found: dict[str, Observation],
-    sensitivity: bool,
-    seed: int,
-    progress: bool,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
-    watches = {name: _Watch(seen, skip_source(model, seen.site)) for name, seen in found.items()}
-    total = len(batches) if isinstance(batches, Sized) else None
-    count = 0
-    hooks = functools.partial(_hooks, model, watches)
-    attach = hooks if sensitivity else lambda _: hooks(None)
-    bar = progress_bar("observe", total, enabled=progress)
-    with watching(model, attach, gradients=sensitivity) as handle, bar as advance:
-        for index, raw in enumerate(batches):
-            batch = read_batch(model, to_device(raw, device))
-            output = model(*batch.args, **batch.kwargs)
-            if sensitivity:
-                scalar, positions = projection(output, batch, generator)
-                if scalar.requires_grad:
-                    torch.autograd.grad(scalar, handle, allow_unused=True)
-                for observation in found.values():
-                    observation.samples += positions
-            for name, watch in watches.items():
-                watch.take(padding_mask(model, name, batch.kwargs), generator)
-                if not watch.found.rows.finite:
-                    remedy = "Check this batch, and the weights before this site."
-                    raise DataError(name, f"found NaN or infinity at this activation in batch {index}", remedy)
-                watch.found.seen += batch.size
-            count += 1
-            advance("")
-    if not count:
-        raise DataError("data", "found no batches", "Pass at least one (a generator is empty after its first use).")
-
-
-def _hooks(model: nn.Module, watches: dict[str, _Watch], source: Tensor | None) -> Iterator[Any]:
-    """Hooks on producers and consumers."""
-    for watch in watches.values():
-        for index, consumer in enumerate(watch.found.consumers):
-            module = model.get_submodule(consumer.port.module)
-            yield module.register_forward_hook(_see_output(watch, index, source))
-        producer = watch.found.site.producer
-        if producer is not None:
-            yield model.get_submodule(producer.module).register_forward_pre_hook(_see_input(watch))
-
-
-def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        start = watch.start if watch.found.inputs else None
-        watch.x = None if start is None else start.at_outputs(inputs[0].detach())
-        watch.found.shape = watch.found.shape or tuple(inputs[0].shape)
-
-    return see
-
-
-def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-    def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if index == 0:
-            watch.h = inputs[0].detach()
-        if source is None or not output.is_floating_point():
-            return None
-        output = output + source.to(output.dtype)
-        if not output.requires_grad:  # the model's own code switches gradients off
-            return None
-
-        def keep(gradient: Tensor) -> None:
-            watch.gradients[index] = gradient.detach()
-
-        output.register_hook(keep)
-        return output
-
-    return see

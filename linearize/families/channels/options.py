@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 
 from torch import nn
 
 from linearize.algebra.forms import Infeasible
-from linearize.families.blocks.block import Block
 from linearize.families.channels.editable import obstacle_to_refit
 from linearize.families.channels.fit import Curve, levels
-from linearize.families.option import BLOCKS, BORDERED, Group, Option, SiteChoice
+from linearize.families.option import Group, Option, SiteChoice
 from linearize.families.price import Pricer
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
@@ -32,9 +31,7 @@ def candidates(
     model: nn.Module,
     curves: Mapping[str, Curve],
     *,
-    blocks: Mapping[str, Block] | None = None,
     round_to: int | None = None,
-    uniform: Sequence[Sequence[str]] = (),
     progress: bool = False,
 ) -> list[Group]:
     """The options of every group of a gated model.
@@ -42,19 +39,15 @@ def candidates(
     Args:
         model: gated, with its original weights.
         curves: by site name; a site without one stays as it is.
-        blocks: by the name of their first site: chains for which one convolution could stand.
         round_to: numbers of channels that stay are multiples of this; None decides by site, see `levels`.
-        uniform: groups of site names that must keep equal numbers of channels.
         progress: show a bar: wide convolutions take seconds each.
     """
     found = []
     together = groups_of(model)
     with progress_bar("options", len(together), enabled=progress) as advance:
         for some in together:
-            found.append(_with_block(_group(model, some, curves, round_to), (blocks or {}).get(some[0])))
+            found.append(_group(model, some, curves, round_to))
             advance(some[-1])
-    for names in uniform:
-        found = _tied(found, set(names))
     return found
 
 
@@ -64,11 +57,12 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
     before = pricer.before()
     choices = tuple(SiteChoice(name, named[name].channels, form="unchanged") for name in names)
     stay = Option(choices, 0.0, before.flops, before.params, before.activations)
+    shape = curves[names[0]].observation.shape if names[0] in curves else ()
     slots = _slots(model, names)
     missing = next((slot[-1] for slot in slots if slot[-1] not in curves), None)
     if missing is not None:
         why = obstacle_to_refit(model, named[missing].site) or "no batch reached it"
-        return Group(tuple(names), (stay,), why)
+        return Group(tuple(names), (stay,), why, shape=shape)
     lists = [_slot_choices(slot, curves[slot[-1]], round_to, alone=len(slots) == 1) for slot in slots]
     options = [stay]
     for together in _joined(lists):
@@ -79,7 +73,8 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
             continue
         loss = sum(loss for _, loss in together)
         options.append(Option(some, loss, price.flops, price.params, price.activations))
-    return Group(tuple(names), tuple(options), None if len(options) > 1 else "no form can express any other option")
+    reason = None if len(options) > 1 else "no form can express any other option"
+    return Group(tuple(names), tuple(options), reason, shape=shape)
 
 
 def _slots(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
@@ -107,20 +102,6 @@ def _slot_choices(slot: tuple[str, ...], curve: Curve, round_to: int | None, *, 
     return [(tuple(replace(choice, site=name, form=NARROWED) for name in slot), loss) for choice, loss in plain]
 
 
-def _with_block(group: Group, block: Block | None) -> Group:
-    """The group with one convolution in the place of all of it, in each size of kernel that was observed."""
-    if block is None or not block.rows:
-        return group
-    more = []
-    for kernel, form in product(block.rows, BLOCKS):
-        bordered = form == BORDERED
-        choices = tuple(SiteChoice(name, 0, kernel, form) for name in group.sites)
-        weights = block.outputs * ((block.inputs + bordered) * kernel**2 + 1)
-        fit = block.fit(kernel, bordered=bordered)
-        more.append(Option(choices, fit.loss, block.flops(kernel, bordered=bordered), weights, 0.0))
-    return Group(group.sites, (*group.options, *more))
-
-
 def _joined(lists: list[list[Choices]]) -> list[tuple[Choices, ...]]:
     """The options of sites that are priced together.
 
@@ -138,28 +119,3 @@ def _joined(lists: list[list[Choices]]) -> list[tuple[Choices, ...]]:
             one = [option if i == index else other for i, other in enumerate(stay)]
             equal.append(tuple(o for o in one if o is not None))
     return equal
-
-
-def _tied(groups: list[Group], names: set[str]) -> list[Group]:
-    """Groups of which every option keeps equal numbers of channels, and has the same form, in all sites named."""
-    inside = [group for group in groups if names & set(group.sites)]
-    if len(inside) < 2:
-        return groups
-    kinds = [{_kind(option): option for option in group.options} for group in inside]
-    common = [kind for kind in kinds[0] if all(kind in other for other in kinds[1:])]
-    options = tuple(_merged([kind[key] for kind in kinds]) for key in common)
-    reason = next((group.reason for group in inside if group.reason), None)
-    tied = Group(tuple(name for group in inside for name in group.sites), options, reason)
-    place = groups.index(inside[0])
-    rest = [group for group in groups if group not in inside]
-    return [*rest[:place], tied, *rest[place:]]
-
-
-def _kind(option: Option) -> tuple[tuple[int, int, str], ...]:
-    return tuple((choice.keep, choice.rank, choice.form) for choice in option.choices)
-
-
-def _merged(options: list[Option]) -> Option:
-    choices = tuple(choice for option in options for choice in option.choices)
-    sums = {name: sum(getattr(o, name) for o in options) for name in ("loss", "flops", "params", "activations")}
-    return Option(choices, **sums)

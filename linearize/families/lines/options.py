@@ -11,62 +11,20 @@ Shape letters: C channels, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.algebra.moments import SiteCalibration
-from linearize.calibrate import padding_mask
 from linearize.families.option import Group, Option, SiteChoice, frontier
 from linearize.gating.gate import ChannelGate, gates
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, watching
-from linearize.running.rows import rows_of
-from linearize.training.probes import projection
 
-__all__ = ["sensitivities", "unit_costs", "unit_groups", "with_lines"]
+__all__ = ["LINE", "unit_costs", "unit_groups", "with_lines"]
 
+LINE = "line"
 _LEVELS = 64  # options of lines per group, at most
-
-
-def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Tensor]:
-    """For every gate, what an error in each channel costs, summed over rows, per sample: (C,) float64, on the CPU."""
-    named = gates(model)
-    sums = {name: torch.zeros(gate.channels, dtype=torch.float64) for name, gate in named.items()}
-    generator, samples, device = torch.Generator().manual_seed(seed), 0, device_of(model)
-    seen: dict[str, list[Tensor]] = {}
-    with watching(model, lambda source: _hooks(model, seen, source)) as source:
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device))
-            seen.clear()
-            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
-            if scalar.requires_grad:
-                torch.autograd.grad(scalar, source, allow_unused=True)
-            samples += positions
-            for name, gradients in seen.items():
-                mask = padding_mask(model, name, batch.kwargs)
-                for gradient in gradients:
-                    g = rows_of(gradient, -named[name].axis - 1, mask)
-                    sums[name] += g.float().square().sum(0).double().cpu()
-    if not any(bool((total > 0).any()) for total in sums.values()):  # no gradient came through: all count alike
-        return {name: torch.ones_like(total) for name, total in sums.items()}
-    return {name: total / max(1, samples) for name, total in sums.items()}
-
-
-def _hooks(model: nn.Module, seen: dict[str, list[Tensor]], source: Tensor) -> Iterator[Any]:
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            output = output + source.to(output.dtype)
-            if output.requires_grad:
-                output.register_hook(lambda gradient: seen.setdefault(name, []).append(gradient.detach()))
-            return output
-
-        return see
-
-    return (gate.register_forward_hook(hook(name)) for name, gate in gates(model).items())
 
 
 def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Tensor) -> Tensor:
@@ -89,7 +47,7 @@ def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
         steps = sorted({round(channels * i / _LEVELS) for i in range(_LEVELS + 1)}) if channels > _LEVELS else None
         options = [
             Option(
-                (SiteChoice(name, channels - gone, form="line" if gone else "unchanged"),),
+                (SiteChoice(name, channels - gone, form=LINE if gone else "unchanged"),),
                 float(loss[gone]),
                 0.0,
                 0.0,
@@ -135,4 +93,4 @@ def _joined(groups: Sequence[Group]) -> list[Option]:
         found = (
             [best[round(i * (len(best) - 1) / _LEVELS)] for i in range(_LEVELS + 1)] if len(best) > _LEVELS else best
         )
-    return [option for option in found if any(choice.form == "line" for choice in option.choices)]
+    return [option for option in found if any(choice.form == LINE for choice in option.choices)]

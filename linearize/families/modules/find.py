@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.convert import UNSELECTED
 from linearize.cost import flops_of_modules
-from linearize.families.modules.whole import Whole
+from linearize.families.modules.place import Whole
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
 from linearize.graph.capture import untouched

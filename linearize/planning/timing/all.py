@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from linearize.bench import benchmark
-from linearize.families.blocks.block import Block
-from linearize.families.modules.options import with_module_latencies
-from linearize.families.modules.whole import Whole
-from linearize.families.option import Group
+from linearize.families.family import Layers
+from linearize.families.option import Group, Option
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
+from linearize.planning.timing.enclosing import with_enclosing_latencies
 from linearize.planning.timing.in_place import shares_in_place
 from linearize.planning.timing.layers import with_latencies
 from linearize.planning.timing.table import LatencyTable
@@ -25,13 +24,12 @@ __all__ = ["timed"]
 def timed(
     original: nn.Module,
     gated: nn.Module,
-    groups: list[Group],
-    shapes: dict[str, tuple[int, ...]],
-    blocks: dict[str, Block],
-    wholes: dict[str, Whole],
+    groups: Sequence[Group],
+    layers: Callable[[Group, Option], Layers],
     batch: Any,
     batch_sizes: Sequence[int] | None,
     *,
+    flops: float,
     rounds: int,
     cache: Path | None,
 ) -> list[Group]:
@@ -40,33 +38,31 @@ def timed(
     Args:
         original: the model as it came.
         gated: the same, converted.
-        groups: of sites and modules.
-        shapes: of sites' inputs in the batch.
-        blocks: by the name of their first site.
-        wholes: by path.
+        groups: of sites, and of places that enclose them.
+        layers: what would stand for an option of a group.
         batch: one.
         batch_sizes: None takes that of the batch.
+        flops: of the original, for the batch.
         rounds: measurements of each.
         cache: file of ratios; None remembers none.
     """
-    shapes = {name: block.shape for name, block in blocks.items() if block.shape} | shapes
     size = _batch_size(batch)
     sizes = batch_sizes or [size]
     parts = {group.sites[0]: _modules_of(gated, group) for group in groups}
     shares = shares_in_place(original, batch, sizes, parts, rounds=rounds)
     whole = _whole(original, batch, sizes, rounds)
-    own = [group for group in groups if not group.module]
+    inner = [group for group in groups if not group.encloses]
     table = LatencyTable.open(cache)
-    own = with_latencies(
-        gated, own, shapes, whole, batch=size, table=table, shares=shares, blocks=blocks, rounds=rounds
+    inner = with_latencies(
+        gated, inner, layers, whole, batch=size, flops=flops, table=table, shares=shares, rounds=rounds
     )
-    modules = [group for group in groups if group.module]
-    return with_module_latencies(original, [*own, *modules], wholes, shares, batch=size, rounds=rounds)
+    outer = [group for group in groups if group.encloses]
+    return with_enclosing_latencies(original, [*inner, *outer], layers, shares, batch=size, rounds=rounds)
 
 
 def _modules_of(gated: nn.Module, group: Group) -> list[str]:
     """The modules of a group: its maps, and the norms between them; or the module that it is."""
-    if group.module:
+    if group.encloses:
         return list(group.sites)
     sites = [site for name in group.sites if (site := gates(gated)[name].site) is not None]
     ports = [port.module for site in sites for port in ports_of(site)]

@@ -7,9 +7,9 @@ layers take is measured anew each time, inside the model (`in_place`), so that a
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linearize.algebra.forms import Piece
 from linearize.bench import interleaved
-from linearize.families.blocks.block import Block
 from linearize.families.channels.editable import fold_of
-from linearize.families.option import BORDERED, Group, Option, SiteChoice
-from linearize.families.price import Pricer
+from linearize.families.channels.layers import released
+from linearize.families.family import Layers
+from linearize.families.option import Group, Option
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
 from linearize.planning.timing.in_place import Shares
@@ -31,12 +30,10 @@ from linearize.planning.timing.table import LatencyTable
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
 from linearize.sites.site import Port, Site
-from linearize.surgery.layers import PartialActivation
-from linearize.surgery.make import layer_spec
-from linearize.surgery.specs import build
 
 __all__ = ["with_latencies"]
 
+_log = logging.getLogger(__name__)
 Run = Callable[[], Any]
 
 _LARGEST_PART = 0.95  # of the whole model's time that the layers around activations can take
@@ -47,11 +44,11 @@ class _Bench:
     """Where and how latencies are measured."""
 
     model: nn.Module
-    shapes: dict[str, tuple[int, ...]]
+    layers: Callable[[Group, Option], Layers]
     batch: int
     sizes: Sequence[int]
     rounds: int
-    blocks: Mapping[str, Block]
+    flops: float
 
     @property
     def like(self) -> Tensor:
@@ -61,13 +58,13 @@ class _Bench:
 def with_latencies(
     model: nn.Module,
     groups: Sequence[Group],
-    shapes: dict[str, tuple[int, ...]],
+    layers: Callable[[Group, Option], Layers],
     whole: dict[int, float],
     *,
     batch: int,
+    flops: float,
     table: LatencyTable,
     shares: Shares | None = None,
-    blocks: Mapping[str, Block] | None = None,
     rounds: int = 7,
 ) -> list[Group]:
     """The groups with measured latencies, as shares of the whole model's.
@@ -75,17 +72,17 @@ def with_latencies(
     Args:
         model: gated.
         groups: with options from `candidates`.
-        shapes: of each site's input in a batch of size `batch`; a site without one is not measured.
+        layers: what would stand for an option of a group.
         whole: seconds of the whole original model, by batch size.
         batch: size of the batch in which the shapes were seen.
+        flops: of the whole original model, for that batch.
         table: where ratios are looked up and noted.
         shares: of the model's time, by the name of a group's first site; one that is not known is measured by itself.
-        blocks: by the name of their first site.
         rounds: measurements of each.
 
     Options whose layers cannot be run by themselves are given the share of time that their FLOPs would take.
     """
-    bench = _Bench(model, shapes, batch, list(whole), rounds, blocks or {})
+    bench = _Bench(model, layers, batch, list(whole), rounds, flops)
     with evaluating(model):
         measured = [_measured(bench, group, whole, table, shares or {}) for group in groups]
     table.save()
@@ -98,43 +95,46 @@ def with_latencies(
 
 
 def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: LatencyTable, shares: Shares) -> Group:
+    if len(group.options) == 1:  # its time is part of what no option changes
+        return replace(group, options=(replace(group.stay, latency=0.0),))
     found = [0.0] * len(group.options)
     for size, seconds in whole.items():
-        ratios, own = _ratios(bench, group, size, table) if len(group.options) > 1 else ([1.0], 0.0)
-        stay = shares.get(group.sites[0], {}).get(size, own / seconds) if own else 0.0
+        ratios, own = _ratios(bench, group, size, table)
+        by_flops = group.stay.flops / max(bench.flops, 1.0)
+        stay = shares.get(group.sites[0], {}).get(size, by_flops if own is None else own / seconds)
         for index, ratio in enumerate(ratios):
             found[index] += ratio * stay / len(whole)
     options = tuple(replace(o, latency=share) for o, share in zip(group.options, found, strict=True))
     return replace(group, options=options)
 
 
-def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tuple[list[float], float]:
-    """Time of every option relative to the first, and the seconds of the first."""
+def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tuple[list[float], float | None]:
+    """Time of every option relative to the first, and the seconds of the first; by FLOPs and None if it cannot run."""
     named = gates(bench.model)
     chain = [named[name] for name in group.sites]
-    shape = bench.shapes.get(group.sites[0])
+    shape = group.shape
     by_flops = [option.flops / max(group.stay.flops, 1.0) for option in group.options]
-    if shape is None or shape[0] % bench.batch:
-        return by_flops, 0.0
+    if not shape or shape[0] % bench.batch:
+        return by_flops, None
     like = bench.like
     shape = (shape[0] // bench.batch * size, *shape[1:])
     x = torch.randn(shape, dtype=like.dtype, device=like.device)
-    pricer = Pricer(bench.model, chain)
     try:
         present = _present(bench.model, chain)
         present(x)
         runs: dict[str, Run] = {"stay": lambda: present(x)}
         keys = ["stay"]
         for option in group.options[1:]:
-            layers, text = _option(bench.model, chain, pricer, option, bench.blocks)
-            key = _key(bench, chain, shape, text)
+            layers = bench.layers(group, option)
+            key = _key(bench, chain, shape, layers.key)
             keys.append(key)
             if key not in table.entries and key not in runs:
-                call = _Chain(chain, layers, {})
+                call = _Chain(chain, layers.modules, {})
                 call(x)
                 runs[key] = _bound(call, x)
-    except Exception:  # whatever stands between the maps may need the shapes that it knows
-        return by_flops, 0.0
+    except Exception as error:  # whatever stands between the maps may need the shapes that it knows
+        _log.debug("%s: cannot be run by itself (%s); FLOPs tell what it takes", group.sites[0], error)
+        return by_flops, None
     samples = interleaved(runs, like.device, bench.rounds, 2)
     for key, values in samples.items():
         if key != "stay":
@@ -152,15 +152,10 @@ def _key(bench: _Bench, chain: Sequence[ChannelGate], shape: tuple[int, ...], te
     like = bench.like
     facts = environment(like.device, like.dtype)
     where = {name: facts[name] for name in ("device", "threads", "dtype", "torch")}
-    sites = [(repr(_released(gate)), gate.axis, gate.channels, len(_folds(gate.site))) for gate in chain]
+    sites = [(repr(released(gate)), gate.axis, gate.channels, len(_folds(gate.site))) for gate in chain]
     before = [(p.kind, p.total) for gate in chain if gate.site is not None for p in ports_of(gate.site)]
     told = json.dumps([where, shape, sites, before, text], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:24]
-
-
-def _released(gate: ChannelGate) -> nn.Module:
-    """The activation as it will stand in the collapsed model; the gate is left as it is."""
-    return copy.deepcopy(gate).released()
 
 
 def _folds(site: Site | None) -> tuple[Any, ...]:
@@ -171,7 +166,7 @@ def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> Callable[[Tensor
     """The layers of a group as they stand in the model, norms included, gates not."""
     ports = {port.module for gate in chain if gate.site is not None for port in ports_of(gate.site)}
     layers = {path: model.get_submodule(path) for path in ports}
-    layers |= {f"{gate.site.name} activation": _released(gate) for gate in chain if gate.site is not None}
+    layers |= {f"{gate.site.name} activation": released(gate) for gate in chain if gate.site is not None}
     folds = {}
     for gate in chain:
         if gate.site is not None and gate.site.folds:
@@ -181,55 +176,11 @@ def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> Callable[[Tensor
     return _Chain(chain, layers, folds)
 
 
-def _option(
-    model: nn.Module, chain: Sequence[ChannelGate], pricer: Pricer, option: Option, blocks: Mapping[str, Block]
-) -> tuple[dict[str, nn.Module], str]:
-    """Layers of an option with random weights, and a text that tells their shapes."""
-    block = blocks.get(option.choices[0].site)
-    if block is not None and option.choices[0].block:
-        return _block_layers(model, block, option.choices[0])
-    price = pricer.after(option.choices)
-    dims = {port.module: port.dims for gate in chain if gate.site is not None for port in ports_of(gate.site)}
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    layers: dict[str, nn.Module] = {}
-    texts = []
-    for path, piece in price.pieces.items():
-        spec = _spec(piece, dims[path], model.get_submodule(path))
-        layers[path] = build(spec, model.get_submodule(path)).to(like.device, like.dtype).eval()
-        texts.append(json.dumps(spec, sort_keys=True))
-    for gate, choice in zip(chain, option.choices, strict=True):
-        if gate.site is not None:
-            inner: nn.Module = nn.Identity()
-            if choice.keep:
-                inner = _released(gate)
-                if choice.rank:
-                    inner = PartialActivation(gate.activation, choice.keep, gate.axis, inplace=gate.site.direct)
-            layers[f"{gate.site.name} activation"] = inner
-            texts.append(f"{choice.keep} {choice.rank} {choice.form}")
-    return layers, "; ".join(texts)
-
-
-def _block_layers(model: nn.Module, block: Block, choice: SiteChoice) -> tuple[dict[str, nn.Module], str]:
-    """One convolution, and nothing after it."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    spec = block.spec(choice.rank, bordered=choice.form == BORDERED)
-    layers: dict[str, nn.Module] = {path: nn.Identity() for path in block.maps}
-    layers[block.first.module] = build(spec, nn.Identity()).to(like.device, like.dtype).eval()
-    layers |= {f"{site.name} activation": nn.Identity() for site in block.sites}
-    return layers, json.dumps(spec, sort_keys=True)
-
-
-def _spec(piece: Piece, dims: int, old: nn.Module) -> dict[str, Any]:
-    if piece.layer == "identity" or piece.affine is None:
-        return {"type": "Ones", "width": piece.number} if piece.layer == "all_ones" else {"type": "Identity"}
-    return layer_spec(piece, piece.affine, dims, bias=getattr(old, "bias", None) is not None)
-
-
 class _Chain:
     """Runs the layers of a group one after the other, as the model would."""
 
     def __init__(
-        self, chain: Sequence[ChannelGate], layers: dict[str, nn.Module], folds: dict[str, tuple[Tensor, Tensor]]
+        self, chain: Sequence[ChannelGate], layers: Mapping[str, nn.Module], folds: dict[str, tuple[Tensor, Tensor]]
     ) -> None:
         self.gates, self.layers, self.folds = chain, layers, folds
 

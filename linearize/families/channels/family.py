@@ -1,0 +1,158 @@
+"""Channels go: dropped and made up for by a refit of what reads the others, beside a linear skip or without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.collapse import collapse
+from linearize.errors import CollapseError, UsageError
+from linearize.families.channels.apply import carry_out
+from linearize.families.channels.collect import Observation, SiteCollector, site_collectors
+from linearize.families.channels.fit import Curve, curve_of
+from linearize.families.channels.layers import layers_of
+from linearize.families.channels.options import candidates
+from linearize.families.family import Context, Family, Layers, Replayed
+from linearize.families.option import Group, Option, SiteChoice
+from linearize.gating.gate import ChannelGate, gates
+from linearize.plan import MASKED, Form, SitePlan
+from linearize.running.copies import duplicate
+from linearize.running.passes import Collector
+from linearize.surgery.form_choice import mask_of
+from linearize.surgery.layers import MaskedActivation
+
+__all__ = ["ChannelPlaces", "Channels"]
+
+_log = logging.getLogger(__name__)
+_FITTED = ("factored", "merged", "vanished")  # forms whose dropped channels and ranks a plan tells
+
+
+@dataclass
+class ChannelPlaces:
+    """Sites whose consumers can be refitted.
+
+    Attributes:
+        collectors: one for each.
+        curves: by site name, once the data has been seen.
+    """
+
+    collectors: list[SiteCollector]
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+
+class Channels(Family):
+    """The first family: its groups hold the sites that all others build upon."""
+
+    name = "channels"
+    forms: tuple[Form, ...] = ()
+    in_order = True
+
+    def find(self, context: Context) -> ChannelPlaces:
+        """All sites that can be refitted, and whose width the code around them lets change."""
+        barred = _uncollapsible(context.gated)
+        names = [name for name in gates(context.gated) if name not in barred]
+        return ChannelPlaces(site_collectors(context.gated, names))
+
+    def collectors(self, context: Context, places: ChannelPlaces) -> Sequence[Collector]:
+        """Covariances and sensitivities of the sites."""
+        return places.collectors
+
+    def options(self, context: Context, places: ChannelPlaces, groups: Sequence[Group]) -> list[Group]:
+        """The groups of all sites."""
+        seen = [collector.found for collector in places.collectors if collector.found.rows.count]
+        context.notes += [note for found in seen if (note := _too_few(found))]
+        places.curves = {found.site.name: curve_of(context.gated, found, stock=context.stock) for found in seen}
+        made = candidates(context.gated, places.curves, round_to=context.round_to, progress=context.progress)
+        return [*groups, *made]
+
+    def layers(self, model: nn.Module, places: ChannelPlaces, group: Group, option: Option) -> Layers:
+        """The maps and activations that would be left."""
+        return layers_of(model, group, option)
+
+    def apply(
+        self,
+        model: nn.Module,
+        context: Context,
+        places: ChannelPlaces,
+        choices: Mapping[str, SiteChoice],
+        keep: Mapping[str, Tensor],
+    ) -> None:
+        """Write the refitted weights, and make linear what goes."""
+        named = gates(model)
+        for name, choice in choices.items():
+            if name in places.curves and choice.keep < named[name].channels:
+                carry_out(model, places.curves[name].edit(context.gated, choice, keep.get(name)))
+
+    def refit(
+        self, model: nn.Module, places: ChannelPlaces, choice: SiteChoice, see: Callable[[Sequence[Collector]], None]
+    ) -> None:
+        """Refit one site on what reaches it now; which channels stay is decided already."""
+        curve = places.curves.get(choice.site)
+        if curve is None or choice.keep >= curve.channels:
+            return
+        collectors = site_collectors(model, [choice.site])
+        see(collectors)
+        again = curve_of(model, collectors[0].found, stock=curve.stock)
+        carry_out(model, again.edit(model, choice, curve.keep(choice)))
+
+    def entry(self, site: SitePlan, choice: SiteChoice, gate: ChannelGate) -> SitePlan:
+        """The form chosen, what is dropped, and the rank of the skip."""
+        if choice.form not in _FITTED or not site.linear or site.reason:
+            return site
+        nothing = (gate.slope == 0) & ((gate.intercept == 0) if gate.gated_unit else True)
+        dropped = tuple(i for i in site.linear if bool(nothing[i]))
+        return replace(site, form=choice.form, dropped=dropped, rank=choice.rank)
+
+    def replay(self, places: ChannelPlaces, site: SitePlan, gate: ChannelGate | None) -> Replayed | None:
+        """The channels that the plan keeps, refitted on the data at hand."""
+        curve = places.curves.get(site.site)
+        if curve is not None and site.rank > max(1, curve.largest_rank):
+            found = f"found rank {site.rank}, and the largest is {curve.largest_rank}"
+            raise UsageError(site.site, found, "Make the plan from this model.")
+        if gate is None or curve is None or not site.linear or site.form == MASKED or not (site.dropped or site.rank):
+            return None
+        mask = mask_of(site, gate.channels)
+        choice = SiteChoice(site.site, int((~mask).sum()), site.rank, site.form)
+        return Replayed(choice, (~mask).nonzero().flatten())
+
+
+def _uncollapsible(gated: nn.Module) -> set[str]:
+    """Sites whose width the code around them does not let change: found by trying, on a copy."""
+    trial = duplicate(gated, CollapseError)
+    for gate in gates(trial).values():
+        if gate.site is not None and gate.site.reason is None:
+            gate.slope.zero_()
+            gate.intercept.zero_()
+            gate.linearize_(torch.arange(gate.channels) >= max(1, gate.channels // 2))
+    named = {
+        name: path for path, module in trial.named_modules() for name, gate in gates(trial).items() if gate is module
+    }
+    level = logging.getLogger("linearize.collapse").level
+    logging.getLogger("linearize.collapse").setLevel(logging.ERROR)
+    try:
+        small = collapse(trial)
+    except CollapseError as error:
+        _log.debug("no trial: %s", error)
+        return set()
+    finally:
+        logging.getLogger("linearize.collapse").setLevel(level)
+    modules = dict(small.named_modules())
+    return {name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)}
+
+
+def _too_few(found: Observation) -> str | None:
+    """A covariance of F features needs more than F rows to have full rank."""
+    rows: Any = found.rows
+    features = len(rows.mean)
+    if rows.count > features:
+        return None
+    needed = -(-(features + 1) * max(1, found.seen) // max(1, rows.count))
+    return (
+        f"{found.site.name}: found {rows.count} rows for {features} features: the covariance has no full rank and is "
+        f"regularised. Pass at least {needed} samples (there were {found.seen}), better ten times as many."
+    )

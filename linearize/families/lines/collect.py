@@ -1,0 +1,101 @@
+"""What an error in a channel costs the output: the diagonal of its Gauss-Newton matrix.
+
+Shape letters: C channels, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.gating.gate import ChannelGate, gates
+from linearize.running.passes import Moment, run_passes
+from linearize.running.rows import rows_of
+from linearize.training.probes import projection
+
+__all__ = ["UnitCollector", "sensitivities", "sensitivities_of"]
+
+
+@dataclass
+class UnitCollector:
+    """Sums of squared gradients at the output of one gate.
+
+    Attributes:
+        name: of the site.
+        gate: the gate.
+        total: (C,) float64, on the CPU.
+        samples: rows of the probe that were summed over.
+    """
+
+    name: str
+    gate: ChannelGate
+    total: Tensor = field(init=False)
+    samples: float = 0.0
+    kind: str = field(default="unit", init=False)
+    gradients: bool = field(default=True, init=False)
+    _seen: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(self.gate.channels, dtype=torch.float64)
+
+    @property
+    def memory(self) -> float:
+        """Bytes."""
+        return 8.0 * self.gate.channels
+
+    def attach(self, now: Moment) -> Iterator[Any]:
+        """Watch the gate's output."""
+
+        def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            output = output + now.source.to(output.dtype)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._seen.append(gradient.detach()))
+            return output
+
+        yield self.gate.register_forward_hook(see)
+
+    def take(self, now: Moment) -> None:
+        """Sum up the batch's gradients, and forget them."""
+        self.samples += now.positions
+        for gradient in self._seen:
+            g = rows_of(gradient, -self.gate.axis - 1, now.mask(self.name))
+            self.total += g.float().square().sum(0).double().cpu()
+        self._seen.clear()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return bool(self.total.isfinite().all())
+
+    def merge(self, other: UnitCollector) -> None:
+        """Take in what another one found on other batches."""
+        self.total = self.total + other.total
+        self.samples += other.samples
+
+    def state(self) -> dict[str, Any]:
+        """What was found."""
+        return {"total": self.total, "samples": self.samples}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        self.total, self.samples = state["total"].clone(), state["samples"]
+
+
+def sensitivities(
+    model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False
+) -> dict[str, Tensor]:
+    """For every gate, what an error in each channel costs, summed over rows, per sample: (C,) float64, on the CPU."""
+    collectors = [UnitCollector(name, gate) for name, gate in gates(model).items()]
+    run_passes(model, batches, collectors, probe=projection, seed=seed, progress=progress)
+    return sensitivities_of(collectors)
+
+
+def sensitivities_of(collectors: Sequence[UnitCollector]) -> dict[str, Tensor]:
+    """What the collectors found, by site name; ones, if no gradient came through anywhere: then all count alike."""
+    if not any(bool((collector.total > 0).any()) for collector in collectors):
+        return {collector.name: torch.ones_like(collector.total) for collector in collectors}
+    return {collector.name: collector.total / max(1, collector.samples) for collector in collectors}

@@ -1,0 +1,70 @@
+"""Put linear maps in the place of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from linearize.families.modules.fit import WholeFit
+from linearize.families.modules.place import Whole
+from linearize.gating.gate import ChannelGate
+from linearize.sites.record import Record, Step, record_of, set_record
+from linearize.surgery.specs import Spec, build, replace_module
+
+__all__ = ["layer_of", "replace_wholes"]
+
+
+@torch.no_grad()
+def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
+    """The layer that would stand for a module of a model, in its dtype and on its device."""
+    old = model.get_submodule(whole.path)
+    like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
+    layer = build(whole.spec, old).to(like.device, like.dtype)
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    weight.copy_(found.weight.view_as(weight))
+    bias.copy_(found.bias)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(like.requires_grad)
+    return layer
+
+
+def replace_wholes(model: nn.Module, chosen: Sequence[tuple[Whole, WholeFit]]) -> None:
+    """Put linear maps in the place of modules of a gated model; sites inside have no gates any more.
+
+    Maps of which one does nothing but read the other become one.
+    """
+    steps: list[Step] = []
+    why: dict[str, str] = {}
+    for whole, found in _merged(chosen):
+        for gate in model.get_submodule(whole.path).modules():
+            if isinstance(gate, ChannelGate) and gate.site is not None:
+                why[gate.site.name] = f"{whole.path} became one linear map"
+        spec: Spec = {"type": "Identity"} if found is None else whole.spec
+        layer = build(spec, nn.Identity()) if found is None else layer_of(model, whole, found)
+        replace_module(model, whole.path, layer)
+        steps.append({"path": whole.path, "module": spec})
+    record = record_of(model) or Record()
+    sites = tuple(replace(site, ungated=why.get(site.name, site.ungated)) for site in record.sites)
+    set_record(model, Record(sites, [*record.steps, *steps], record.inputs))
+
+
+def _merged(chosen: Sequence[tuple[Whole, WholeFit]]) -> list[tuple[Whole, WholeFit | None]]:
+    """The same maps, those that follow each other multiplied where that costs no more; None for what is left over."""
+    found: dict[str, tuple[Whole, WholeFit | None]] = {}
+    heads: dict[str, str] = {}  # by path of a map, the path of the one that it went into
+    for whole, fit in chosen:
+        head = heads.get(whole.behind, "")
+        first, known = found.get(head, (None, None))
+        if first is None or known is None or not (first.alone and whole.alone) or first.axis != whole.axis:
+            found[whole.path], heads[whole.path] = (whole, fit), whole.path
+            continue
+        if whole.outputs * first.inputs > first.outputs * (first.inputs + whole.outputs):
+            found[whole.path], heads[whole.path] = (whole, fit), whole.path
+            continue
+        both = WholeFit(fit.weight @ known.weight, fit.weight @ known.bias + fit.bias, known.loss + fit.loss)
+        found[head] = replace(first, outputs=whole.outputs), both
+        found[whole.path], heads[whole.path] = (whole, None), head
+    return list(found.values())

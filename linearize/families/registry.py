@@ -1,0 +1,32 @@
+"""All families, in the order in which they offer options: one may build upon the groups of those before it."""
+
+from __future__ import annotations
+
+from linearize.families.blocks.family import Blocks
+from linearize.families.channels.family import Channels
+from linearize.families.family import Family
+from linearize.families.lines.family import Lines
+from linearize.families.modules.family import Modules
+from linearize.plan import add_forms
+
+__all__ = ["FAMILIES", "family_of", "register"]
+
+FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), Modules()]
+for _family in FAMILIES:
+    add_forms(*_family.forms)
+
+
+def register(family: Family) -> None:
+    """Add a family of your own, behind all others."""
+    FAMILIES.append(family)
+    add_forms(*family.forms)
+
+
+def family_of(form: str) -> Family:
+    """The family whose form this is; the first, for forms of collapsing.
+
+    Example:
+        >>> family_of("block").name, family_of("merged").name
+        ('blocks', 'channels')
+    """
+    return next((family for family in FAMILIES if form in {own.name for own in family.forms}), FAMILIES[0])

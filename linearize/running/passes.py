@@ -1,0 +1,241 @@
+"""One pass of a model over data, for as many statistics as fit into memory.
+
+A collector says which modules it watches and what it takes from a batch. All that they have in common lives here, once:
+reading batches, devices, padding masks, the backward pass, checks for NaN, the progress bar, and going on where an
+interrupted run stopped.
+
+Random draws depend on the seed, the number of the batch and the collector's name alone. So what is found does not
+depend on which collectors share a pass, nor on how the batches are shared out: parts merge to the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import DataError
+from linearize.running.batches import Batch, padding_mask, read_batch, to_device
+from linearize.running.models import device_of, watching
+from linearize.running.progress import progress_bar
+
+__all__ = ["Collector", "Moment", "Notebook", "Probe", "in_passes", "run_passes"]
+
+Probe = Callable[[Any, Batch, torch.Generator], tuple[Tensor, int]]
+"""A scalar of the model's output, whose gradient tells what an error costs, and how many positions it sums over."""
+
+
+@dataclass
+class Moment:
+    """What collectors are told about the batch that is going through the model.
+
+    Attributes:
+        model: the model that runs.
+        source: a zero that requires a gradient, if any collector asks for gradients. A hook that adds it to an output
+            makes sure that a gradient arrives there.
+        seed: of all random draws.
+        index: number of the batch in the whole data.
+        batch: inputs and labels, on the model's device.
+        positions: so many rows the probe sums over; 0 without gradients.
+    """
+
+    model: nn.Module
+    source: Tensor
+    seed: int
+    index: int = 0
+    batch: Batch = field(default_factory=Batch)
+    positions: int = 0
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers that belong to this batch and this name.
+
+        Example:
+            >>> now = Moment(nn.Identity(), torch.zeros(()), seed=0, index=3)
+            >>> [torch.rand(1, generator=now.generator("a")).item() for _ in range(2)]  # doctest: +ELLIPSIS
+            [0.4..., 0.4...]
+        """
+        told = hashlib.sha256(f"{self.seed} {self.index} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(told[:7], "big"))
+
+    def mask(self, path: str) -> Tensor | None:
+        """The padding mask (B, T) that belongs to a place in the model, if the batch has one."""
+        return padding_mask(self.model, path, self.batch.kwargs)
+
+
+class Collector(Protocol):
+    """Statistics of one place, gathered batch by batch.
+
+    Attributes:
+        kind: together with the name it tells this one from all others, here and in an interrupted run's notes.
+    """
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """Of the place."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it needs the gradient of the output's probe."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes that its sums take."""
+
+    def attach(self, now: Moment) -> Iterable[Any]:
+        """Put hooks on the model, and give their handles."""
+
+    def take(self, now: Moment) -> None:
+        """Turn what the hooks saw of a batch into sums, and forget it."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+
+    def merge(self, other: Any) -> None:
+        """Take in what another collector of the same place found on other batches."""
+
+    def state(self) -> dict[str, Any]:
+        """What was found, as plain values and tensors."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+
+
+class Notebook(Protocol):
+    """Where finished statistics are kept, for a run that goes on later."""
+
+    def some(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
+        """What is known, by name."""
+
+    def write(self, kind: str, noted: Mapping[str, Any]) -> None:
+        """Note something, by name."""
+
+
+def run_passes(
+    model: nn.Module,
+    batches: Iterable[Any],
+    collectors: Sequence[Collector],
+    *,
+    probe: Probe | None = None,
+    indices: Iterable[int] | None = None,
+    seed: int = 0,
+    memory: float = 2e9,
+    label: str = "observe",
+    progress: bool = True,
+    notes: Notebook | None = None,
+) -> None:
+    """Run a model over data, once or as often as memory asks for, and let collectors gather their statistics.
+
+    The model runs in eval mode and is left as it was.
+
+    Args:
+        model: any.
+        batches: re-iterable, as `linearize.running.batches` describes them.
+        collectors: what is wanted; one that `notes` know already is filled from there.
+        probe: needed if a collector asks for gradients.
+        indices: numbers of the batches in the whole data, where these are only a part of it; None counts from 0.
+        seed: of random draws.
+        memory: bytes for sums at a time; collectors beyond that wait for another pass.
+        label: of the progress bar.
+        progress: show a bar on a terminal.
+        notes: statistics of a run that was interrupted; what each pass finds is added.
+
+    Raises:
+        DataError: there are no batches, one does not go through the model, or NaN or infinity turns up (the place is
+            named).
+    """
+    todo = _unknown(collectors, notes)
+    numbers = None if indices is None else list(indices)
+    for some in in_passes(todo, memory):
+        _run(model, batches, numbers, some, probe, seed, label, progress)
+        if notes is not None:
+            for kind in dict.fromkeys(collector.kind for collector in some):
+                notes.write(kind, {c.name: c.state() for c in some if c.kind == kind})
+
+
+def _unknown(collectors: Sequence[Collector], notes: Notebook | None) -> list[Collector]:
+    """The collectors that have to run; the others take what is known."""
+    if notes is None:
+        return list(collectors)
+    todo = []
+    for kind in dict.fromkeys(collector.kind for collector in collectors):
+        same = [collector for collector in collectors if collector.kind == kind]
+        known = notes.some(kind, [collector.name for collector in same])
+        for collector in same:
+            if collector.name in known:
+                collector.restore(known[collector.name])
+            else:
+                todo.append(collector)
+    return todo
+
+
+def in_passes(collectors: Iterable[Collector], memory: float) -> Iterator[list[Collector]]:
+    """The collectors in groups whose sums fit into so many bytes; one at least."""
+    group, used = list[Collector](), 0.0
+    for collector in collectors:
+        if group and used + collector.memory > memory:
+            yield group
+            group, used = [], 0.0
+        group.append(collector)
+        used += collector.memory
+    if group:
+        yield group
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    numbers: list[int] | None,
+    collectors: Sequence[Collector],
+    probe: Probe | None,
+    seed: int,
+    label: str,
+    progress: bool,
+) -> None:
+    gradients = any(collector.gradients for collector in collectors)
+    now = Moment(model, torch.zeros(()), seed)
+    total = len(batches) if isinstance(batches, Sized) else None
+
+    def attach(source: Tensor) -> Iterator[Any]:
+        now.source = source
+        for collector in collectors:
+            yield from collector.attach(now)
+
+    count = 0
+    with watching(model, attach, gradients=gradients), progress_bar(label, total, enabled=progress) as advance:
+        for index, raw in enumerate(batches):
+            now.index = index if numbers is None else numbers[index]
+            now.batch = read_batch(model, to_device(raw, device_of(model)))
+            output = _call(model, now.batch, now.index)
+            if gradients and probe is not None:
+                scalar, now.positions = probe(output, now.batch, now.generator("probe"))
+                if scalar.requires_grad:
+                    torch.autograd.grad(scalar, now.source, allow_unused=True)
+            del output
+            for collector in collectors:
+                collector.take(now)
+                if not collector.finite:
+                    remedy = "Check this batch, and the weights before this site."
+                    found = f"found NaN or infinity at this activation in batch {now.index}"
+                    raise DataError(collector.name, found, remedy)
+            count += 1
+            advance("")
+    if not count:
+        raise DataError("data", "found no batches", "Pass at least one (a generator is empty after its first use).")
+
+
+def _call(model: nn.Module, batch: Batch, index: int) -> Any:
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
+        found = f"batch {index} does not go through the model ({type(error).__name__}: {line})"
+        raise DataError("data", found, "Give it shapes and dtypes that the model's forward takes.") from error
