@@ -108,9 +108,9 @@ def test_channels_first_and_every_form_of_batch() -> None:
 def test_a_generator_will_do_and_no_batch_will_not() -> None:
     gate = gated(nn.GELU())
     assert calibrate(gate, (torch.randn(5, 4) for _ in range(3))).sites[""].count == 15
-    with pytest.raises(DataError, match="found none"):
+    with pytest.raises(DataError, match="found no batches"):
         calibrate(gate, [])
-    with pytest.raises(DataError, match="found none"):
+    with pytest.raises(DataError, match="found no batches"):
         calibrate(gate, iter([]))
     with pytest.raises(DataError, match="type int"):
         calibrate(gate, [3])

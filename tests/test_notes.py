@@ -50,10 +50,11 @@ def test_statistics_are_not_gathered_twice(model: nn.Module, tmp_path: Path) -> 
     options: dict[str, Any] = {"flops": 0.5, "sequential": True, "search": 0, **QUIET}
     whole = Data()
     expected = compress(model, whole, **options).model
-    stopped = Data(stop_in=4)  # lines, all sites, the first site's refit; in the second's it is interrupted
+    stopped = Data(stop_in=3)  # all statistics, the first site's refit; in the second's it is interrupted
     with pytest.raises(KeyboardInterrupt):
         compress(model, stopped, checkpoint_dir=tmp_path / "run", **options)
-    assert len(list((tmp_path / "run").rglob("site-*"))) == 3
+    assert len(list((tmp_path / "run").rglob("site-*"))) == len(list((tmp_path / "run").rglob("line-*"))) == 3
+    assert len(list((tmp_path / "run").rglob("refit-*"))) == 1
     again = Data()
     found = compress(model, again, checkpoint_dir=tmp_path / "run", **options).model
     assert again.passes == whole.passes - 2

@@ -14,7 +14,7 @@ from linearize.bench import benchmark
 from linearize.errors import CollapseError, UsageError
 from linearize.families.option import SiteChoice
 from linearize.families.registry import family_of
-from linearize.gating.gate import gates
+from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.budget import Budget
 from linearize.planning.carry_out import collapsed, edited, planned, replaced, site_choices
@@ -33,6 +33,7 @@ from linearize.training.distance import real_loss, some_of
 __all__ = ["How", "to_budget"]
 
 _log = logging.getLogger(__name__)
+_REMEDY = "Make the plan from this model."
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,11 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     masks: dict[str, Tensor] = {}
     for site in plan.checked().sites:
         family = family_of(site.form)
+        if site.site in named:
+            _check_site(site, named[site.site])
         again = family.replay(found.places[family.name], site, named.get(site.site))
-        if again is None or not again.choice.replaces:
-            _check_site(found, site)
+        if again is None and site.site not in named:
+            raise UsageError(site.site, "is in the plan, but not in the model", _REMEDY)
         if again is not None:
             choices[site.site] = again.choice
             if again.keep is not None:
@@ -208,13 +211,9 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     return Made(gated, small, told, history, {"notes": tuple(found.notes)})
 
 
-def _check_site(found: Survey, site: SitePlan) -> None:
+def _check_site(site: SitePlan, gate: ChannelGate) -> None:
     """Whether the plan of a site is for this model."""
-    gate = gates(found.gated).get(site.site)
-    remedy = "Make the plan from this model."
-    if gate is None:
-        raise UsageError(site.site, "is in the plan, but not in the model", remedy)
     if site.channels and site.channels != gate.channels:
-        raise UsageError(site.site, f"has {site.channels} channels in the plan and {gate.channels} here", remedy)
+        raise UsageError(site.site, f"has {site.channels} channels in the plan and {gate.channels} here", _REMEDY)
     if site.linear and max(site.linear) >= gate.channels:
-        raise UsageError(site.site, f"found channel {max(site.linear)} of {gate.channels} in the plan", remedy)
+        raise UsageError(site.site, f"found channel {max(site.linear)} of {gate.channels} in the plan", _REMEDY)
