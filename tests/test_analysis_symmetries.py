@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.analysis import canonical, canonical_distance, hidden_symmetries, reduce, symmetry_table
-from linearize.analysis.bounds import Interval, bounds, box_of, input_shapes
+from linearize.analysis.bounds import bounds
+from linearize.analysis.intervals import Interval, box_of, input_shapes
 from linearize.analysis.units import find_units
 from linearize.graph.capture import capture, normalize_inputs
 from linearize.surgery.layers import PartialActivation

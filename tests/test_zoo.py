@@ -16,7 +16,7 @@ from torch import nn
 
 from linearize import zoo
 from linearize.errors import CaptureError, UsageError
-from linearize.zoo import tiny
+from linearize.zoo import tiny, tiny_models
 from linearize.zoo.plain import is_plain, pack, unpack
 from linearize.zoo.structure import compare, parameters_on_meta, stored_tensors
 
@@ -267,7 +267,7 @@ TYPES = ["bert", "llama", "t5", "vit", "clip", "whisper", "qwen2_vl", "llava", "
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_tiny_models_run_on_derived_inputs(model_type: str) -> None:
-    for _, model in tiny.tiny_models(model_type, levels=range(2)):
+    for _, model in tiny_models.tiny_models(model_type, levels=range(2)):
         _, kwargs = zoo.example_inputs(model)
         # The smallest size of some types splits heads in ways that their code does not foresee; the next one runs.
         with contextlib.suppress(RuntimeError):
@@ -278,7 +278,7 @@ def test_tiny_models_run_on_derived_inputs(model_type: str) -> None:
 
 
 def test_tiny_composed_models_see_images_among_text() -> None:
-    for _, model in tiny.tiny_models("llava", levels=[0]):
+    for _, model in tiny_models.tiny_models("llava", levels=[0]):
         _, kwargs = zoo.example_inputs(model)
         token = model.config.image_token_id  # type: ignore[union-attr]
         assert (kwargs["input_ids"] == token).sum() > 0

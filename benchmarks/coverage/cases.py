@@ -164,12 +164,12 @@ def transformers_case(model_type: str, levels: int = 5) -> Case:
     Raises:
         DoesNotRun: none of the sizes does; with the reason of the first.
     """
-    from linearize.zoo import example_inputs, tiny
+    from linearize.zoo import example_inputs, tiny_models
 
     torch.manual_seed(0)
     first = ""
     try:
-        for level, model in tiny.tiny_models(model_type, levels=range(levels)):
+        for level, model in tiny_models.tiny_models(model_type, levels=range(levels)):
             try:
                 args, kwargs = example_inputs(model)
                 with torch.no_grad():

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from linearize.analysis.ablation import ablated
-from linearize.analysis.bounds import bounds, box_of, input_shapes, per_channel
+from linearize.analysis.bounds import bounds
 from linearize.analysis.channel_ranges import ChannelRange, channel_ranges, unread
+from linearize.analysis.intervals import box_of, input_shapes, per_channel
 from linearize.analysis.pieces import homogeneous, line_on
 from linearize.analysis.symmetry import Evidence, Kind, Required, Symmetry
 from linearize.analysis.units import find_units

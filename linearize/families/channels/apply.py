@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.regression import Fit
-from linearize.families.channels.collect import Observation
 from linearize.families.channels.editable import bias_of, fold_of, matrix, write_bias, write_matrix
+from linearize.families.channels.observation import Observation
 from linearize.families.channels.skip import skip_source
 from linearize.gating.gate import ChannelGate, gates
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from linearize.algebra.covariance import Covariance
 from linearize.families.channels.editable import (
-    Consumer,
-    bias_of,
     consumers_of,
-    matrix,
     obstacle_to_refit,
 )
+from linearize.families.channels.observation import Observation
 from linearize.families.channels.skip import Source, skip_source
 from linearize.gating.gate import gates
 from linearize.running.models import device_of
@@ -34,85 +32,7 @@ from linearize.running.rows import Wanted, gradient_rows, patches_of, row_weight
 from linearize.sites.site import Site
 from linearize.training.probes import projection
 
-__all__ = ["Observation", "SiteCollector", "observe", "site_collectors"]
-
-
-@dataclass
-class Observation:
-    """What a pass found at a site.
-
-    Attributes:
-        site: the site.
-        inputs: I, or 0 where no skip is possible.
-        group: g.
-        consumers: the maps that read the channels.
-        rows: covariance of (x, h).
-        sensitivity: G, (O, O) float64, summed over the rows of a sample; identity if no gradient came.
-        samples: rows per sample of the sensitivity's unit are `rows.count / samples`.
-        shape: of the site's input in the first batch.
-    """
-
-    site: Site
-    inputs: int
-    group: int
-    consumers: tuple[Consumer, ...]
-    rows: Covariance
-    sensitivity: Tensor
-    samples: float = 0.0
-    seen: int = 0
-    shape: tuple[int, ...] = ()
-
-    @property
-    def outputs(self) -> int:
-        """Outputs of all consumers together."""
-        return sum(consumer.outputs for consumer in self.consumers)
-
-    @property
-    def metric(self) -> Tensor:
-        """What an error in the output costs: `loss = tr(metric Cov(error))`, (O, O); a little in every direction.
-
-        Without any gradient: the identity, per row.
-        """
-        if not self.samples or not bool(self.sensitivity.diagonal().sum() > 0):
-            return torch.eye(self.outputs, dtype=torch.float64, device=self.sensitivity.device)
-        found = self.sensitivity / self.samples
-        return found + torch.eye(len(found), dtype=found.dtype, device=found.device) * found.diagonal().mean() * 1e-3
-
-    def state(self) -> dict[str, Any]:
-        """What the pass found, as plain values and tensors: `observe` takes it as `known`."""
-        plain = {"inputs": self.inputs, "samples": self.samples, "seen": self.seen, "shape": tuple(self.shape)}
-        return {**plain, "rows": self.rows.state(), "sensitivity": self.sensitivity}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
-        self.rows = Covariance.of(state["rows"], self.rows.mean.device)
-        self.sensitivity = state["sensitivity"].to(self.sensitivity)
-        self.inputs, self.samples, self.seen = state["inputs"], state["samples"], state["seen"]
-        self.shape = state["shape"]
-
-    def merge(self, other: Observation) -> None:
-        """Take in what was found on other batches."""
-        if other.inputs != self.inputs:
-            self.without_skip()
-            other = replace(other)
-            other.without_skip()
-        self.rows.merge(other.rows)
-        self.sensitivity = self.sensitivity + other.sensitivity.to(self.sensitivity)
-        self.samples += other.samples
-        self.seen += other.seen
-        self.shape = self.shape or other.shape
-
-    def without_skip(self) -> None:
-        """Go on with the hidden channels alone."""
-        self.rows, self.inputs = self.rows.part(self.inputs), 0
-
-    def weight(self, model: nn.Module) -> Tensor:
-        """The consumers' weights under one another, (O, C * g), float64."""
-        return torch.cat([matrix(model, consumer.port) for consumer in self.consumers])
-
-    def bias(self, model: nn.Module) -> Tensor:
-        """The consumers' biases, (O,), float64."""
-        return torch.cat([bias_of(model, consumer.port, consumer.outputs) for consumer in self.consumers])
+__all__ = ["SiteCollector", "observe", "site_collectors"]
 
 
 @dataclass

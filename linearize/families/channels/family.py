@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from linearize.collapse import collapse
 from linearize.errors import CollapseError, UsageError
 from linearize.families.channels.apply import carry_out
-from linearize.families.channels.collect import Observation, SiteCollector, site_collectors
+from linearize.families.channels.collect import SiteCollector, site_collectors
 from linearize.families.channels.fit import Curve, curve_of
 from linearize.families.channels.layers import layers_of
+from linearize.families.channels.observation import Observation
 from linearize.families.channels.options import candidates
 from linearize.families.family import Context, Family, Layers, Replayed
 from linearize.families.option import Group, Option, SiteChoice

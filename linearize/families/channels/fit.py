@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.algebra.regression import conditional, fit, rank_losses, square_root
 from linearize.algebra.removal import Removal, removal_order
 from linearize.families.channels.apply import Edit, edit_for
-from linearize.families.channels.collect import Observation
+from linearize.families.channels.observation import Observation
 from linearize.families.option import SiteChoice
 
 __all__ = ["Curve", "curve_of", "levels"]
