@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.linearize-installed
 
-.PHONY: help install demo coverage test lint types check format clean
+.PHONY: help install demo coverage docs test lint types check format clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -34,6 +34,11 @@ coverage: $(STAMP)
 	"$(PY)" -m benchmarks.coverage transformers
 	"$(PY)" -m benchmarks.coverage torch-pruning
 	"$(PY)" -m benchmarks.coverage report
+
+# The pages as a site in build/site; strict: a link that leads nowhere is an error.
+docs: $(STAMP)
+	"$(PY)" -m pip install --disable-pip-version-check -e ".[docs]"
+	"$(PY)" -m mkdocs build --strict
 
 test: $(STAMP)
 	"$(PY)" -m pytest
