@@ -75,7 +75,9 @@ def test_the_refit_is_that_of_least_squares(rows: dict[str, Tensor], keep: int) 
 def test_a_skip_of_lower_rank_is_the_best_of_its_rank(rows: dict[str, Tensor]) -> None:
     found = covariance(rows["x"], rows["h"])
     keep = torch.arange(0, C, 3)
-    least, values = rank_losses(found.covariance, rows["weight"], keep, I, rows["root"], 1e-12)
+    gone = torch.tensor([c for c in range(C) if c not in keep.tolist()])
+    order, widths = torch.cat((gone, keep)), (C - 2, len(keep), 1)
+    least, values = rank_losses(found.covariance, rows["weight"], order, widths, I, rows["root"], 1e-12)[len(keep)]
     losses = []
     for rank in range(O + 1):
         options: Any = {"inputs": I, "keep": keep, "root": rows["root"], "ridge": 1e-12}

@@ -12,6 +12,7 @@ Shape letters: I inputs, C channels, g features per channel, K channels that sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,34 +136,65 @@ def factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rank_losses(
-    covariance: Tensor, weight: Tensor, keep: Tensor, inputs: int, root: Tensor, ridge: float
-) -> tuple[float, Tensor]:
-    """Mean square error with a full skip, and what each dimension less of the skip adds.
+    covariance: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    widths: Sequence[int],
+    inputs: int,
+    root: Tensor,
+    ridge: float,
+) -> dict[int, tuple[float, Tensor]]:
+    """Mean square error with a full skip, and what each dimension less of the skip adds, for nested sets of features.
+
+    The features that stay are the last `width` of `order`. With those that stay longest put first, one Cholesky factor
+    holds the regression on every such set: its leading block is the factor of the set, and the rows below it are what
+    the set says about the rest.
+
+    Args:
+        covariance: of (x, h), (I + C * g, I + C * g), float64.
+        weight: of the consumers, (O, C * g).
+        order: indices of all features of h, the first to go first.
+        widths: numbers of features that stay.
+        inputs: I.
+        root: M^(1/2), (O, O).
+        ridge: relative to each feature's variance.
 
     Returns:
-        The error with the full skip, and (min(I, O),) squared singular values, the largest first: the error with rank
-        r is the first plus the sum of the values from index r on.
+        By width: the error with the full skip, and (min(I, O),) squared singular values, the largest first. The error
+        with rank r is the first plus the sum of the values from index r on.
     """
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    gone[keep] = False
-    dropped, kept = gone.nonzero().flatten() + inputs, keep + inputs
-    lost = root @ weight[:, gone]
-    x = torch.arange(inputs, device=weight.device)
-    given = torch.cat((x, kept))
-    error = conditional(covariance, given, dropped, ridge)
-    inner = _skip_energy(covariance, lost, kept, dropped, inputs, ridge)
-    values = torch.linalg.eigvalsh(inner).flip(0).clamp(min=0)[: min(inputs, len(weight))]
-    return float((lost @ error * lost).sum()), values
+    longest = order.flip(0)
+    hidden = covariance[inputs:, inputs:][longest][:, longest]
+    x = covariance[:inputs, :inputs]
+    read = root @ weight[:, longest]
+    factor = torch.linalg.cholesky(regularised(hidden, ridge))
+    # What the leading features say about x, and about what the outputs read of all features.
+    of_x = torch.linalg.solve_triangular(factor, covariance[inputs:, :inputs][longest], upper=False)
+    penalty = (regularised(hidden, ridge) - hidden).diagonal()
+    ridge_x = torch.diag((regularised(x, ridge) - x).diagonal())
+    told = torch.zeros(len(longest), len(weight), dtype=read.dtype, device=read.device)
+    mixed = torch.zeros(inputs, len(weight), dtype=read.dtype, device=read.device)
+    lost = torch.zeros((), dtype=read.dtype, device=read.device)
+    end, found = len(longest), {}
+    for width in sorted(widths, reverse=True):  # the rows of what is lost are added up, the widest set first
+        some = slice(width, end)
+        told += factor[some].t() @ read[:, some].t()
+        mixed += covariance[:inputs, inputs:][:, longest[some]] @ read[:, some].t()
+        lost = lost + (penalty[some] * read[:, some].square().sum(0)).sum()
+        end = width
+        left_x = x - of_x[:width].t() @ of_x[:width]
+        left_mixed = mixed - of_x[:width].t() @ told[:width]
+        least = told[width:].square().sum() - lost - _explained(left_x + ridge_x, left_mixed).square().sum()
+        half = _explained(regularised(left_x, ridge), left_mixed)
+        small = half @ half.t() if inputs < len(weight) else half.t() @ half
+        found[width] = float(least), torch.linalg.eigvalsh(small).flip(0).clamp(min=0)
+    return found
 
 
-def _skip_energy(covariance: Tensor, lost: Tensor, kept: Tensor, dropped: Tensor, inputs: int, ridge: float) -> Tensor:
-    """Covariance (O, O) of the part of `lost @ h_D` that x explains beyond h_N."""
-    together = torch.cat((torch.arange(inputs, device=lost.device), dropped))
-    left = conditional(covariance, kept, together, ridge)
-    s_x, s_xd = left[:inputs, :inputs], left[:inputs, inputs:]
-    factor = torch.linalg.cholesky(regularised(s_x, ridge))
-    half: Tensor = torch.linalg.solve_triangular(factor, s_xd @ lost.t(), upper=False)
-    return half.t() @ half
+def _explained(covariance: Tensor, mixed: Tensor) -> Tensor:
+    """Coordinates (I, O), in which lengths count, of what features of a covariance say about outputs."""
+    half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), mixed, upper=False)
+    return half
 
 
 def _reduced_rank(

@@ -2,8 +2,8 @@
 
 The output `y = B h` of a site loses least, in mean square, if the channels removed are those that the others can
 predict. With S the covariance of h and P its inverse, removing channel c and refitting the rest costs
-`b_c P_cc^-1 b_c^T`. After each block of removals B and P are updated exactly, as if they had been computed
-anew from the channels that are left.
+`b_c P_cc^-1 b_c^T`. After each block of removals B and P are those of the channels that are left, exactly. P is
+updated lazily: blocks of removals are remembered as factors, `P - V^T V`, and carried out for a panel of them at once.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992; Frantar
 and Alistarh, "Optimal Brain Compression", NeurIPS 2022 (rows of a layer); Kurtic, Frantar and Alistarh, "ZipLM",
@@ -22,7 +22,8 @@ from torch import Tensor
 __all__ = ["Removal", "regularised", "removal_order"]
 
 
-_WIDE = 2048  # features
+_PANEL = 256  # features removed before the inverse is updated
+_PART = 32  # at most this part of the channels left, and at most so many, go at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: 
 
     Returns:
         The order, and the error after each removal. Within a block the increments are shared out by score; at the end
-        of each block (of at most 1/32 of the channels left, 1/8 where features are many) the error is exact.
+        of each block (of at most 1/32 of the channels left) the error is exact.
 
     Example:
         >>> covariance = torch.diag(torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))
@@ -73,44 +74,84 @@ def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: 
         >>> found.order.tolist(), [round(x, 3) for x in found.loss.tolist()]
         ([1, 0, 2], [0.0, 1.0, 5.0, 14.0])
     """
-    channels = len(covariance) // group
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised(covariance, ridge)))
-    b = weight.to(inverse).clone()
-    left = torch.arange(channels, device=inverse.device)
-    part = 32 if len(inverse) <= _WIDE else 8  # each block costs a pass over the whole inverse
-    order, losses = list[Tensor](), [torch.zeros(1, dtype=inverse.dtype, device=inverse.device)]
-    total = torch.zeros((), dtype=inverse.dtype, device=inverse.device)
-    while len(left):
-        size = max(1, min(32, len(left) // part))
-        scores = _scores(inverse, b, group)
+    rest = _Rest(covariance, weight, group, ridge)
+    order, losses = list[Tensor](), [torch.zeros(1, dtype=rest.b.dtype, device=rest.b.device)]
+    while rest.count:
+        size = max(1, min(_PART, rest.count // _PART))
+        scores = rest.scores()
         chosen = scores.topk(size, largest=False).indices
-        mask = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        mask[chosen] = False
-        gone = (chosen[:, None] * group + torch.arange(group, device=left.device)).flatten()
-        stay = mask.repeat_interleave(group).nonzero().flatten()
-        factor = torch.linalg.cholesky(inverse[gone][:, gone])
-        columns = b[:, gone]
-        solved = torch.cholesky_solve(inverse[gone], factor)  # P_DD^-1 P_D,:
-        block = torch.cholesky_solve(columns.t(), factor)
-        increment = (columns.t() * block).sum()
         share = scores[chosen].clamp(min=0)
+        order.append(rest.channels[chosen])
+        increment = rest.remove(chosen)
         share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / size)
-        losses.append(total + increment * share.cumsum(0))
-        total = total + increment
-        b = (b - columns @ solved)[:, stay]
-        inverse = (inverse - inverse[:, gone] @ solved)[stay][:, stay]
-        inverse = (inverse + inverse.t()) / 2
-        order.append(left[chosen])
-        left = left[mask]
+        losses.append(losses[-1][-1] + increment * share.cumsum(0))
     return Removal(torch.cat(order), torch.cat(losses))
 
 
-def _scores(inverse: Tensor, b: Tensor, group: int) -> Tensor:
-    """`tr(B_c P_cc^-1 B_c^T)` for every channel."""
-    if group == 1:
-        return b.square().sum(0) / inverse.diagonal().clamp(min=1e-300)
-    channels = len(inverse) // group
-    blocks = inverse.view(channels, group, channels, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = b.view(b.shape[0], channels, group).permute(1, 2, 0)
-    scores: Tensor = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-    return scores
+class _Rest:
+    """The channels that are left: their inverse covariance, and how the outputs read them after refitting.
+
+    Attributes:
+        channels: by index, of those here; some of them may be gone already.
+        count: of those that are left.
+        b: weight, refitted, (O, C * g); zero for channels that are gone.
+    """
+
+    def __init__(self, covariance: Tensor, weight: Tensor, group: int, ridge: float) -> None:
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised(covariance, ridge)))
+        self.b = weight.to(self.inverse).clone()
+        self.group = group
+        self.count = len(covariance) // group
+        self.channels = torch.arange(self.count, device=covariance.device)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin a panel: nothing is waiting to be carried out."""
+        size, group = len(self.channels), self.group
+        self.gone = torch.zeros(size, dtype=torch.bool, device=self.channels.device)
+        self.waiting = self.inverse.new_empty(_PANEL + _PART * group, len(self.inverse))
+        self.filled = 0
+        self.blocks = self.inverse.view(size, group, size, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+
+    def scores(self) -> Tensor:
+        """`tr(B_c P_cc^-1 B_c^T)` for every channel; infinite for those that are gone."""
+        size, group = len(self.channels), self.group
+        if group == 1:
+            found = self.b.square().sum(0) / self.blocks.view(-1).clamp(min=1e-300)
+        else:
+            eye = torch.eye(group, dtype=self.b.dtype, device=self.b.device)
+            blocks = torch.where(self.gone[:, None, None], eye, self.blocks)
+            columns = self.b.view(-1, size, group).permute(1, 2, 0)
+            found = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        return found.masked_fill(self.gone, torch.inf)
+
+    def remove(self, chosen: Tensor) -> Tensor:
+        """Take channels out and refit the others; what that costs."""
+        features = (chosen[:, None] * self.group + torch.arange(self.group, device=chosen.device)).flatten()
+        waiting = self.waiting[: self.filled]
+        rows = self.inverse[features] - waiting[:, features].t() @ waiting
+        factor = torch.linalg.cholesky(rows[:, features])
+        half = torch.linalg.solve_triangular(factor, rows, upper=False)
+        lost = torch.linalg.solve_triangular(factor, self.b[:, features].t(), upper=False)
+        self.b -= lost.t() @ half
+        self.b[:, features] = 0
+        self.waiting[self.filled : self.filled + len(features)] = half
+        self.filled += len(features)
+        parts = half.view(len(features), -1, self.group)
+        self.blocks -= torch.einsum("rci,rcj->cij", parts, parts)
+        self.gone[chosen] = True
+        self.count -= len(chosen)
+        if self.filled >= _PANEL and self.count:
+            self._carry_out()
+        cost: Tensor = lost.square().sum()
+        return cost
+
+    def _carry_out(self) -> None:
+        """Update the inverse by all that is waiting, and forget what is gone."""
+        stay = (~self.gone).nonzero().flatten()
+        features = (~self.gone).repeat_interleave(self.group).nonzero().flatten()
+        half = self.waiting[: self.filled, features]
+        self.inverse = torch.addmm(self.inverse[features][:, features], half.t(), half, alpha=-1)
+        self.b = self.b[:, features].contiguous()
+        self.channels = self.channels[stay]
+        self._start()

@@ -112,10 +112,15 @@ class Curve:
                 loss = float(self.skipped.loss[self.channels - width])
                 for form in ("merged", "factored") if width else ("vanished",):
                     yield SiteChoice(name, width, full, form), loss
-        for width in [w for w in widths if w <= self.channels // 2]:
-            least, values = rank_losses(
-                self.covariance, self.weight, self.dropped.keep(width), self.observation.inputs, self.root, self.ridge
-            )
+        few = [width for width in widths if width <= self.channels // 2]
+        group = self.observation.group
+        order = (self.dropped.order[:, None] * group + torch.arange(group, device=self.weight.device)).flatten()
+        losses = rank_losses(
+            self.covariance, self.weight, order, [width * group for width in few], self.observation.inputs, self.root,
+            self.ridge,
+        )  # fmt: skip
+        for width in few:
+            least, values = losses[width * group]
             for rank in ranks:
                 if 0 < rank < full and rank <= self.channels - width:
                     yield SiteChoice(name, width, rank), least + float(values[rank:].sum())
