@@ -47,6 +47,18 @@ class Edit:
     intercept: Tensor
     loss: float = field(default=0.0)
 
+    @property
+    def memory(self) -> float:
+        """Bytes."""
+        held = [
+            *self.weights,
+            *self.biases,
+            self.slope,
+            self.intercept,
+            *([] if self.source is None else [self.source]),
+        ]
+        return float(sum(tensor.nbytes for tensor in held))
+
     def linear(self) -> Tensor:
         """Which channels are not nonlinear any more: bool (C,)."""
         mask = torch.ones_like(self.slope, dtype=torch.bool)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from linearize.collapse import collapse
 from linearize.errors import CollapseError, UsageError
-from linearize.families.channels.apply import carry_out
+from linearize.families.channels.apply import Edit, carry_out
 from linearize.families.channels.collect import SiteCollector, site_collectors
 from linearize.families.channels.fit import Curve, curve_of
 from linearize.families.channels.layers import layers_of
@@ -30,6 +30,7 @@ from linearize.surgery.layers import MaskedActivation
 __all__ = ["ChannelPlaces", "Channels"]
 
 _log = logging.getLogger(__name__)
+_REMEMBERED = 1e9  # bytes of edits
 _FITTED = ("factored", "merged", "vanished")  # forms whose dropped channels and ranks a plan tells
 
 
@@ -44,6 +45,19 @@ class ChannelPlaces:
 
     collectors: list[SiteCollector]
     curves: dict[str, Curve] = field(default_factory=dict)
+    _edits: dict[SiteChoice, Edit] = field(default_factory=dict)
+
+    def edit(self, model: nn.Module, choice: SiteChoice, keep: Tensor | None) -> Edit:
+        """The closed form of a choice on the model as it was surveyed; remembered, since trials ask for it again."""
+        curve = self.curves[choice.site]
+        if keep is not None:
+            return curve.edit(model, choice, keep)
+        if choice not in self._edits:
+            made = curve.edit(model, choice)
+            while self._edits and made.memory + sum(edit.memory for edit in self._edits.values()) > _REMEMBERED:
+                del self._edits[next(iter(self._edits))]
+            self._edits[choice] = made
+        return self._edits[choice]
 
 
 class Channels(Family):
@@ -87,7 +101,7 @@ class Channels(Family):
         named = gates(model)
         for name, choice in choices.items():
             if name in places.curves and choice.keep < named[name].channels:
-                carry_out(model, places.curves[name].edit(context.gated, choice, keep.get(name)))
+                carry_out(model, places.edit(context.gated, choice, keep.get(name)))
 
     def refit(
         self, model: nn.Module, places: ChannelPlaces, choice: SiteChoice, see: Callable[[Sequence[Collector]], None]
