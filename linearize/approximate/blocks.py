@@ -27,8 +27,8 @@ from linearize.approximate.removal import regularised
 from linearize.approximate.rows import positions_for
 from linearize.gate import gates
 from linearize.record import Record, Step, record_of, set_record
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, watching
+from linearize.running.batches import read_batches
+from linearize.running.models import watching
 from linearize.sites import Port, Site
 from linearize.surgery.specs import Spec, build, replace_module
 
@@ -207,12 +207,11 @@ def _features(block: Block) -> list[int]:
 
 
 def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:
-    generator, device = torch.Generator().manual_seed(seed), device_of(model)
+    generator = torch.Generator().manual_seed(seed)
     seen: dict[str, dict[str, Tensor]] = {block.name: {} for block in blocks}
     with watching(model, lambda source: _hooks(model, blocks, seen, source)) as source:
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device))
-            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+        for batch in read_batches(model, batches):
+            scalar, positions = projection(batch.run(model), batch, generator)
             if scalar.requires_grad:
                 torch.autograd.grad(scalar, source, allow_unused=True)
             for block in blocks:

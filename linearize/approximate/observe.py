@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from linearize.approximate.skip import Source, skip_source
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
 from linearize.gate import gates
-from linearize.running.batches import read_batch, to_device
+from linearize.running.batches import length_of, read_batches
 from linearize.running.models import device_of, watching
 from linearize.running.progress import progress_bar
 from linearize.sites import Site
@@ -242,17 +242,14 @@ def _pass(
     progress: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
     watches = {name: _Watch(seen, skip_source(model, seen.site)) for name, seen in found.items()}
-    total = len(batches) if isinstance(batches, Sized) else None
     count = 0
     hooks = functools.partial(_hooks, model, watches)
     attach = hooks if sensitivity else lambda _: hooks(None)
-    bar = progress_bar("observe", total, enabled=progress)
+    bar = progress_bar("observe", length_of(batches), enabled=progress)
     with watching(model, attach, gradients=sensitivity) as handle, bar as advance:
-        for index, raw in enumerate(batches):
-            batch = read_batch(model, to_device(raw, device))
-            output = model(*batch.args, **batch.kwargs)
+        for index, batch in enumerate(read_batches(model, batches)):
+            output = batch.run(model)
             if sensitivity:
                 scalar, positions = projection(output, batch, generator)
                 if scalar.requires_grad:
@@ -260,7 +257,7 @@ def _pass(
                 for observation in found.values():
                     observation.samples += positions
             for name, watch in watches.items():
-                watch.take(padding_mask(model, name, batch.kwargs), generator)
+                watch.take(padding_mask(model, name, batch.masks), generator)
                 if not watch.found.rows.finite:
                     remedy = "Check this batch, and the weights before this site."
                     raise DataError(name, f"found NaN or infinity at this activation in batch {index}", remedy)

@@ -21,7 +21,7 @@ from linearize.finetune import finetune
 from linearize.planning.budget import read_budget
 from linearize.planning.notes import fingerprint
 from linearize.running.models import evaluating
-from linearize.training.losses import main_output
+from linearize.running.outputs import main_part
 
 __all__ = ["compress"]
 
@@ -160,7 +160,7 @@ def _check_classes(network: nn.Module, source: DataSource) -> None:
         batch = next(iter(source.test))
         names = source.test.keywords
         output = network(batch[0]) if names is None else network(**{names[0]: batch[names[0]]})
-    classes = main_output(output).shape[-1]
+    classes = main_part(output).tensor.shape[-1]
     if classes < source.num_classes:
         found = f"found {classes} outputs for {source.num_classes} classes"
         raise UsageError(type(network).__name__, found, f"Try -a num_labels={source.num_classes}, or other data.")

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, evaluating
+from linearize.running.batches import count_of, read_batches
+from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 from linearize.surgery.specs import replace_module
-from linearize.training.losses import distillation_loss
+from linearize.training.divergence import distillation_loss
 
 __all__ = ["losses_with", "real_loss", "some_of"]
 
 
 def some_of(data: Iterable[Any], count: int) -> list[Any]:
     """Some batches, spread over the data."""
-    total = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    step = max(1, total // count)
+    step = max(1, count_of(data) // count)
     return list(itertools.islice(itertools.islice(data, step - 1, None, step), count))
 
 
 def real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> float:
-    """Mean distance of a model's output to another's: relative squared error, or divergence of logits."""
+    """Mean distance of a model's output to another's: relative squared error, or divergence of classes."""
     total, count = 0.0, 0
-    device = device_of(reference)
     with evaluating(reference, candidate):
-        for raw in batches:
-            batch = read_batch(reference, to_device(raw, device))
-            taught = reference(*batch.args, **batch.kwargs)
-            output = candidate(*batch.args, **batch.kwargs)
+        for batch in read_batches(reference, batches):
+            taught, output = batch.run(reference), batch.run(candidate)
             total += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
             count += batch.size
     return total / max(1, count)
@@ -51,13 +47,12 @@ def losses_with(
         evaluating(model, *modules.values()),
         progress_bar("modules", len(batches) * len(modules), enabled=progress) as advance,
     ):
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device_of(model)))
-            taught = model(*batch.args, **batch.kwargs)
+        for batch in read_batches(model, batches):
+            taught = batch.run(model)
             for path, module in modules.items():
                 try:
                     replace_module(model, path, module)
-                    output = model(*batch.args, **batch.kwargs)
+                    output = batch.run(model)
                     totals[path] += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
                 except Exception:  # the code around it wants something of the module that only the original has
                     totals[path] = float("inf")
