@@ -24,7 +24,7 @@ from linearize.algebra.forms import Infeasible
 from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.probes import projection
 from linearize.approximate.removal import regularised
-from linearize.approximate.rows import positions_for
+from linearize.approximate.rows import batched, positions_for
 from linearize.gate import gates
 from linearize.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batches
@@ -261,16 +261,16 @@ def _hooks(
 ) -> Iterator[Any]:
     def begin(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[name]["x"] = inputs[0].detach()
+            seen[name]["x"] = batched(inputs[0].detach(), 2)
 
         return see
 
     def end(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            seen[name]["y"] = output.detach()
+            seen[name]["y"] = batched(output.detach(), 2)
             output = output + source.to(output.dtype)
             if output.requires_grad:
-                output.register_hook(lambda gradient: seen[name].__setitem__("g", gradient.detach()))
+                output.register_hook(lambda gradient: seen[name].__setitem__("g", batched(gradient.detach(), 2)))
             return output
 
         return see

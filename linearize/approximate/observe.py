@@ -28,7 +28,7 @@ from linearize.approximate.editable import (
     obstacle_to_refit,
 )
 from linearize.approximate.probes import projection
-from linearize.approximate.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
+from linearize.approximate.rows import batched, gradient_rows, patches_of, positions_for, row_weights, rows_of
 from linearize.approximate.skip import Source, skip_source
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
@@ -282,8 +282,10 @@ def _hooks(model: nn.Module, watches: dict[str, _Watch], source: Tensor | None) 
 def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         start = watch.start if watch.found.inputs else None
-        watch.x = None if start is None else start.at_outputs(inputs[0].detach())
-        watch.found.shape = watch.found.shape or tuple(inputs[0].shape)
+        producer = watch.found.site.producer
+        x = batched(inputs[0].detach(), producer.dims if producer is not None else 0)
+        watch.x = None if start is None else start.at_outputs(x)
+        watch.found.shape = watch.found.shape or tuple(x.shape)
 
     return see
 
@@ -291,7 +293,7 @@ def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
 def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if index == 0:
-            watch.h = inputs[0].detach()
+            watch.h = batched(inputs[0].detach(), watch.found.consumers[0].port.dims)
         if source is None or not output.is_floating_point():
             return None
         output = output + source.to(output.dtype)
