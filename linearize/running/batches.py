@@ -132,12 +132,15 @@ def read_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Batch]:
 
 
 class Reading:
-    """A user's data as a model is given it: `Batch`es, in every pass anew.
+    """A user's data as a model is given it: `Batch`es, in every pass anew. It has a length, counted if need be.
 
     Args:
         model: whose forward tells inputs from labels.
         data: re-iterable batches.
         output: parts of the output that count, as `linearize.compress` takes them.
+
+    Raises:
+        DataError: there is no end to the data.
 
     Example:
         >>> data = Reading(nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))])
@@ -146,14 +149,14 @@ class Reading:
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Any], output: Choice = None) -> None:
-        self.model, self.data = model, data
+        self.model, self.data, self.length = model, data, count_of(data)
         self.meaning = Meaning.of(model, output)
 
     def __iter__(self) -> Iterator[Batch]:
         return (read_batch(self.model, raw, self.meaning) for raw in self.data)
 
     def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]  # the TypeError of data without a length is right here, too
+        return self.length
 
 
 def length_of(data: Any) -> int | None:
