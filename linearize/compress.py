@@ -156,7 +156,8 @@ def compress(
             "dry_run", "found without a budget", "Pass one of latency, flops, params, speedup, activations."
         )
     options = training_options(finetune, gentle=linear is None)
-    options |= {} if output is None else {"output": output}
+    if output is not None:
+        options.setdefault("output", output)
     check_data(data)
     steps = Steps(progress)
     reading = Reading(model, data, output)
