@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from linearize import (
     DataError,
     UsageError,
+    benchmark,
     calibrate,
     collapse,
     compress,
@@ -30,6 +31,7 @@ from linearize import (
 from linearize.cost import cost
 from linearize.nest import copied, leaves_of, mapped, plain
 from linearize.planning.distance import real_loss, some_of
+from linearize.planning.in_place import shares_in_place
 from linearize.planning.request import some_batches
 from linearize.running.batches import Reading, count_of, length_of, read_batch
 from linearize.training.losses import evaluate_batches, scores_of
@@ -378,3 +380,43 @@ def test_plain_batches_are_new_containers() -> None:
     found = plain(outer)
     found["inner"]["b"] = 1
     assert list(inner) == ["a"]
+
+
+def test_timings_of_models_that_change_their_inputs() -> None:
+    """A run on what an earlier one has left would find the result there, and do nothing."""
+    calls = []
+
+    class Counting(Writing):
+        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            calls.append("embedding" in features)
+            return super().forward(features)
+
+    x = data(1)[0]
+    benchmark((Counting().eval(), Counting().eval()), ({"x": x},), rounds=2, warmup=1)
+    assert len(calls) > 8
+    assert not any(calls)
+    seen: list[Tensor] = []
+    model = InPlace().eval()
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    benchmark((model, model), x, rounds=2, warmup=1)
+    shares_in_place(model, x, [32], {"all": ["net"]}, rounds=1)
+    assert all(torch.equal(given, x) for given in seen)
+
+
+def test_a_cache_that_is_an_input_keeps_its_values() -> None:
+    class Store:
+        def __init__(self) -> None:
+            self.held = [torch.ones(1)]
+
+    class Remembering(InPlace):
+        def forward(self, x: Tensor, store: Store | None = None) -> Tensor:
+            out = super().forward(x)
+            if store is not None:
+                store.held.append(out)
+            return out
+
+    store = Store()
+    gated = convert(Remembering(), {"x": data(1)[0], "store": store})
+    assert len(store.held) == 1
+    calibrate(gated, [{"x": x, "store": store} for x in data()], progress=False)
+    assert len(store.held) == 1

@@ -109,6 +109,7 @@ def test_probabilities_are_no_logits_of_labels() -> None:
         ({"num_labels": 2, "vocab_size": 50}, (4, 7, 48), None, "values"),  # pixels that are called logits
         ({"num_labels": 4}, (2, 9, 5), None, "classes"),  # or none of these
         ({"num_labels": 4}, (2, 4, 8, 8), None, "classes"),
+        ({"num_labels": 4}, (2, 4, 7), None, "values"),  # four positions
         ({}, (4, 3), None, "values"),
         ({}, (4, 3), torch.tensor([0, 1, 2, 0]), "classes"),
     ],
@@ -142,6 +143,7 @@ def test_labels_belong_to_the_logits_or_the_first_part_that_they_fit() -> None:
     kinds = {part.name: part.kind for part in Meaning().parts(output, y)}
     assert kinds == {"features": "values", "logits": "classes", "aux": "classes"}
     torch.testing.assert_close(task_loss(output, y), F.cross_entropy(output["logits"], y))
+    assert task_loss({"output": output["logits"]}, {"output": y}) == task_loss(output, y)
     named = {"logits": y, "features": torch.randn(4, 16)}
     expected = (F.cross_entropy(output["logits"], y) + ratio(output["features"], named["features"])) / 2
     torch.testing.assert_close(task_loss(output, named), expected)
@@ -174,7 +176,11 @@ def test_task_losses_by_hand() -> None:
         (torch.rand(3), r"found float32 labels \(3,\) for .* \(3, 4\). If they are classes, pass labels.long"),
         (torch.zeros(5, dtype=torch.long), r"found int64 labels \(5,\)"),
         ("cat", "found labels of type str"),
-        ({"other": torch.zeros(3)}, "found labels of type dict"),
+        ({"other": torch.zeros(3)}, r"found labels of type dict \(other\)"),
+        (
+            {"output": torch.tensor([0, 1, 2]), "uotput": torch.zeros(3)},
+            r"found labels of type dict \(output, uotput\)",
+        ),
         (None, "found no labels"),
     ],
 )

@@ -134,7 +134,7 @@ def dry_run(
                 args, kwargs = copied(inputs)
                 out = model(*args, **kwargs)
             return _finished(trace, noter, out)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), inputs)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), copied(inputs))
         with _Noter(trace, silent) as noter:
             out = torch.func.functional_call(model, fake, args, kwargs)
     return _finished(trace, noter, out)
@@ -177,7 +177,7 @@ def run_once(
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     hollow = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    fake = fake_inputs(inputs)
+    fake = fake_inputs(copied(inputs))  # objects of other kinds, such as caches, would keep what is written into them
     attempts: tuple[Callable[[], object], ...] = (
         lambda: torch.func.functional_call(model, hollow, *fake),
         lambda: dry_run(model, inputs, training=training),

@@ -200,8 +200,9 @@ class Meaning:
 
     def _axis(self, z: Tensor, *, any_size: bool) -> int | None:
         """The axis of a number of classes that the configuration knows, two or more; None if there is none."""
-        axes = [axis for axis in axes_of(z) if z.shape[axis] > 1]
-        return next((axis for axis in axes if any_size or z.shape[axis] in self.sizes), None)
+        axes = axes_of(z) if any_size or z.dim() != 3 else (-1,)  # a short sequence may have such a length
+        some = [axis for axis in axes if z.shape[axis] > 1]
+        return next((axis for axis in some if any_size or z.shape[axis] in self.sizes), None)
 
 
 UNKNOWN = Meaning()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from linearize.errors import DataError, UsageError
+from linearize.nest import leaves_of
 from linearize.running.batches import IGNORED, read_batches
 from linearize.running.models import evaluating
-from linearize.running.outputs import UNKNOWN, Meaning, Part, real
+from linearize.running.outputs import UNKNOWN, Meaning, Part, real, tensors_in
 from linearize.running.targets import fitted
 from linearize.training.divergence import relative_error
 
@@ -47,7 +48,8 @@ def task_loss(output: Any, labels: Any, meaning: Meaning = UNKNOWN) -> Tensor:
         raise DataError("data", "found no labels in a batch", remedy)
     parts = meaning.parts(output, labels)
     labelled = _labelled(parts, labels)
-    if not labelled:
+    known = {part.name for part in parts} | set(tensors_in(output))
+    if not labelled or any(isinstance(y, Tensor) and name and name not in known for name, y in leaves_of(labels)):
         raise _unfitting(parts, labels)
     total = sum(part.weight for part in labelled)
     return torch.stack([_loss(part) * (part.weight / total) for part in labelled]).sum()
@@ -88,7 +90,8 @@ def _check_range(labels: Tensor, classes: int) -> None:
 def _unfitting(parts: Sequence[Part], labels: Any) -> DataError:
     shapes = ", ".join(f"{part.name} {tuple(part.tensors[0].shape)}" for part in parts)
     if not isinstance(labels, Tensor):
-        found = f"found labels of type {type(labels).__name__} for an output of {shapes}"
+        names = ", ".join(name for name, _ in leaves_of(labels)) or "nothing"
+        found = f"found labels of type {type(labels).__name__} ({names}) for an output of {shapes}"
         return DataError("data", found, "Yield a tensor, or tensors by name of the part; or pass loss=.")
     floats = labels.is_floating_point() and any(labels.shape == part.tensors[0].shape[:-1] for part in parts)
     remedy = "If they are classes, pass labels.long(); else pass" if floats else "Pass"
