@@ -22,7 +22,14 @@ from linearize.planning.by_budget import How, to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job
 from linearize.planning.notes import NOTHING, Notes, facts_of, fingerprint
-from linearize.planning.request import check_call, check_request, check_training, some_batches, training_options
+from linearize.planning.request import (
+    check_call,
+    check_output,
+    check_request,
+    check_training,
+    some_batches,
+    training_options,
+)
 from linearize.report.compression import Report
 from linearize.running.batches import Reading, count_of, length_of
 from linearize.running.models import device_of
@@ -162,6 +169,8 @@ def compress(
     steps = Steps(progress)
     reading = Reading(model, data, output)
     batches = some_batches(model, reading)
+    if output is not None:
+        check_output(model, reading)
     if options["epochs"] and not dry_run:
         check_training(model, reading, options, distill)
     home = device_of(model)

@@ -75,7 +75,7 @@ def test_nests_are_mapped_with_their_classes() -> None:
     class Frozen:
         a: Any
 
-    nest = [UserDict(k=(1, 2)), Pair(3, Frozen([4])), {"n": None}]
+    nest: list[Any] = [UserDict(k=(1, 2)), Pair(3, Frozen([4])), {"n": None}]
     found = mapped(nest, lambda value: value and value * 10)
     assert found == [{"k": (10, 20)}, Pair(30, Frozen([40])), {"n": None}]
     assert type(found[0]) is dict

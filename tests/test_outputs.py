@@ -285,7 +285,7 @@ def test_the_projection_is_the_second_derivative_of_the_distance() -> None:
         return {"logits": z["logits"], "deep": [{"tags": z["tags"]}, (z["boxes"],)]}
 
     taught = output(torch.zeros(8, dtype=torch.float64))
-    hessian: Any = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
+    hessian: Any = torch.autograd.functional.hessian(
         lambda shift: distillation_loss(output(shift), taught, batch, 1.0), torch.zeros(8, dtype=torch.float64)
     )
     generator, total = torch.Generator().manual_seed(0), torch.zeros(8, 8, dtype=torch.float64)
@@ -349,7 +349,7 @@ def test_a_loss_that_cannot_see_is_an_error() -> None:
 def test_channels_that_never_mattered_may_go_without_loss() -> None:
     net = nn.Sequential(nn.Linear(6, 48), nn.ReLU(), nn.Linear(48, 4))
     with torch.no_grad():
-        net[0].bias[:24] = -100.0
+        net.get_parameter("0.bias")[:24] = -100.0
     data = [torch.randn(64, 6) for _ in range(6)]
     assert compress(net, data, flops=0.5, **QUIET).report.outcome is not None
 

@@ -92,7 +92,7 @@ def test_both_ends_of_a_span_are_distilled() -> None:
     teacher, student = (bert("BertForQuestionAnswering") for _ in range(2))
     student.load_state_dict(teacher.state_dict())
     with torch.no_grad():
-        student.qa_outputs.weight[1].add_(0.3 * torch.randn(16))
+        student.get_parameter("qa_outputs.weight")[1].add_(0.3 * torch.randn(16))
     data = texts()
     before = real_loss(teacher, student, data)
     assert before > 1e-3

@@ -22,7 +22,7 @@ from linearize.running.models import device_of, evaluating
 from linearize.training.losses import has_loss
 from linearize.training.run import Objective
 
-__all__ = ["check_call", "check_request", "check_training", "some_batches", "training_options"]
+__all__ = ["check_call", "check_output", "check_request", "check_training", "some_batches", "training_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,17 @@ def some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[
     if not found:
         raise DataError("data", "found no batches", "Pass at least one; a generator can be used only once.")
     return found
+
+
+def check_output(model: nn.Module, data: Iterable[Any]) -> None:
+    """Whether the output has the parts that are to count, before minutes are spent on the plan.
+
+    Raises:
+        UsageError: it has no such part.
+    """
+    batch = to_device(read_batch(model, next(iter(data))), device_of(model))
+    with evaluating(model):
+        batch.meaning.parts(batch.checked(model, 0), batch.labels)
 
 
 def _needs_labels(model: nn.Module, batch: Batch) -> bool:

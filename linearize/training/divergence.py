@@ -38,7 +38,7 @@ def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float
     """
     terms = distances(output, taught, batch, temperature)
     if not terms:
-        return torch.zeros(())
+        return batch.meaning.parts(taught)[0].tensor.new_zeros(())
     total = sum(weight for weight, _ in terms.values())
     return torch.stack([value * (weight / total) for weight, value in terms.values()]).sum()
 
