@@ -16,7 +16,8 @@ from torch.nn.modules import module as _module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.graph.capture import Inputs, fake_inputs, tensors_of, untouched
+from linearize.graph.capture import Inputs, fake_inputs, tensors_of
+from linearize.graph.protect import untouched
 
 _log = logging.getLogger(__name__)
 

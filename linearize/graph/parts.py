@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from linearize.errors import CaptureError
-from linearize.graph.capture import Inputs, untouched
+from linearize.graph.capture import Inputs
 from linearize.graph.discover import discover
+from linearize.graph.protect import untouched
 from linearize.sites import Site
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import get_testing_overrides
 
 from linearize.errors import CheckpointError
 from linearize.gate import out_of_place
@@ -134,3 +136,46 @@ class Elementwise(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([self.function, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+def is_torch(function: Any) -> bool:
+    """Whether a callable is a function of torch, or a method of a tensor: it computes the same each time.
+
+    Example:
+        >>> is_torch(torch.relu), is_torch(torch.zeros(2).tanh), is_torch(lambda x: torch.relu(x))
+        (True, True, False)
+    """
+    return isinstance(getattr(function, "__self__", None), Tensor) or (
+        isinstance(function, (FunctionType, BuiltinFunctionType)) and function in get_testing_overrides()
+    )
+
+
+def pick(layer: nn.Module, expected: nn.Module | str, callee: Any) -> Any:
+    """`layer`, as long as `callee` is the module, or the torch function of the name, that it stands in for.
+
+    A forward that says `self.acts[self.kind](x)` may call something else one day.
+
+    Example:
+        >>> gate = nn.Identity()
+        >>> pick(gate, "relu", torch.relu) is gate, pick(gate, "relu", torch.tanh) is torch.tanh
+        (True, True)
+    """
+    if isinstance(expected, str):
+        return layer if is_torch(callee) and callee.__name__.strip("_") == expected else callee
+    return layer if callee is expected else callee
+
+
+def activate(layer: nn.Module, input: Tensor, **arguments: Any) -> Tensor:
+    """Call what stands in for an activation function, with the arguments that the function would get now.
+
+    A forward that says `F.leaky_relu(x, self.slope)` reads the slope at each call.
+
+    Example:
+        >>> activate(Elementwise("leaky_relu", {"negative_slope": 0.1}), torch.tensor([-1.0]), negative_slope=0.5)
+        tensor([-0.5000])
+    """
+    for part in layer.modules():
+        if isinstance(part, Elementwise) and any(part.options.get(name) != v for name, v in arguments.items()):
+            part.options = {**part.options, **arguments}
+    out: Tensor = layer(input)
+    return out
