@@ -12,7 +12,7 @@ from linearize.convert import unwrapped
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate, gates
-from linearize.graph.dryrun import dry_run, first_line
+from linearize.graph.dryrun import Trace, dry_run, first_line
 from linearize.plan import (
     MASKED,
     NARROWED,
@@ -27,6 +27,7 @@ from linearize.plan import (
 )
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.fused import fuse_again
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
@@ -178,7 +179,8 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         steps += _settle_activation(result, planned, gate, carries=carries)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
-    set_record(result, Record((), [*record.steps, *sorted(steps, key=_depth)], record.inputs))
+    steps.sort(key=_depth)
+    set_record(result, Record((), [*fuse_again(result, record.steps, steps), *steps], record.inputs))
     return result
 
 
@@ -280,17 +282,29 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
     record, after = record_of(model), record_of(result)
     if record is None or record.inputs is None or after is None:
         return None
-    changed = {step["path"] for step in after.steps[len(record.steps) :]}
+    # Switched-on fused paths are no changes: the steps that remain of those before come first.
+    kept = sum(step in record.steps for step in after.steps)
+    changed = {step["path"] for step in after.steps[kept:]}
     skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
-    try:
-        expected = dry_run(model, record.inputs, skip=skip)
-    except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
-        _log.debug("no dry run: %s", error)
-        return None
-    try:
-        found = dry_run(result, record.inputs, skip=skip)
-    except Exception as error:  # whatever the model's own code raises
-        return first_line(error)
+    modes = (False, True) if any(parameter.requires_grad for parameter in model.parameters()) else (False,)
+    for gradients in modes:
+        try:
+            expected = dry_run(model, record.inputs, skip=skip, gradients=gradients)
+        except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
+            _log.debug("no dry run: %s", error)
+            continue
+        try:
+            found = dry_run(result, record.inputs, skip=skip, gradients=gradients)
+        except Exception as error:  # whatever the model's own code raises
+            return first_line(error)
+        why = _difference_of(expected, found, changed)
+        if why is not None:
+            return why
+    return None
+
+
+def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | None:
+    """What two runs in the same mode show."""
     missed = (changed & expected.called) - found.called
     if missed:
         return f"it calls {min(missed)} from another place that holds it, too"

@@ -20,10 +20,10 @@ from linearize.errors import CaptureError, ConvertError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
-from linearize.graph.dryrun import called_modules
 from linearize.graph.parts import discover_parts
 from linearize.record import Record, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.modes import settle_modes
 from linearize.surgery.owners import read_after_write, rewrite_owners
 from linearize.surgery.specs import replace_module
 
@@ -100,35 +100,26 @@ def _sites(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
 def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn.Module:
     """Rewrite what must be rewritten, and put the gates in, all in place."""
     known = record_of(target) or Record()
-    sites, rewrites = rewrite_owners(target, sites, inputs)
+    sites, steps = rewrite_owners(target, sites, inputs)
     sites = read_after_write(target, sites, inputs)
     replaced = {site.name: target.get_submodule(site.name) for site in sites if site.ungated is None}
     for site in sites:
         if site.ungated is None:
             _put_gate(target, site)
-    sites = _take_back(target, sites, replaced, inputs)
+    sites, unfused = settle_modes(target, sites, replaced, inputs)
+    for site in sites:
+        gate = target.get_submodule(site.name) if site.ungated is None else None
+        if isinstance(gate, ChannelGate):
+            gate.site = site
     left = sum(site.ungated is not None for site in sites)
     if left == len(sites):
         reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
         found = f"none of its {len(sites)} activations can get a gate ({reasons})"
         raise ConvertError(type(target).__name__, found, "Change include= or exclude=, or mend what is named.")
-    set_record(target, Record(sites, [*known.steps, *rewrites], fake_inputs(inputs)))
+    set_record(target, Record(sites, [*known.steps, *steps, *unfused], fake_inputs(inputs)))
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
     return target
-
-
-def _take_back(
-    model: nn.Module, sites: tuple[Site, ...], replaced: dict[str, nn.Module], inputs: Inputs
-) -> tuple[Site, ...]:
-    """Take back the gates that the model does not call: it may hold an activation in a list or a closure, too."""
-    called = called_modules(model, inputs) if replaced else set()
-    for name in replaced.keys() - called:
-        replace_module(model, name, replaced[name])
-    why = "the model holds it in another place, too, and calls it from there"
-    return tuple(
-        replace(site, ungated=why) if site.ungated is None and site.name not in called else site for site in sites
-    )
 
 
 @contextmanager

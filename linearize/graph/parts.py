@@ -89,7 +89,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     hooks = [module.register_forward_pre_hook(enter(path), with_kwargs=True) for path, module in named]
     hooks += [module.register_forward_hook(leave, always_call=True) for _, module in named]
     try:
-        with untouched(model), torch.no_grad(), torch.random.fork_rng([]):
+        with untouched(model), torch.no_grad():
             model(*inputs[0], **inputs[1])
     except Exception as error:  # whatever the model's own code raises
         name = type(model).__name__

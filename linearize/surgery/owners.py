@@ -26,16 +26,21 @@ _log = logging.getLogger(__name__)
 
 
 def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[tuple[Site, ...], list[Step]]:
-    """Redirect activation calls inside forwards to children, so that they can be swapped like any module."""
+    """Make activation calls inside forwards calls of children, so that they can be swapped like any module.
+
+    Functions in attributes become children first; then the forwards are rewritten that call others.
+    """
     owners: dict[str, list[Site]] = {}
     for site in sites:
         if site.ungated is None and site.call is not None:
             owners.setdefault(site.module, []).append(site)
-    if not owners:
+    held = _held(model, sites)
+    if not owners and not held:
         return sites, []
     calls = Counter((site.module, site.target) for site in sites if site.call is not None)
     concrete, expected = _observe(model, list(owners), inputs)
     rewriting = _Rewriting(model, inputs, expected)
+    rewriting.hold(held)
     for owner, inside in owners.items():
         options: Options = {
             "calls": [_call(site, calls[owner, site.target]) for site in inside],
@@ -43,7 +48,21 @@ def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) ->
         }
         rewriting.rewrite({"path": owner, "module": {"type": "Rewrite", **options}})
     rewriting.check()
-    return tuple(_with_reason(site, rewriting) for site in sites), rewriting.steps
+    return tuple(_with_reason(site, rewriting) for site in sites), [*rewriting.held, *rewriting.steps]
+
+
+def _held(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
+    """Steps that make children of the functions in attributes that sites are called by."""
+    called = []
+    for site in sites:
+        if site.ungated is None and site.function is None:
+            called.append(site.name if site.call is None else ".".join(filter(None, (site.module, site.target))))
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    steps: list[Step] = []
+    for path in dict.fromkeys(path for path in called if path not in known):
+        owner, _, name = path.rpartition(".")
+        steps.append({"path": owner, "module": {"type": "Held", "attribute": name}})
+    return steps
 
 
 def _with_reason(site: Site, rewriting: _Rewriting) -> Site:
@@ -61,7 +80,14 @@ class _Rewriting:
     steps: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
+    held: list[Step] = field(default_factory=list)
     originals: dict[str, tuple[type[nn.Module], set[str], fx.Graph | None]] = field(default_factory=dict)
+
+    def hold(self, steps: list[Step]) -> None:
+        """Make children of functions in attributes. All went well when the graph was captured in the same way."""
+        for step in steps:
+            build(step["module"], self.model.get_submodule(step["path"]))
+        self.held = steps
 
     def rewrite(self, step: Step, *, checked: bool = False) -> None:
         """In the source; in a graph if there is none. If `checked`, only so that the model's operations stay the same."""

@@ -17,8 +17,10 @@ from typing import Any
 from torch import fx, nn
 
 from linearize.errors import ConvertError
+from linearize.graph.held import hold, may_hold
 from linearize.surgery.layers import Elementwise
 from linearize.surgery.source import Place, methods_with
+from linearize.surgery.subclass import fills_in, keep_attributes, subclass
 from linearize.surgery.symbolic import Options, redirect, traced_forward
 
 _REMEDY = "Make the activation a module of its own, called once, and convert again."
@@ -40,6 +42,9 @@ def rewrite_calls(module: nn.Module, options: Options) -> nn.Module:
     names = [call["child"] for call in options["calls"]]
     if not all(isinstance(name, str) and name.isidentifier() and not iskeyword(name) for name in names):
         raise ConvertError(type(module).__name__, "the name of a new child is no identifier", _REMEDY)
+    hidden = next((name for name in names if hasattr(module, name)), None)
+    if hidden is not None:
+        raise ConvertError(type(module).__name__, f"the new child {hidden!r} would hide what is there", _REMEDY)
     children = {call["child"]: _child(module, call) for call in options["calls"]}
     if isinstance(module, fx.GraphModule):
         graph = copy.deepcopy(module.graph)
@@ -87,33 +92,21 @@ def _place(call: Options) -> Place:
     return Place(**{**place, "arguments": tuple(place.get("arguments", ()))})
 
 
-def subclass(
-    original: type[nn.Module], methods: dict[str, Callable[..., Any]], again: Callable[[nn.Module], None]
-) -> type[nn.Module]:
-    """A subclass of a module's class under the same name, with other methods, whose objects are copied and pickled.
+def hold_function(module: nn.Module, options: Options) -> nn.Module:
+    """The same module with a function of its attributes (`self.act = F.gelu`) as a child of that name.
 
     Args:
-        original: the class.
-        methods: what is new in the subclass.
-        again: gives a module of the original class the subclass again, when it is unpickled; it is pickled, too.
+        module: it is changed in place.
+        options: ``attribute``, the name.
+
+    Raises:
+        ConvertError: it has no such function.
     """
-
-    def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def reduce(self: nn.Module, _protocol: Any) -> Any:
-        return _restore, (original, again, self.__dict__)
-
-    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    own = {**methods, "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
-    return type(original.__name__, (original,), {**namespace, **own})
-
-
-def _restore(original: type[nn.Module], again: Callable[[nn.Module], None], state: dict[str, Any]) -> nn.Module:
-    module = original.__new__(original)
-    module.__dict__.update(state)
-    again(module)
+    name = options["attribute"]
+    if not isinstance(name, str) or not may_hold(module, name):
+        found = f"has no attribute {name!r} that is a function"
+        raise ConvertError(type(module).__name__, found, "Load it onto the model that it was made from.")
+    hold(module, name)
+    if fills_in(module):
+        keep_attributes(module)
     return module
