@@ -148,7 +148,11 @@ def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
     except Infeasible as why:  # the weights showed what the shapes did not
         return None, str(why)
     failure = _difference(model, result)
-    return (result, None) if failure is None else (None, failure)
+    if failure is not None:
+        return None, failure
+    record = record_of(result) or Record()
+    record.steps = fuse_again(result, record.steps)
+    return result, None
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -180,7 +184,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
     steps.sort(key=_depth)
-    set_record(result, Record((), [*fuse_again(result, record.steps, steps), *steps], record.inputs))
+    set_record(result, Record((), [*record.steps, *steps], record.inputs))
     return result
 
 
@@ -282,9 +286,7 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
     record, after = record_of(model), record_of(result)
     if record is None or record.inputs is None or after is None:
         return None
-    # Switched-on fused paths are no changes: the steps that remain of those before come first.
-    kept = sum(step in record.steps for step in after.steps)
-    changed = {step["path"] for step in after.steps[kept:]}
+    changed = {step["path"] for step in after.steps[len(record.steps) :]}
     skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
     modes = (False, True) if any(parameter.requires_grad for parameter in model.parameters()) else (False,)
     for gradients in modes:

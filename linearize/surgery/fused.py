@@ -8,7 +8,7 @@ as the layer itself would have it for any other activation, and the layer's own 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,23 +67,28 @@ def _padded(forward: Callable[..., Tensor], src: Tensor) -> Tensor:
     return out
 
 
-def fuse_again(model: nn.Module, before: Iterable[Step], new: Iterable[Step]) -> list[Step]:
-    """Switch fused paths on again where nothing is left that they would not see; the steps of `before` that stay.
+def fuse_again(model: nn.Module, steps: list[Step]) -> list[Step]:
+    """Switch fused paths on again where nothing has changed that they would not see; the steps that remain.
 
     Args:
         model: after collapsing.
-        before: the steps that made the gated model.
-        new: those of collapsing. Linear maps with a bias, of whatever width, are what a fused path reads.
+        steps: all that made it. Linear maps with a bias, of whatever width, are what a fused path reads.
     """
-    changes, kept = list(new), list[Step]()
-    for step in before:
-        inside = f"{step['path']}." if step["path"] else ""
-        odd = [c for c in changes if c["path"].startswith(inside) and not _is_plain(c["module"])]
-        if step["module"]["type"] == STEP and not odd:
+    kept: list[Step] = []
+    for position, step in enumerate(steps):
+        later = steps[position + 1 :]
+        if step["module"]["type"] == STEP and not any(_concerns(other, step["path"]) for other in later):
             fuse(model.get_submodule(step["path"]))
         else:
             kept.append(step)
     return kept
+
+
+def _concerns(step: Step, path: str) -> bool:
+    """Whether a step changes a module, or replaces it, in a way that its fused path would not see."""
+    around = step["path"] == path or path.startswith(f"{step['path']}." if step["path"] else "")
+    inside = step["path"].startswith(f"{path}." if path else "")
+    return around or (inside and not _is_plain(step["module"]))
 
 
 def _is_plain(spec: dict[str, Any]) -> bool:
