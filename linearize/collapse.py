@@ -13,6 +13,7 @@ from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.dryrun import Trace, dry_run, first_line
+from linearize.graph.protect import ALONE
 from linearize.plan import (
     MASKED,
     NARROWED,
@@ -81,7 +82,8 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
         return _collapse_parts(model, parts, when, plan)
     if plan is not None:
         _check_plan(plan, found)
-    return _collapse(model, when, plan)
+    with ALONE:
+        return _collapse(model, when, plan)
 
 
 def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:

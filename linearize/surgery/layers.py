@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import get_testing_overrides
 
 from linearize.errors import CheckpointError
 from linearize.gate import out_of_place
 from linearize.graph.ops import ACTIVATIONS
+from linearize.purity import is_torch
 
 
 class PartialActivation(nn.Module):
@@ -136,18 +135,6 @@ class Elementwise(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([self.function, *(f"{name}={value}" for name, value in self.options.items())])
-
-
-def is_torch(function: Any) -> bool:
-    """Whether a callable is a function of torch, or a method of a tensor: it computes the same each time.
-
-    Example:
-        >>> is_torch(torch.relu), is_torch(torch.zeros(2).tanh), is_torch(lambda x: torch.relu(x))
-        (True, True, False)
-    """
-    return isinstance(getattr(function, "__self__", None), Tensor) or (
-        isinstance(function, (FunctionType, BuiltinFunctionType)) and function in get_testing_overrides()
-    )
 
 
 def pick(layer: nn.Module, expected: nn.Module | str, callee: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from linearize.errors import ConvertError
 from linearize.graph.protect import untouched
-from linearize.surgery.purity import impurity
+from linearize.purity import impurity
 
 Options = dict[str, Any]
 _SIMPLE = (type(None), bool, int, float, str)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import run_once
 from linearize.graph.ops import ACTIVATIONS
-from linearize.surgery.layers import is_torch
+from linearize.purity import is_torch
 from linearize.surgery.source import Place, callee_of, watched_methods
 
 _log = logging.getLogger(__name__)
