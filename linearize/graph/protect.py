@@ -53,7 +53,8 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         inside = _contents(vars(module) for module in modules)
         kinds = {cls for module in modules for cls in type(module).__mro__ if cls is not object}
         own = [(cls, dict(vars(cls))) for cls in kinds if not _of_torch(cls)]
-        outside = _contents([[attributes for _, attributes in own], [vars(file) for file in _files(own)]])
+        outside = _contents([[attributes for _, attributes in own], _globals(attributes for _, attributes in own)])
+        cells = [(cell, cell.cell_contents) for cell in _cells(own)]
         memories = _memories(modules)
         _forget_tensors(memories)
         try:
@@ -69,6 +70,9 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 _put_back(container, content)
             for container, content in outside:
                 _weed(container, content)
+            for cell, content in cells:
+                if not (_full(cell) and cell.cell_contents is content):
+                    cell.cell_contents = content  # a decorator that counts calls
             for cls, attributes in own:
                 for name in [name for name, value in vars(cls).items() if _is_foreign(value)]:
                     setattr(cls, name, attributes[name]) if name in attributes else delattr(cls, name)
@@ -89,10 +93,25 @@ def _same_random_numbers() -> Iterator[None]:
             numpy.random.set_state(arrays)
 
 
-def _files(own: Iterable[tuple[type, Any]]) -> list[ModuleType]:
-    """The files in which classes stand."""
-    found = {id(file): file for cls, _ in own if (file := sys.modules.get(cls.__module__)) is not None}
-    return list(found.values())
+def _functions(places: Iterable[Any]) -> list[FunctionType]:
+    """The functions in some dicts, and those that they wrap."""
+    found = [_plain_function(value) for place in places for value in list(place.values())]
+    found = [value for value in found if type(value) is FunctionType]
+    for function in found:  # grows on the way
+        inner = vars(function).get("__wrapped__")
+        found += [inner] if type(inner) is FunctionType and inner not in found else []
+    return found
+
+
+def _globals(attributes: Iterable[Any]) -> list[dict[str, Any]]:
+    """The globals of the files in which classes stand, each once."""
+    return list({id(f.__globals__): f.__globals__ for f in _functions(attributes)}.values())
+
+
+def _cells(own: Iterable[tuple[type, Any]]) -> list[Any]:
+    """The variables that methods share with the code around them."""
+    cells = [cell for f in _functions(attributes for _, attributes in own) for cell in f.__closure__ or ()]
+    return [cell for cell in {id(cell): cell for cell in cells}.values() if _full(cell)]
 
 
 def _of_torch(kind: type) -> bool:
@@ -179,8 +198,8 @@ def _memories(modules: Iterable[nn.Module]) -> list[Any]:
     """What a model's methods, and functions beside its classes, remember results in; also inside a wrapper."""
     modules = list(modules)
     kinds = {cls for module in modules for cls in type(module).__mro__}
-    files = _files((cls, None) for cls in kinds)
-    places = [vars(holder) for holder in (*modules, *kinds, *files)]
+    places: list[Any] = [vars(holder) for holder in (*modules, *kinds)]
+    places += _globals(map(vars, kinds))
     held = [_plain_function(value) for place in places for value in list(place.values())]
     held += [
         cell.cell_contents
