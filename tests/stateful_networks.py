@@ -220,8 +220,9 @@ def transcript(model: nn.Module, x: Tensor, *, calls: int = 3, move: bool = True
             loss.backward(retain_graph=True)  # lists hold what earlier calls have left
             with torch.no_grad():
                 served = model(x.clone())
+            assert given.grad is not None
             gradients = {name: _grad(p) for name, p in model.named_parameters() if not name.endswith("alpha")}
-            seen += [y, served, {"x": given.grad, **gradients}, _plain(_kept(model))]
+            seen += [y, served, {"x": given.grad.clone(), **gradients}, _plain(_kept(model))]
             if move:
                 _move(model)
     return seen

@@ -161,8 +161,12 @@ def activate(layer: nn.Module, input: Tensor, **arguments: Any) -> Tensor:
         >>> activate(Elementwise("leaky_relu", {"negative_slope": 0.1}), torch.tensor([-1.0]), negative_slope=0.5)
         tensor([-0.5000])
     """
+    if isinstance(layer, Elementwise):
+        layer.options = {**layer.options, **arguments}
     for part in layer.modules():
-        if isinstance(part, Elementwise) and any(part.options.get(name) != v for name, v in arguments.items()):
-            part.options = {**part.options, **arguments}
+        for name, child in part._modules.items():
+            if isinstance(child, Elementwise) and any(child.options.get(n) != v for n, v in arguments.items()):
+                # A new one: what has run already may be run again on its way back, with what it was told then.
+                part._modules[name] = Elementwise(child.function, {**child.options, **arguments})
     out: Tensor = layer(input)
     return out
