@@ -12,7 +12,8 @@ from linearize.convert import unwrapped
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate, gates
-from linearize.graph.dryrun import dry_run, first_line
+from linearize.graph.dryrun import Trace, dry_run, first_line
+from linearize.graph.protect import ALONE
 from linearize.plan import (
     MASKED,
     NARROWED,
@@ -27,6 +28,7 @@ from linearize.plan import (
 )
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.fused import fuse_again
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
@@ -80,7 +82,8 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
         return _collapse_parts(model, parts, when, plan)
     if plan is not None:
         _check_plan(plan, found)
-    return _collapse(model, when, plan)
+    with ALONE:
+        return _collapse(model, when, plan)
 
 
 def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
@@ -147,7 +150,11 @@ def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
     except Infeasible as why:  # the weights showed what the shapes did not
         return None, str(why)
     failure = _difference(model, result)
-    return (result, None) if failure is None else (None, failure)
+    if failure is not None:
+        return None, failure
+    record = record_of(result) or Record()
+    record.steps = fuse_again(result, record.steps)
+    return result, None
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -178,7 +185,8 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         steps += _settle_activation(result, planned, gate, carries=carries)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
-    set_record(result, Record((), [*record.steps, *sorted(steps, key=_depth)], record.inputs))
+    steps.sort(key=_depth)
+    set_record(result, Record((), [*record.steps, *steps], record.inputs))
     return result
 
 
@@ -282,15 +290,25 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
         return None
     changed = {step["path"] for step in after.steps[len(record.steps) :]}
     skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
-    try:
-        expected = dry_run(model, record.inputs, skip=skip)
-    except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
-        _log.debug("no dry run: %s", error)
-        return None
-    try:
-        found = dry_run(result, record.inputs, skip=skip)
-    except Exception as error:  # whatever the model's own code raises
-        return first_line(error)
+    modes = (False, True) if any(parameter.requires_grad for parameter in model.parameters()) else (False,)
+    for gradients in modes:
+        try:
+            expected = dry_run(model, record.inputs, skip=skip, gradients=gradients)
+        except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
+            _log.debug("no dry run: %s", error)
+            continue
+        try:
+            found = dry_run(result, record.inputs, skip=skip, gradients=gradients)
+        except Exception as error:  # whatever the model's own code raises
+            return first_line(error)
+        why = _difference_of(expected, found, changed)
+        if why is not None:
+            return why
+    return None
+
+
+def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | None:
+    """What two runs in the same mode show."""
     missed = (changed & expected.called) - found.called
     if missed:
         return f"it calls {min(missed)} from another place that holds it, too"

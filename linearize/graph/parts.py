@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from linearize.errors import CaptureError
-from linearize.graph.capture import Inputs, untouched
+from linearize.graph.capture import Inputs
 from linearize.graph.discover import discover
+from linearize.graph.protect import untouched
 from linearize.nest import copied
 from linearize.sites import Site
 
@@ -89,7 +90,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     hooks = [module.register_forward_pre_hook(enter(path), with_kwargs=True) for path, module in named]
     hooks += [module.register_forward_hook(leave, always_call=True) for _, module in named]
     try:
-        with untouched(model), torch.no_grad(), torch.random.fork_rng([]):
+        with untouched(model), torch.no_grad():
             args, kwargs = copied(inputs)
             model(*args, **kwargs)
     except Exception as error:  # whatever the model's own code raises

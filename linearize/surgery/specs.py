@@ -14,11 +14,12 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
-from linearize.surgery import carriers, layers
-from linearize.surgery.rewrite import rewrite_calls
+from linearize.surgery import carriers, fused, layers
+from linearize.surgery.rewrite import hold_function, rewrite_calls
 
 Spec = dict[str, Any]
 
+IN_PLACE = ("Rewrite", "Held", fused.STEP)  # they change a module instead of replacing it
 _ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
@@ -160,6 +161,8 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Children": _children,
     "ChannelGate": _gate,
     "Rewrite": rewrite_calls,
+    "Held": hold_function,
+    fused.STEP: fused.unfuse,
 }
 
 
