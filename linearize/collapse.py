@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
+from linearize.algebra.forms import FORMS, Infeasible, Pieces
 from linearize.convert import unwrapped
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
@@ -27,6 +28,7 @@ from linearize.plan import (
 )
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.folds import what_is_left
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
@@ -169,7 +171,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
         elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
-            reader.pieces.update(FORMS[planned.form](maps))
+            reader.pieces.update(reader.settled(site, FORMS[planned.form](maps)))
             carries = maps.linear.numel() > 0  # else all others were dropped: an ordinary activation remains
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
@@ -213,12 +215,17 @@ def _last_use(found: dict[str, ChannelGate]) -> dict[str, str]:
 
 
 def unfold(model: nn.Module, site: Site) -> list[Step]:
-    """Take away the constant maps that now live in their neighbours; their children stay."""
+    """Take away the constant maps that now live in their neighbours; their children stay.
+
+    A map behind a concatenation belongs to several sites: it may be gone already.
+    """
     steps: list[Step] = []
     for fold in (*site.folds, *site.up_folds, *site.consumer_folds):
-        spec: Spec = {"type": "Children", "names": list(fold.children)} if fold.children else {"type": "Identity"}
-        replace_module(model, fold.module, build(spec, model.get_submodule(fold.module)))
-        steps.append({"path": fold.module, "module": spec})
+        spec: Spec = what_is_left(fold)
+        step: Step = {"path": fold.module, "module": spec}
+        if step not in steps:  # a module of several maps goes once
+            replace_module(model, fold.module, build(spec, model.get_submodule(fold.module)))
+            steps.append(step)
     return steps
 
 
@@ -268,7 +275,7 @@ def _settle_maps(model: nn.Module, pieces: Pieces, at: dict[str, int], final: se
         replace_module(model, path, layer)
         steps.append({"path": path, "module": spec})
         piece = pieces[path]
-        pieces[path] = Piece(piece.layer, None, piece.number, piece.at)
+        pieces[path] = replace(piece, affine=None, border=None)
     return steps
 
 
@@ -280,7 +287,8 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
     record, after = record_of(model), record_of(result)
     if record is None or record.inputs is None or after is None:
         return None
-    changed = {step["path"] for step in after.steps[len(record.steps) :]}
+    new = after.steps[len(record.steps) :]
+    changed = {step["path"] for step in new if step["module"]["type"] != "Neutral"}
     skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
     try:
         expected = dry_run(model, record.inputs, skip=skip)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Piece:
         number: the one number that the layer takes: where the carried part starts, how many ones, and so on.
         at: for "ones", the place of the ones.
         border: for "border", the kernel of the constant-one channel.
+        beside: for "carry", how many features the site carries in all, for all of its consumers.
+        branches: for a consumer behind a concatenation, the inputs of each branch that has been changed: where they
+            began and ended, and how many columns they have now.
+        folded: the constant maps before it that are in it, each with the first input that it acts on.
     """
 
     layer: str
@@ -41,6 +46,9 @@ class Piece:
     number: int = 0
     at: int = 0
     border: Tensor | None = None
+    beside: int = 0
+    branches: tuple[tuple[int, int, int], ...] = ()
+    folded: tuple[tuple[Any, int], ...] = ()
 
 
 IDENTITY = Piece("identity")
@@ -61,6 +69,7 @@ class Maps:
         grouped: a map was grouped, so that its channels cannot be reordered without making it dense.
         packed: for a gated unit whose two maps are one layer: "gate_first" or "up_first".
         fixed_producer: the producer must stay a plain layer, because a site before it will fold into it.
+        branches: for each consumer, whether it also reads other channels, behind a concatenation.
     """
 
     producer: Affine
@@ -79,6 +88,7 @@ class Maps:
     grouped: bool = False
     packed: str | None = None
     fixed_producer: bool = False
+    branches: tuple[bool, ...] = ()
 
     @property
     def constant_bias(self) -> bool:
@@ -120,6 +130,8 @@ def vanished(maps: Maps) -> Pieces:
         raise Infeasible("some channels stay nonlinear")
     if len(maps.consumers) != 1:
         raise Infeasible("it has more than one consumer")
+    if any(maps.branches):
+        raise Infeasible("its consumer also reads other channels")
     consumer, inner = _constants(maps)[0], linear_part(maps)
     why = obstacle(consumer, inner)
     if why is not None:
@@ -160,8 +172,12 @@ def _open_gate(maps: Maps, pieces: Pieces, width: int) -> None:
 
 
 def merged(maps: Maps) -> Pieces:
-    """Carry the output: the producer puts out the nonlinear channels and the merged term, which passes by them."""
-    if maps.linear.numel() == 0 or maps.keep.numel() == 0:
+    """Carry the output: the producer puts out the nonlinear channels and the merged term, which passes by them.
+
+    Of a branch of a concatenation no channel has to stay: its consumer reads the other branches still.
+    """
+    branch = bool(maps.branches) and all(maps.branches) and maps.up is None
+    if maps.linear.numel() == 0 or (maps.keep.numel() == 0 and not branch):
         raise Infeasible("there is nothing to carry past the activation")
     inner, consumers = linear_part(maps), _constants(maps)
     if not all(consumer.pointwise for consumer in consumers):
@@ -183,6 +199,7 @@ def merged(maps: Maps) -> Pieces:
         start += term.weight.shape[0]
     if carried is None:
         raise Infeasible("it has no consumer")
+    pieces = {path: replace(piece, beside=start) for path, piece in pieces.items()}
     _produce(maps, pieces, carried)
     return pieces
 

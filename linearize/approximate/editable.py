@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from linearize.algebra.forms import Infeasible
 from linearize.sites import Fold, Port, Site
+from linearize.surgery.folds import scale_shift
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.probe import has_own_forward, probed
 
@@ -93,6 +94,9 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
         grouped = port is not None and conv_groups(model, port) > 1
         if port is not None and grouped and not (port == site.producer and _narrows(model, site)):
             return f"{port.module} has groups"
+    for port in site.consumers:
+        if not port.whole:
+            return f"{port.module} also reads other channels, behind a concatenation"
     kinds = consumers_of(model, site)
     if len({consumer.group for consumer in kinds}) > 1:
         return "its consumers look at different numbers of positions"
@@ -140,21 +144,16 @@ def _plain(model: nn.Module, port: Port) -> bool:
 
 def fold_of(model: nn.Module, folds: tuple[Fold, ...], channels: int) -> tuple[Tensor, Tensor]:
     """Scale and shift of the constant maps between a producer and its activation, in float64, both (C,)."""
-    from linearize.algebra.affine import norm_scale_shift
-
     like: Any = next(model.parameters())
     scale = torch.ones(channels, dtype=torch.float64, device=like.device)
     shift = torch.zeros_like(scale)
     for fold in folds:
-        weight, bias, mean, var = (_tensor(model, name) for name in (fold.weight, fold.bias, fold.mean, fold.var))
-        s, t = norm_scale_shift(weight, bias, mean, var, fold.eps, channels)
+        s, t = (value.to(like.device) for value in scale_shift(fold, lambda name: _tensor(model, name), channels))
         scale, shift = scale * s, shift * s + t
     return scale, shift
 
 
-def _tensor(model: nn.Module, name: str | None) -> Tensor | None:
-    if name is None:
-        return None
+def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     found: Tensor = getattr(model.get_submodule(path), attribute).detach()
     return found

@@ -13,8 +13,9 @@ from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, users
 from linearize.graph.channels import channel_axes, understood
 from linearize.graph.memory import overwrites, overwritten, stale_reader
-from linearize.graph.ops import constant, op_name
-from linearize.graph.walk import Dead, Reading, Walker
+from linearize.graph.ops import is_constant, op_name
+from linearize.graph.problem import Dead
+from linearize.graph.walk import Reading, Walker
 from linearize.sites import Port, Site
 
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
@@ -175,8 +176,6 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         _only_reader(activation)
         before = walker.back(activation.source, axis)
         uses = walker.forward(activation.output, axis)
-        if uses.folds and len(uses.ports) > 1:
-            raise Dead("a constant map per channel lies before one of several consumers")
         written = overwritten(walker.captured, before.node, uses.nodes)
         if written is not None:
             raise Dead(f"the input of its producer is overwritten by {op_name(written)}")
@@ -209,8 +208,6 @@ def _gated_unit(
         up = walker.back(factor, axis, packed=True)
         _check_packing(gate, up, (activation.source, factor))
         uses = walker.forward(product, axis)
-        if uses.folds and len(uses.ports) > 1:
-            raise Dead("a constant map per channel lies before one of several consumers")
     except Dead as dead:
         if activation.name in _SQUASHING:
             return replace(site, ungated="it is a gate that scales another tensor", reason=None)
@@ -264,7 +261,7 @@ def _product(output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(readers) != 1 or op_name(readers[0]) != "mul":
         return None
     others = [value for value in readers[0].args[:2] if value is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or constant(others[0]) is not None:
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or is_constant(others[0]):
         return None
     return readers[0], others[0]
 

@@ -91,7 +91,7 @@ class Pricer:
             made = FORMS[choice.form](
                 replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
             )
-            reader.pieces.update(made)
+            reader.pieces.update(reader.settled(site, made))
             if choice.form == "vanished":
                 positions.update({port.module: site.consumers[0].positions for port in ports_of(site)})
         flops = sum(2.0 * positions[path] * _size(piece) for path, piece in reader.pieces.items())

@@ -89,9 +89,10 @@ class Manifest:
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")
-            # Only a rewrite changes a model in place, and so may change the whole of it.
+            # Only what changes a module in place may change the whole model.
             if not all(
-                step["module"]["type"] and (step["path"] or step["module"]["type"] == "Rewrite") for step in found.steps
+                step["module"]["type"] and (step["path"] or step["module"]["type"] in ("Rewrite", "Neutral"))
+                for step in found.steps
             ):
                 raise ValueError("a step is not complete")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.affine import Affine, dense, norm_scale_shift, rows, scaled
+from linearize.algebra.affine import Affine, columns, dense, rows, scaled
 from linearize.algebra.finite import all_finite
-from linearize.algebra.forms import Infeasible, Maps, Pieces
+from linearize.algebra.forms import Infeasible, Maps, Piece, Pieces
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate
 from linearize.sites import Fold, Port, Site
+from linearize.surgery.branches import place_of, spliced
+from linearize.surgery.folds import scale_shift
 from linearize.surgery.probe import has_own_forward, probed
 
 
@@ -59,7 +61,7 @@ class Reader:
             producer=producer,
             consumers=consumers,
             producer_at=(site.producer.module, site.producer.dims),
-            consumers_at=tuple((port.module, port.dims) for port in site.consumers),
+            consumers_at=tuple((port.key, port.dims) for port in site.consumers),
             slope=self._place(slope),
             intercept=self._place(intercept),
             up=up,
@@ -69,6 +71,7 @@ class Reader:
             grouped=any(self._groups(port) > 1 for port in ports),
             packed=_packed(site),
             fixed_producer=fixed_producer,
+            branches=tuple(not port.whole for port in site.consumers),
             **index,
         )
 
@@ -79,7 +82,7 @@ class Reader:
             Infeasible: a module of the site has one.
         """
         ports = [port.module for port in (site.producer, site.up, *site.consumers) if port is not None]
-        folds = [fold.module for fold in (*site.folds, *site.up_folds, *site.consumer_folds)]
+        folds = [f.module for f in (*site.folds, *site.up_folds, *site.consumer_folds) if not f.neutral]
         modules: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in (*ports, *folds)}
         for path, module in {**modules, site.name: gate.activation}.items():
             hooks: list[Any] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
@@ -118,10 +121,11 @@ class Reader:
     def _real(self, affine: Affine) -> torch.device:
         return affine.weight.device
 
-    def _affine(self, port: Port) -> Affine:
-        piece = self.pieces.get(port.module)
+    def _affine(self, port: Port, piece: Piece | None = None) -> Affine:
+        piece = piece or self.pieces.get(port.module)
         if piece is not None:
-            if piece.layer != "plain" or piece.affine is None or piece.affine.groups > 1:
+            known = piece.layer == "plain" or piece.branches
+            if not known or piece.affine is None or piece.affine.groups > 1:
                 raise Infeasible(f"{port.module} carries the merged term of another site")
             return piece.affine
         module: Any = self.model.get_submodule(port.module)
@@ -178,37 +182,71 @@ class Reader:
         return replace(self._folded(made, site.folds), groups=len(made.weight))
 
     def consumed(self, port: Port, site: Site) -> Affine:
-        """The map of one consumer, with the constant maps before it.
+        """The map of one consumer from the site's channels, with the constant maps before it.
 
         Raises:
             Infeasible: it has already been given another form, or a shift does not reach every position alike.
         """
-        affine = self._affine(port)
-        self._check_width(port, affine.weight.shape[1], "inputs")
-        for fold in reversed(site.consumer_folds):
-            scale, shift = self._scale_shift(fold, affine.weight.shape[1])
-            if (shift.device.type == "meta" or bool((shift != 0).any())) and (affine.padded or not site.steady):
+        before = self.pieces.get(port.module)
+        whole = self._whole(port, site, before)
+        if port.whole:
+            return whole
+        first = place_of(before, port.start)
+        index = torch.arange(first, first + port.stop - port.start, device=self._real(whole))
+        return columns(whole, index)
+
+    def settled(self, site: Site, made: Pieces) -> Pieces:
+        """The pieces of a form, with those of a branch put into the whole consumer that it shares with others.
+
+        Raises:
+            Infeasible: the form cannot be put there.
+        """
+        found = dict(made)
+        for port in site.consumers:
+            if not port.whole:
+                part, before = found.pop(port.key), found.get(port.module, self.pieces.get(port.module))
+                piece = spliced(self._whole(port, site, before), before, port, part)
+                folded = {*piece.folded, *((site.consumer_folds[index], start) for index, start, _ in port.folds)}
+                found[port.module] = replace(piece, folded=tuple(folded))
+        return found
+
+    def _whole(self, port: Port, site: Site, before: Piece | None) -> Affine:
+        """A consumer with all its columns, and with the constant maps before it that are not in it yet."""
+        affine = self._affine(port, before)
+        if before is None or not before.branches:
+            self._check_width(port, affine.weight.shape[1], "inputs")
+        folded = () if before is None else before.folded
+        for index, start, stop in reversed(port.folds):
+            fold = site.consumer_folds[index]
+            if (fold, start) in folded:
+                continue
+            scale, shift = self._scale_shift(fold, stop - start)
+            scale, shift = scale.to(self._real(affine)), shift.to(self._real(affine))
+            moves = any(part is not None for part in (fold.bias, fold.mean, fold.shift))
+            if (moves if shift.device.type == "meta" else bool((shift != 0).any())) and (
+                affine.padded or not site.steady
+            ):
                 raise Infeasible(f"the shift of {fold.module} does not reach every position alike")
-            scale, shift = self._place(scale), self._place(shift)
-            weight = affine.weight
-            total = weight.flatten(2).sum(2) if affine.dims else weight
-            scaled_weight = weight * scale.view(1, -1, *(1,) * affine.dims)
-            affine = replace(affine, weight=scaled_weight, bias=affine.bias + total @ shift)
+            first = place_of(before, start)
+            weight = affine.weight.clone()
+            part = weight[:, first : first + stop - start]
+            total = part.flatten(2).sum(2) if affine.dims else part
+            bias = affine.bias + total @ shift
+            weight[:, first : first + stop - start] = part * scale.view(1, -1, *(1,) * affine.dims)
+            affine = replace(affine, weight=weight, bias=bias)
         return affine
 
     def _folded(self, affine: Affine, folds: tuple[Fold, ...]) -> Affine:
         for fold in folds:
             scale, shift = self._scale_shift(fold, affine.weight.shape[0])
-            affine = scaled(affine, self._place(scale), self._place(shift))
+            affine = scaled(affine, scale.to(affine.bias.device), shift.to(affine.bias.device))
         return affine
 
     def _scale_shift(self, fold: Fold, channels: int) -> tuple[Tensor, Tensor]:
-        weight, bias, mean, var = (self._tensor(name) for name in (fold.weight, fold.bias, fold.mean, fold.var))
-        return norm_scale_shift(weight, bias, mean, var, fold.eps, channels)
+        scale, shift = scale_shift(fold, self._tensor, channels)
+        return self._place(scale), self._place(shift)
 
-    def _tensor(self, name: str | None) -> Tensor | None:
-        if name is None:
-            return None
+    def _tensor(self, name: str) -> Tensor:
         path, _, attribute = name.rpartition(".")
         return self._parameter(path, attribute)
 

@@ -15,6 +15,7 @@ from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
 from linearize.surgery import carriers, layers
+from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import rewrite_calls
 
 Spec = dict[str, Any]
@@ -158,6 +159,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
     "BlendedActivation": lambda current, options: layers.BlendedActivation(current, **options),
     "Children": _children,
+    "Neutral": neutralize,
     "ChannelGate": _gate,
     "Rewrite": rewrite_calls,
 }
