@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.forms import FORMS, Infeasible, Maps, Pieces, cost
+from linearize.algebra.parts import made
 from linearize.errors import UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.report.table import render
@@ -320,9 +321,9 @@ def options_of(maps: Maps, settled: Callable[[Pieces], Pieces]) -> tuple[dict[st
     """Every form that can express a site, as whole layers, and why the others cannot."""
     options: dict[str, Pieces] = {}
     reasons: dict[str, str] = {}
-    for form, make in FORMS.items():
+    for form in FORMS:
         try:
-            options[form] = settled(make(maps))
+            options[form] = settled(made(form, maps))
         except Infeasible as why:
             reasons[form] = str(why)
     return options, reasons

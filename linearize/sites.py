@@ -26,6 +26,7 @@ class Port:
         positions: where the map is evaluated, in the example inputs: tokens or pixels, times the batch.
         folds: for a consumer, which of the site's `consumer_folds` lie before it, and the inputs that each acts on:
             index, start and stop.
+        part: for a consumer, which of the site's `parts` it reads.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Port:
     transposed: bool
     positions: int
     folds: tuple[tuple[int, int, int], ...] = ()
+    part: int = 0
 
     @property
     def whole(self) -> bool:
@@ -130,6 +132,7 @@ class Site:
         reason: why its linear channels cannot be collapsed; None if they can.
         producer, up, consumers: the linear maps around it; `up` is the other factor of a gated unit.
         folds, up_folds, consumer_folds: constant maps per channel between them.
+        parts: into how many parts of equal width the channels are taken apart, as by a chunk; 1 for none.
         steady: False if something before the consumers does not keep a constant constant (zero padding, a scale).
         direct: True if nothing but the identity lies between producer, activation and consumers.
         saved: multiply-adds per linear channel and example batch that go if the channel vanishes without a trace.
@@ -155,6 +158,7 @@ class Site:
     folds: tuple[Fold, ...] = ()
     up_folds: tuple[Fold, ...] = ()
     consumer_folds: tuple[Fold, ...] = ()
+    parts: int = 1
     steady: bool = True
     direct: bool = True
     saved: float = 0.0

@@ -77,17 +77,42 @@ class Dense(nn.Module):
 class Twice(nn.Module):
     """The same branch twice in one concatenation, once pooled; and a concatenation inside of another."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, steady: bool = False) -> None:
         super().__init__()
         self.one, self.two = block(3, 8), block(3, 4)
-        self.pool, self.norm = nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(8)
-        self.norm.running_mean = torch.randn(8)
+        self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=not steady)
+        self.norm = nn.BatchNorm2d(8)
+        self.norm.running_mean = torch.randn(8) if steady else torch.zeros(8)
         self.out = nn.Conv2d(31, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.one(x)
         inner = torch.cat((self.two(x), self.norm(h)), 1)
         out: Tensor = self.out(torch.cat((h, inner, x, self.pool(h)), 1))
+        return out
+
+
+class Halves(nn.Module):
+    """Taken apart behind the activation and put together again, with what is made of the last part (C2f, CSP)."""
+
+    def __init__(self, *, kernel: int = 1, parts: int = 2, sliced: bool = False) -> None:
+        super().__init__()
+        self.parts, self.sliced = parts, sliced
+        self.first = block(3, 24, act=nn.SiLU)
+        self.inner = nn.ModuleList([self.bottleneck(24 // parts), self.bottleneck(24 // parts)])
+        self.last = nn.Conv2d(24 + 2 * 24 // parts, 4, kernel, padding=kernel // 2)
+
+    @staticmethod
+    def bottleneck(width: int) -> nn.Module:
+        return nn.Sequential(block(width, 6, 3, act=nn.SiLU), block(6, width, 3, act=nn.SiLU))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = list(h.chunk(self.parts, 1)) if not self.sliced else []
+        if self.sliced:
+            y = [h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]]
+        y.extend(part(y[-1]) for part in self.inner)
+        out: Tensor = self.last(torch.cat(y, 1))
         return out
 
 
@@ -144,6 +169,11 @@ NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "dense": (Dense, IMAGE),
     "dense, spatial": (lambda: Dense(3), IMAGE),
     "twice": (Twice, IMAGE),
+    "twice, steady": (lambda: Twice(steady=True), IMAGE),
+    "halves": (Halves, IMAGE),
+    "halves, spatial": (lambda: Halves(kernel=3), IMAGE),
+    "quarters": (lambda: Halves(parts=4), IMAGE),
+    "sliced": (lambda: Halves(sliced=True), IMAGE),
     "rows": (Rows, TOKENS),
     "ghost": (Ghost, IMAGE),
     "flat": (Flat, IMAGE),

@@ -70,6 +70,8 @@ class Maps:
         packed: for a gated unit whose two maps are one layer: "gate_first" or "up_first".
         fixed_producer: the producer must stay a plain layer, because a site before it will fold into it.
         branches: for each consumer, whether it also reads other channels, behind a concatenation.
+        parts: for each consumer, which part of the channels it reads, if they are taken apart.
+        apart: keep, linear and dropped of each of these parts, counted from its first channel; empty if they are not.
     """
 
     producer: Affine
@@ -89,6 +91,8 @@ class Maps:
     packed: str | None = None
     fixed_producer: bool = False
     branches: tuple[bool, ...] = ()
+    parts: tuple[int, ...] = ()
+    apart: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
     @property
     def constant_bias(self) -> bool:
@@ -213,9 +217,13 @@ def factored(maps: Maps) -> Pieces:
     """The linear channels stay channels, behind the others, and pass the activation; dropped ones go."""
     if maps.grouped:
         raise Infeasible("its channels are grouped and cannot be reordered")
-    order = torch.cat((maps.keep, maps.linear))
-    if order.numel() == 0:
+    if maps.keep.numel() == 0 and maps.linear.numel() == 0:
         raise Infeasible("no channel is left")
+    return _reordered(maps)
+
+
+def _reordered(maps: Maps) -> Pieces:
+    order = torch.cat((maps.keep, maps.linear))
     pieces: Pieces = {}
     for consumer, (path, dims) in zip(_constants(maps), maps.consumers_at, strict=True):
         pieces[path] = Piece("plain", as_dims(columns(consumer, order), dims))

@@ -94,6 +94,8 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
         grouped = port is not None and conv_groups(model, port) > 1
         if port is not None and grouped and not (port == site.producer and _narrows(model, site)):
             return f"{port.module} has groups"
+    if site.parts > 1:
+        return "its channels are taken apart behind the activation"
     for port in site.consumers:
         if not port.whole:
             return f"{port.module} also reads other channels, behind a concatenation"

@@ -187,6 +187,7 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         consumers=tuple(uses.ports),
         folds=before.folds,
         consumer_folds=tuple(uses.folds),
+        parts=uses.parts,
         steady=uses.steady,
         direct=before.direct and uses.direct,
     )
@@ -208,6 +209,8 @@ def _gated_unit(
         up = walker.back(factor, axis, packed=True)
         _check_packing(gate, up, (activation.source, factor))
         uses = walker.forward(product, axis)
+        if uses.parts > 1:
+            raise Dead("after the activation, a slice of the channels is taken")
     except Dead as dead:
         if activation.name in _SQUASHING:
             return replace(site, ungated="it is a gate that scales another tensor", reason=None)

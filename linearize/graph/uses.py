@@ -17,6 +17,7 @@ class Uses:
     nodes: list[fx.Node] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
     folded: list[fx.Node] = field(default_factory=list)
+    parts: int = 1
     steady: bool = True
     direct: bool = True
 
@@ -35,11 +36,15 @@ class Way:
     Attributes:
         channels: of the site.
         first: where they begin among the channels of the tensor at hand.
+        part: which part of the site's channels it is, if they were taken apart; they are `channels` many then.
+        apart: True if they were.
         folds: of each constant map on the way its index, and where the channels that it acts on begin and end now.
     """
 
     channels: int
     first: int = 0
+    part: int = 0
+    apart: bool = False
     folds: tuple[tuple[int, int, int], ...] = ()
 
     def after(self, others: int) -> Way:
@@ -51,6 +56,13 @@ class Way:
         """Behind a constant map of all channels of the tensor at hand."""
         return replace(self, folds=(*self.folds, (fold, 0, channels)))
 
+    def within(self, start: int, stop: int) -> Way | None:
+        """In one of several parts of equal width; None if it is no such part."""
+        width = stop - start
+        if self.apart or self.first or self.folds or not width or self.channels % width or start % width:
+            return None
+        return replace(self, channels=width, part=start // width, apart=True)
+
     def port(self, port: Port) -> Port:
         """The port of a linear map that reads them here."""
-        return replace(port, start=self.first, stop=self.first + self.channels, folds=self.folds)
+        return replace(port, start=self.first, stop=self.first + self.channels, folds=self.folds, part=self.part)

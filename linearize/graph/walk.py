@@ -122,13 +122,17 @@ class Walker:
         Raises:
             Dead: something that is no linear map reads it, or something in between cannot be followed.
         """
-        uses = Uses()
-        self._forward(node, axis, Way((shape(node) or ())[axis]), uses)
+        uses, channels = Uses(), (shape(node) or ())[axis]
+        self._forward(node, axis, Way(channels), uses)
+        if not uses.ports:
+            raise Dead("nothing reads it")
+        if any(port.stop - port.start != channels // uses.parts for port in uses.ports):
+            raise Dead("after the activation, all channels are read, and a slice of them, too")
         return uses
 
     def _forward(self, node: fx.Node, axis: int, way: Way, uses: Uses) -> None:
         readers = users(node)
-        if not readers:
+        if not readers and not way.apart:  # a part that nothing reads is none of anybody's business
             raise Dead("nothing reads it")
         for reader in readers:
             if reader.op == "output":
@@ -145,8 +149,12 @@ class Walker:
             if motion.axis is None or motion.reason is not None:
                 raise Dead(f"after the activation, {motion.reason} ({self._where(reader)})")
             further = way
-            if motion.rows is not None and motion.rows != (0, (shape(node) or ())[axis]):
-                raise Dead(f"after the activation, a slice of the channels is taken ({self._where(reader)})")
+            whole = (0, (shape(node) or shape_of_list(node) or ())[axis])
+            if motion.rows is not None and motion.rows != whole:
+                part = way.within(*motion.rows)
+                if part is None or uses.parts not in (1, whole[1] // part.channels):
+                    raise Dead(f"after the activation, a slice of the channels is taken ({self._where(reader)})")
+                uses.parts, further = whole[1] // part.channels, part
             if motion.fold and not (motion.uniform and not self.folder.goes(reader)):
                 index = uses.fold(reader, self.folder.fold(reader, node, motion.axis))
                 further = way.behind(index, (shape(reader) or ())[motion.axis])

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from linearize.algebra.forms import FORMS, IDENTITY, Infeasible, Piece, Pieces
+from linearize.algebra.forms import IDENTITY, Infeasible, Piece, Pieces
+from linearize.algebra.parts import made
 from linearize.gate import ChannelGate
 from linearize.groups import ports_of
 from linearize.plan import NARROWED
@@ -88,10 +89,8 @@ class Pricer:
             maps = reader.maps(site, gate, mask, self._fixed(site))
             index = torch.arange(gate.channels, device="meta")
             end = choice.keep + choice.rank
-            made = FORMS[choice.form](
-                replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
-            )
-            reader.pieces.update(reader.settled(site, made))
+            maps = replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
+            reader.pieces.update(reader.settled(site, made(choice.form, maps)))
             if choice.form == "vanished":
                 positions.update({port.module: site.consumers[0].positions for port in ports_of(site)})
         flops = sum(2.0 * positions[path] * _size(piece) for path, piece in reader.pieces.items())

@@ -30,14 +30,14 @@ def place_of(piece: Piece | None, start: int) -> int:
     return start + sum(now - (stop - begin) for begin, stop, now in changed if begin < start)
 
 
-def spliced(whole: Affine, before: Piece | None, port: Port, part: Piece) -> Piece:
-    """The consumer with new columns for one branch.
+def spliced(whole: Affine, before: Piece | None, port: Port, part: Piece) -> tuple[Piece, Affine]:
+    """The consumer with new columns for one branch, as a piece and as the map in it.
 
     Args:
         whole: the consumer as it is, with all its columns.
         before: the piece that it is already, if other branches have been changed.
         port: which inputs are the branch's.
-        part: what a form made of the branch's columns, with the consumer's new bias.
+        part: what a form made of the branch's columns. Its bias is the result's.
 
     Raises:
         Infeasible: the form leaves no map of the branch's channels.
@@ -53,13 +53,10 @@ def spliced(whole: Affine, before: Piece | None, port: Port, part: Piece) -> Pie
         weight = torch.cat((weight, _added(part, whole)), dim=1)
     left, right = whole.weight[:, :first], whole.weight[:, first + port.stop - port.start :]
     changed = () if before is None else before.branches
-    return Piece(
-        layer,
-        replace(whole, weight=torch.cat((left, weight, right), dim=1), bias=bias),
-        number,
-        branches=(*changed, (port.start, port.stop, weight.shape[1])),
-        folded=() if before is None else before.folded,
-    )
+    made = replace(whole, weight=torch.cat((left, weight, right), dim=1), bias=bias)
+    now = (port.start, port.stop, weight.shape[1])
+    folded = () if before is None else before.folded
+    return Piece(layer, made, number, branches=(*changed, now), folded=folded), made
 
 
 def _added(part: Piece, whole: Affine) -> torch.Tensor:
