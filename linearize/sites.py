@@ -133,6 +133,7 @@ class Site:
         producer, up, consumers: the linear maps around it; `up` is the other factor of a gated unit.
         folds, up_folds, consumer_folds: constant maps per channel between them.
         parts: into how many parts of equal width the channels are taken apart, as by a chunk; 1 for none.
+        bent: True if something nonlinear that treats each channel by itself lies before a consumer: a max-pool.
         steady: False if something before the consumers does not keep a constant constant (zero padding, a scale).
         direct: True if nothing but the identity lies between producer, activation and consumers.
         saved: multiply-adds per linear channel and example batch that go if the channel vanishes without a trace.
@@ -159,6 +160,7 @@ class Site:
     up_folds: tuple[Fold, ...] = ()
     consumer_folds: tuple[Fold, ...] = ()
     parts: int = 1
+    bent: bool = False
     steady: bool = True
     direct: bool = True
     saved: float = 0.0

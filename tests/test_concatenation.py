@@ -294,10 +294,45 @@ def test_a_width_named_in_the_code_keeps_a_partial_activation() -> None:
     assert tuple(collapsed.get_parameter("out.weight").shape) == (3, 28, 1, 1)
 
 
-def test_budgets_say_why() -> None:
-    """A consumer that reads other channels as well is not refitted; the plan gives the reason."""
+class Redundant(nn.Module):
+    """Two branches whose channels repeat one another, shifted by constants: half of them can be refitted away."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.wide, self.other = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(3, 16, 1)
+        self.norm = nn.BatchNorm2d(40) if norm else nn.Identity()
+        self.act, self.act2, self.out = nn.ReLU(), nn.ReLU(), nn.Conv2d(40, 6, 1)
+        if norm:
+            nn.init.normal_(self.norm.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for conv in (self.wide, self.other):
+                half = conv.out_channels // 2
+                conv.weight[half:] = 2 * conv.weight[:half]
+                conv.bias[half:] = 2 * conv.bias[:half]  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat((self.act(self.wide(x)), self.act2(self.other(x))), 1)
+        out: Tensor = self.out(self.norm(h)).flatten(1)
+        return out
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "with a norm"])
+def test_budgets_edit_branches(norm: bool) -> None:
+    torch.manual_seed(0)
+    model = Redundant(norm=norm).eval()
+    data = [(torch.randn(4, 3, 8, 8),) for _ in range(6)]
+    result = linearize.compress(model, data, flops=0.52)
+    assert result.report.after.flops <= 0.52 * result.report.before.flops
+    widths = [result.model.get_parameter(f"{name}.weight").shape[0] for name in ("wide", "other")]
+    assert widths[0] < 24
+    assert widths[1] < 16
+    assert error(outputs(model, data[0]), outputs(result.model, data[0])) < 5e-3  # the ridge of the regression
+
+
+def test_what_budgets_leave_alone_says_why() -> None:
     from linearize.approximate.editable import obstacle_to_refit
 
-    gated = linearize.convert(*made("pointwise"))
-    for gate in linearize.gates(gated).values():
-        assert "other channels" in (obstacle_to_refit(gated, gate.site) or "")
+    for name, reason in (("halves", "taken apart"), ("twice", "two places")):
+        gated = linearize.convert(*made(name))
+        found = [obstacle_to_refit(gated, gate.site) or "" for gate in linearize.gates(gated).values()]
+        assert any(reason in why for why in found)

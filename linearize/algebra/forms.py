@@ -66,6 +66,7 @@ class Maps:
         slope, intercept: the surrogate of every channel (C,).
         keep, linear, dropped: index of the channels that stay, become linear, or only leave a constant.
         steady, direct: as of the site.
+        bent: a maximum over positions lies before a consumer: nothing can be merged over it.
         grouped: a map was grouped, so that its channels cannot be reordered without making it dense.
         packed: for a gated unit whose two maps are one layer: "gate_first" or "up_first".
         fixed_producer: the producer must stay a plain layer, because a site before it will fold into it.
@@ -87,6 +88,7 @@ class Maps:
     up_at: tuple[str, int] = ("", 0)
     steady: bool = True
     direct: bool = True
+    bent: bool = False
     grouped: bool = False
     packed: str | None = None
     fixed_producer: bool = False
@@ -128,8 +130,14 @@ def _merge(consumer: Affine, inner: Affine, linear: Tensor) -> Affine:
     return compose(replace(outer, bias=torch.zeros_like(outer.bias)), inner)
 
 
+def _check_linear(maps: Maps) -> None:
+    if maps.bent:
+        raise Infeasible("a maximum over positions lies between the maps")
+
+
 def vanished(maps: Maps) -> Pieces:
     """No channel stays: one map from the site's input to its output, and nothing else."""
+    _check_linear(maps)
     if maps.keep.numel():
         raise Infeasible("some channels stay nonlinear")
     if len(maps.consumers) != 1:
@@ -180,6 +188,7 @@ def merged(maps: Maps) -> Pieces:
 
     Of a branch of a concatenation no channel has to stay: its consumer reads the other branches still.
     """
+    _check_linear(maps)
     branch = bool(maps.branches) and all(maps.branches) and maps.up is None
     if maps.linear.numel() == 0 or (maps.keep.numel() == 0 and not branch):
         raise Infeasible("there is nothing to carry past the activation")
@@ -266,6 +275,7 @@ def merged_input(maps: Maps) -> Pieces:
     Right where something that is linear per channel lies between (pooling), and for 1x1 before k x k: a channel of
     ones, padded like the others, makes the bias exact at the border.
     """
+    _check_linear(maps)
     if maps.up is not None or maps.fixed_producer or maps.producer_at[1] == 0:
         raise Infeasible("its input cannot be carried")
     if maps.linear.numel() == 0 or maps.keep.numel() == 0:

@@ -50,6 +50,8 @@ class Motion:
         steady: a value that is constant over positions stays that constant (not so with zero padding or scaling).
         fold: True if the op is a constant affine map per channel: it can be folded into a linear map beside it.
         uniform: True if it multiplies all channels by the same number: it can as well stay where it is.
+        each: True for what `reason` speaks of, if it treats every channel by itself, and all alike: a maximum over
+            positions. Channels can be put in another order in front of it, and left out, but not merged.
         rows: the part of the channels that is kept, if the op takes a slice of them.
     """
 
@@ -58,6 +60,7 @@ class Motion:
     steady: bool = True
     fold: bool = False
     uniform: bool = False
+    each: bool = False
     rows: tuple[int, int] | None = None
 
 
@@ -346,7 +349,15 @@ def _norm(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
     return Motion(axis if before == after else None, f"{op_name(node)} mixes the channels")
 
 
-@_rule(*_MAX_POOLS, "softmax", "_softmax", "log_softmax", "maximum", "minimum", "masked_fill", "where")
+@_rule(*_MAX_POOLS)
+def _maximum(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
+    """Padding is with minus infinity, so that a constant stays that constant."""
+    name = op_name(node)
+    positions = axis < len(before) - int(name[-2])
+    return Motion(_broadcast_axis(before, after, axis), f"{name} is not linear", each=positions)
+
+
+@_rule("softmax", "_softmax", "log_softmax", "maximum", "minimum", "masked_fill", "where")
 def _keeps(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     return Motion(_broadcast_axis(before, after, axis), f"{op_name(node)} is not linear")
 

@@ -188,6 +188,7 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         folds=before.folds,
         consumer_folds=tuple(uses.folds),
         parts=uses.parts,
+        bent=uses.bent,
         steady=uses.steady,
         direct=before.direct and uses.direct,
     )
@@ -209,8 +210,9 @@ def _gated_unit(
         up = walker.back(factor, axis, packed=True)
         _check_packing(gate, up, (activation.source, factor))
         uses = walker.forward(product, axis)
-        if uses.parts > 1:
-            raise Dead("after the activation, a slice of the channels is taken")
+        if uses.parts > 1 or uses.bent:
+            found = "a slice of the channels" if uses.parts > 1 else "a maximum over positions"
+            raise Dead(f"after the activation, {found} is taken")
     except Dead as dead:
         if activation.name in _SQUASHING:
             return replace(site, ungated="it is a gate that scales another tensor", reason=None)

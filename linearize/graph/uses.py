@@ -18,6 +18,7 @@ class Uses:
     folds: list[Fold] = field(default_factory=list)
     folded: list[fx.Node] = field(default_factory=list)
     parts: int = 1
+    bent: bool = False
     steady: bool = True
     direct: bool = True
 

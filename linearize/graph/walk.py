@@ -146,6 +146,10 @@ class Walker:
                 self._joined(reader, node, axis, way, uses)
                 continue
             motion = move(reader, node, axis)
+            if motion.axis is not None and motion.each and not way.folds:
+                uses.bent, uses.direct = True, False
+                self._forward(reader, motion.axis, way, uses)
+                continue
             if motion.axis is None or motion.reason is not None:
                 raise Dead(f"after the activation, {motion.reason} ({self._where(reader)})")
             further = way

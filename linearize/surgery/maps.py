@@ -68,6 +68,7 @@ class Reader:
             up_at=(site.up.module, site.up.dims) if site.up is not None else ("", 0),
             steady=site.steady,
             direct=site.direct,
+            bent=site.bent,
             grouped=any(self._groups(port) > 1 for port in ports),
             packed=_packed(site),
             fixed_producer=fixed_producer,
