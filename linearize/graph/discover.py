@@ -14,8 +14,9 @@ from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, u
 from linearize.graph.channels import channel_axes, understood
 from linearize.graph.held import standing_in
 from linearize.graph.memory import overwrites, overwritten, stale_reader
-from linearize.graph.ops import constant, op_name
-from linearize.graph.walk import Dead, Reading, Walker
+from linearize.graph.ops import is_constant, op_name
+from linearize.graph.problem import Dead
+from linearize.graph.walk import Reading, Walker
 from linearize.sites import Port, Site
 
 _PLAIN = (type(None), bool, int, float, str)  # what a record may hold: no nodes of a graph
@@ -192,8 +193,6 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         _only_reader(activation)
         before = walker.back(activation.source, axis)
         uses = walker.forward(activation.output, axis)
-        if uses.folds and len(uses.ports) > 1:
-            raise Dead("a constant map per channel lies before one of several consumers")
         written = overwritten(walker.captured, before.node, uses.nodes)
         if written is not None:
             raise Dead(f"the input of its producer is overwritten by {op_name(written)}")
@@ -205,6 +204,8 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         consumers=tuple(uses.ports),
         folds=before.folds,
         consumer_folds=tuple(uses.folds),
+        parts=uses.parts,
+        bent=uses.bent,
         steady=uses.steady,
         direct=before.direct and uses.direct,
     )
@@ -226,8 +227,9 @@ def _gated_unit(
         up = walker.back(factor, axis, packed=True)
         _check_packing(gate, up, (activation.source, factor))
         uses = walker.forward(product, axis)
-        if uses.folds and len(uses.ports) > 1:
-            raise Dead("a constant map per channel lies before one of several consumers")
+        if uses.parts > 1 or uses.bent:
+            found = "a slice of the channels" if uses.parts > 1 else "a maximum over positions"
+            raise Dead(f"after the activation, {found} is taken")
     except Dead as dead:
         if activation.name in _SQUASHING:
             return replace(site, ungated="it is a gate that scales another tensor", reason=None)
@@ -281,7 +283,7 @@ def _product(output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(readers) != 1 or op_name(readers[0]) != "mul":
         return None
     others = [value for value in readers[0].args[:2] if value is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or constant(others[0]) is not None:
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or is_constant(others[0]):
         return None
     return readers[0], others[0]
 

@@ -18,7 +18,7 @@ from linearize.graph.capture import Inputs
 from linearize.graph.discover import discover
 from linearize.graph.protect import untouched
 from linearize.nest import copied
-from linearize.sites import Site
+from linearize.sites import Fold, Site
 
 
 def discover_parts(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
@@ -142,16 +142,8 @@ def under(site: Site, path: str) -> Site:
     def port(value: Any) -> Any:
         return None if value is None else replace(value, module=full(value.module))
 
-    def folds(values: Any) -> Any:
-        names = ("weight", "bias", "mean", "var")
-        return tuple(
-            replace(
-                fold,
-                module=full(fold.module),
-                **{name: full(getattr(fold, name)) for name in names if getattr(fold, name) is not None},
-            )
-            for fold in values
-        )
+    def folds(values: tuple[Fold, ...]) -> tuple[Fold, ...]:
+        return tuple(fold.renamed(full) for fold in values)
 
     return replace(
         site,
