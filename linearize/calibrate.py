@@ -110,8 +110,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
 
     Args:
         model: a model with gates. It runs in eval mode, and is left in the mode it was in.
-        batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where a dict
-            holds an `attention_mask` (B, T) that fits a site's input (B, T, C), padding is left out.
+        batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where they hold an
+            `attention_mask` (B, T) that fits a site's input (B, T, C), in a nested dict, too, padding is left out; a
+            decoder's mask is its own, or follows from labels that are not -100 where these are its input.
         progress: show a bar, if standard error is a terminal.
 
     Returns:

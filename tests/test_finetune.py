@@ -18,8 +18,8 @@ from linearize.finetune import FinetuneResult, finetune
 from linearize.gating.gate import ChannelGate, gates
 from linearize.running.batches import Batch
 from linearize.storage import tensorfile
+from linearize.training.divergence import distillation_loss
 from linearize.training.features import Features
-from linearize.training.losses import distillation_loss
 from linearize.training.priors import SparsityPrior
 from linearize.training.state import read_state, write_state
 

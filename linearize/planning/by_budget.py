@@ -28,7 +28,7 @@ from linearize.planning.survey import Survey, describe, survey
 from linearize.planning.timing.table import cache_file
 from linearize.report.budget import Outcome
 from linearize.surgery.form_choice import mask_of
-from linearize.training.distance import real_loss, some_of
+from linearize.training.distance import check_seen, real_loss, some_of
 
 __all__ = ["How", "to_budget"]
 
@@ -166,6 +166,7 @@ def _trained(
     job: Job, found: Survey, choices: Mapping[str, SiteChoice], goal: nn.Module, plan: Plan, small: nn.Module
 ) -> tuple[nn.Module, nn.Module, list[dict[str, float]]]:
     """The planned model after fine-tuning, collapsed; as it is if none is asked for."""
+    check_seen(job.original, small, job.data, sum(site.loss or 0.0 for site in plan.sites))
     total = job.training_steps
     if not total:
         return goal, small, []

@@ -7,6 +7,7 @@ from linearize.collapse import collapse
 from linearize.plan import When
 from linearize.planning.job import Job, Made
 from linearize.surgery.form_choice import make_plan
+from linearize.training.distance import check_seen
 from linearize.training.priors import SparsityPrior
 
 __all__ = ["to_share"]
@@ -32,4 +33,5 @@ def to_share(job: Job, linear: float, when: When) -> Made:
     with steps("collapse"):
         plan = make_plan(gated, when=when)
         small = collapse(gated, when=when).eval()
+    check_seen(job.original, small, job.data)
     return Made(gated, small, plan, history)

@@ -11,7 +11,7 @@ depend on which collectors share a pass, nor on how the batches are shared out: 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import DataError
-from linearize.running.batches import Batch, padding_mask, read_batch, to_device
-from linearize.running.models import device_of, watching
+from linearize.running.batches import Batch, length_of, padding_mask, read_batches
+from linearize.running.models import watching
 from linearize.running.progress import progress_bar
 
 __all__ = ["Collector", "Moment", "Notebook", "Probe", "in_passes", "run_passes"]
@@ -63,7 +63,7 @@ class Moment:
 
     def mask(self, path: str) -> Tensor | None:
         """The padding mask (B, T) that belongs to a place in the model, if the batch has one."""
-        return padding_mask(self.model, path, self.batch.kwargs)
+        return padding_mask(self.model, path, self.batch.masks)
 
 
 class Collector(Protocol):
@@ -200,7 +200,7 @@ def _run(
 ) -> None:
     gradients = any(collector.gradients for collector in collectors)
     now = Moment(model, torch.zeros(()), seed)
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = length_of(batches)
 
     def attach(source: Tensor) -> Iterator[Any]:
         now.source = source
@@ -209,10 +209,10 @@ def _run(
 
     count = 0
     with watching(model, attach, gradients=gradients), progress_bar(label, total, enabled=progress) as advance:
-        for index, raw in enumerate(batches):
+        for index, batch in enumerate(read_batches(model, batches)):
             now.index = index if numbers is None else numbers[index]
-            now.batch = read_batch(model, to_device(raw, device_of(model)))
-            output = _call(model, now.batch, now.index)
+            now.batch = batch
+            output = batch.checked(model, now.index)
             if gradients and probe is not None:
                 scalar, now.positions = probe(output, now.batch, now.generator("probe"))
                 if scalar.requires_grad:
@@ -228,14 +228,3 @@ def _run(
             advance("")
     if not count:
         raise DataError("data", "found no batches", "Pass at least one (a generator is empty after its first use).")
-
-
-def _call(model: nn.Module, batch: Batch, index: int) -> Any:
-    try:
-        return model(*batch.args, **batch.kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
-        found = f"batch {index} does not go through the model ({type(error).__name__}: {line})"
-        raise DataError("data", found, "Give it shapes and dtypes that the model's forward takes.") from error

@@ -19,7 +19,7 @@ from linearize.algebra.covariance import Covariance
 from linearize.families.blocks.find import Block
 from linearize.running.models import device_of
 from linearize.running.passes import Moment, run_passes
-from linearize.running.rows import Wanted
+from linearize.running.rows import Wanted, batched
 from linearize.training.probes import projection
 
 __all__ = ["BlockCollector", "observe_blocks"]
@@ -53,16 +53,16 @@ class BlockCollector:
         yield now.model.get_submodule(self.block.first.module).register_forward_pre_hook(self._begin)
 
         def end(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            self._seen["y"] = output.detach()
+            self._seen["y"] = batched(output.detach(), 2)
             output = output + now.source.to(output.dtype)
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._seen.__setitem__("g", gradient.detach()))
+                output.register_hook(lambda gradient: self._seen.__setitem__("g", batched(gradient.detach(), 2)))
             return output
 
         yield now.model.get_submodule(self.block.last.module).register_forward_hook(end)
 
     def _begin(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._seen["x"] = inputs[0].detach()
+        self._seen["x"] = batched(inputs[0].detach(), 2)
 
     @torch.no_grad()
     def take(self, now: Moment) -> None:

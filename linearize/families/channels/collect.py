@@ -28,7 +28,7 @@ from linearize.families.channels.skip import Source, skip_source
 from linearize.gating.gate import gates
 from linearize.running.models import device_of
 from linearize.running.passes import Moment, Notebook, run_passes
-from linearize.running.rows import Wanted, gradient_rows, patches_of, row_weights, rows_of
+from linearize.running.rows import Wanted, batched, gradient_rows, patches_of, row_weights, rows_of
 from linearize.sites.site import Site
 from linearize.training.probes import projection
 
@@ -73,14 +73,16 @@ class SiteCollector:
             yield now.model.get_submodule(producer.module).register_forward_pre_hook(self._see_input)
 
     def _see_input(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        start = self.start if self.found.inputs else None
-        self._x = None if start is None else start.at_outputs(inputs[0].detach())
-        self.found.shape = self.found.shape or tuple(inputs[0].shape)
+        start, producer = self.start if self.found.inputs else None, self.found.site.producer
+        x = batched(inputs[0].detach(), producer.dims if producer is not None else 0)
+        self._x = None if start is None else start.at_outputs(x)
+        self.found.shape = self.found.shape or tuple(x.shape)
 
     def _see_output(self, index: int, now: Moment) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if index == 0:
-                self._h = inputs[0].detach()
+                consumer = self.found.consumers[0]
+                self._h = batched(consumer.reads(inputs[0].detach()), consumer.port.dims)
             if not self.gradients or not output.is_floating_point():
                 return None
             output = output + now.source.to(output.dtype)

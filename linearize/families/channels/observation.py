@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.covariance import Covariance
-from linearize.families.channels.editable import Consumer, bias_of, matrix
+from linearize.families.channels.editable import Consumer, bias_of, columns_of
 from linearize.sites.site import Site
 
 
@@ -88,7 +88,7 @@ class Observation:
 
     def weight(self, model: nn.Module) -> Tensor:
         """The consumers' weights under one another, (O, C * g), float64."""
-        return torch.cat([matrix(model, consumer.port) for consumer in self.consumers])
+        return torch.cat([columns_of(model, consumer) for consumer in self.consumers])
 
     def bias(self, model: nn.Module) -> Tensor:
         """The consumers' biases, (O,), float64."""

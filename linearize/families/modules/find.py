@@ -15,7 +15,7 @@ from linearize.cost import flops_of_modules
 from linearize.families.modules.place import Whole
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
-from linearize.graph.capture import untouched
+from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, call, evaluating
 from linearize.sites.record import record_of
 
