@@ -8,12 +8,13 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
@@ -137,19 +138,17 @@ def stream(
     named = gates(model)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
-    device, handles = device_of(model), []
+    device = device_of(model)
     current: dict[str, Any] = {}
 
-    def hook(name: str, gate: ChannelGate) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-            watch(name, gate, *_rows(inputs[0], h, gate.axis, padding_mask(model, name, current)))
-
-        return see
+    def see(name: str, x: Tensor, h: Tensor) -> None:
+        gate = named[name]
+        watch(name, gate, *_rows(x, h, gate.axis, padding_mask(model, name, current)))
 
     count = 0
     total = len(batches) if isinstance(batches, Sized) else None
+    handles = list(_hooks(named, see))
     try:
-        handles = [gate.activation.register_forward_hook(hook(name, gate)) for name, gate in named.items()]
         with evaluating(model), progress_bar("calibrate", total, enabled=progress) as advance:
             for raw in batches:
                 batch = read_batch(model, to_device(raw, device))
@@ -165,6 +164,31 @@ def stream(
     if not count:
         raise DataError("batches", "found none", "Pass at least one batch (a generator is empty after its first use).")
     return count
+
+
+def _hooks(named: Mapping[str, ChannelGate], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[RemovableHandle]:
+    """Show each gate's input and its activation's output to `see`.
+
+    Several gates may hold one activation object, and the model may call it without any gate: an activation is told by
+    the gate that it runs in.
+    """
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    def inside(activation: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
+        if running and named[running[-1]].activation is activation:
+            see(running[-1], inputs[0], h)
+
+    for name, gate in named.items():
+        yield gate.register_forward_pre_hook(enter(name))
+        yield gate.register_forward_hook(leave, always_call=True)
+    for activation in {id(gate.activation): gate.activation for gate in named.values()}.values():
+        yield activation.register_forward_hook(inside)
 
 
 def _run(model: nn.Module, batch: Batch, index: int) -> None:

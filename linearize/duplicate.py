@@ -21,14 +21,15 @@ def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
         >>> duplicate(layer, LinearizeError).last.requires_grad
         False
     """
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, computed_tensors(model))
     except Exception as failure:  # an attribute may be anything: a lock, a file, a generator
         found = f"cannot be copied ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
         remedy = "Take away the attribute that copy.deepcopy refuses, or convert with inplace=True."
         raise error(type(model).__name__, found, remedy) from failure
+
+
+def computed_tensors(model: nn.Module) -> dict[int, object]:
+    """Copies, by id, of the tensors in attributes that have a graph behind them: what `copy.deepcopy` would refuse."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}

@@ -16,6 +16,7 @@ from linearize.graph.memory import overwrites, overwritten, stale_reader
 from linearize.graph.ops import constant, op_name
 from linearize.graph.walk import Dead, Reading, Walker
 from linearize.sites import Port, Site
+from linearize.tensors import held
 
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
 
@@ -299,7 +300,7 @@ def _saved(model: nn.Module, site: Site) -> float:
     """Multiply-adds that one channel costs in its producers and consumers."""
 
     def per_channel(port: Port) -> float:
-        weight = getattr(model.get_submodule(port.module), "weight", None)
+        weight = held(model.get_submodule(port.module), "weight")
         return 0.0 if weight is None else port.positions * weight.numel() / port.total
 
     producers = [port for port in (site.producer, site.up) if port is not None]

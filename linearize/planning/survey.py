@@ -33,6 +33,7 @@ from linearize.planning.options import Group, Measure
 from linearize.planning.timed import timed
 from linearize.planning.units import sensitivities, unit_costs, unit_groups, with_lines
 from linearize.running.models import device_of
+from linearize.surgery.bake import bake
 from linearize.surgery.layers import MaskedActivation
 
 __all__ = ["Survey", "survey"]
@@ -120,6 +121,9 @@ def survey(
         notes: of passes that an interrupted run has finished.
     """
     before = cost(original, batch)
+    baked = bake(gated)
+    if baked:
+        say(f"  {len(baked)} computed weights become plain ones, such as that of {baked[0]}")
     say("calibrate")
     calibration = calibrate(gated, data, progress=progress)
     units = _units(gated, data, calibration, seed) if measure == "activations" else {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linearize.duplicate import computed_tensors
 from linearize.errors import CheckpointError
 from linearize.storage.manifest import Manifest
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
@@ -22,7 +23,7 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
         >>> copy_without_weights(nn.Linear(2, 3)).weight.is_meta
         True
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed_tensors(model)
     for tensor in stored_tensors(model).values():
         empty = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)

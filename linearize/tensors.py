@@ -1,0 +1,101 @@
+"""The tensors that modules hold, of whatever kind: parameters, what a parametrization computes, quantised ones.
+
+Reading a weight that is computed runs code of others: a spectral norm takes a step of its power iteration whenever its
+weight is read in training mode. So weights are read here, as they are in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["at_rest", "held", "is_computed", "meddler"]
+
+
+@contextmanager
+def at_rest(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for modules and what is inside them, and no gradients; afterwards each is in the mode it was in.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with at_rest(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor of that name; if a parametrization computes it, as in eval mode. None if there is none.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)).train()
+        >>> held(layer, "weight").equal(held(layer, "weight")), held(layer, "scale")
+        (True, None)
+    """
+    found: Tensor | None = module._parameters.get(name)
+    if found is None and hasattr(type(module), name):  # a property: of a parametrization, or of the module's own
+        with at_rest(module):
+            found = getattr(module, name, None)
+    elif found is None:
+        found = module._buffers.get(name, vars(module).get(name))
+    return found if isinstance(found, Tensor) else None
+
+
+def is_computed(module: nn.Module, name: str = "weight") -> bool:
+    """True if a module has a tensor of that name that is no parameter of its own: a hook or a property computes it.
+
+    Example:
+        >>> is_computed(nn.Linear(2, 2)), is_computed(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        (False, True)
+    """
+    return module._parameters.get(name) is None and held(module, name) is not None
+
+
+def meddler(module: nn.Module) -> str | None:
+    """What else happens when a module is called, in words: a hook, or a forward put on the object. None for nothing.
+
+    Hooks that compute the module's own weight or bias (weight norm, pruning) are no others: what they make is read.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(nn.Linear(2, 2), "weight", amount=1)
+        >>> seen, hook = meddler(layer), layer.register_forward_hook(lambda *_: None)
+        >>> seen, meddler(layer)
+        (None, 'a hook')
+    """
+    if hasattr(module, "_hf_hook"):
+        return f"a hook of accelerate ({type(module._hf_hook).__name__})"
+    if "forward" in vars(module):
+        return "a forward put on the object"
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    return "a hook" if any(not _computes(module, key) for key in module._forward_pre_hooks) else None
+
+
+def _computes(module: nn.Module, key: int) -> bool:
+    """True if a hook before the forward puts a new weight or bias on the module: tried on a shallow copy of it."""
+    if key in module._forward_pre_hooks_with_kwargs:
+        return False
+    names = [name for name in ("weight", "bias") if name in vars(module)]
+    twin = copy.copy(module)
+    try:
+        with at_rest(twin):
+            module._forward_pre_hooks[key](twin, ())
+    except Exception:  # a hook of another kind may want anything
+        return False
+    return any(vars(twin).get(name) is not vars(module)[name] for name in names)
