@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.convert import convert
+from linearize.convert import UNSELECTED, convert
 from linearize.cost import cost
 from linearize.errors import UsageError
 from linearize.finetune import Evaluate
@@ -190,11 +190,11 @@ def compress(
         if dry_run:
             costs = cost(model, example)
             report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
-            return Result(model, made.plan, replace(report, **made.told))
+            return Result(model, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
         notes.forget()
-        return Result(made.small, made.plan, replace(report, **made.told))
+        return Result(made.small, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
     finally:
         model.to(home)
 
@@ -282,6 +282,20 @@ def _report(
             timing = benchmark(pair, example, rounds=rounds, batch_sizes=batch_sizes, progress=steps.say)
     costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
+
+
+def _kept(report: Report, plan: Plan) -> dict[str, str]:
+    """The sites that stay for another reason than their loss, in the plan or without a gate; what was chosen is none."""
+    planned = {site.site for site in plan.sites}
+    found = {site.site: site.reason for site in plan.sites if site.reason}
+    ungated = {site.name: site.reason for site in report.summary.sites if not site.gated and site.reason}
+    found |= {name: why for name, why in ungated.items() if why not in UNSELECTED and not _inside(name, planned)}
+    return found
+
+
+def _inside(name: str, planned: set[str]) -> bool:
+    """True if the site, or a module around it, became something else by the plan."""
+    return any(name == path or name.startswith(f"{path}.") for path in planned)
 
 
 def _scores(model: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:

@@ -79,7 +79,8 @@ def meddler(module: nn.Module) -> str | None:
         (None, 'a hook')
     """
     if hasattr(module, "_hf_hook"):
-        return f"a hook of accelerate ({type(module._hf_hook).__name__})"
+        remedy = "accelerate.hooks.remove_hook_from_submodules(model) takes it off"
+        return f"a hook of accelerate ({type(module._hf_hook).__name__}; {remedy})"
     if "forward" in vars(module):
         return "a forward put on the object"
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:

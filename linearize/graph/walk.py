@@ -11,7 +11,7 @@ from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import Motion, move
 from linearize.graph.ops import constant, op_name
 from linearize.sites import Fold, Port
-from linearize.tensors import held
+from linearize.tensors import held, meddler
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
 _STILL = frozenset(("dropout contiguous clone alias detach to").split())
@@ -102,7 +102,10 @@ class Walker:
         sources = [s for s in node.all_input_nodes if CONSTANT not in s.meta and constant(s) is None]
         if len(sources) != 1:
             what = "a sum or product of branches" if len(sources) > 1 else "a constant"
-            raise Dead(f"its input is {what} ({op_name(node)} in {self._where(node)})")
+            where = self._where(node)
+            if _is_adapter(self.model.get_submodule(self.captured.path(node))):
+                raise Dead(f"{where} has an adapter beside its weight: merge it first (peft: merge_and_unload())")
+            raise Dead(f"its input is {what} ({op_name(node)} in {where})")
         source = sources[0]
         sizes = shape(source) or shape_of_list(source)
         if sizes is None:
@@ -177,7 +180,8 @@ class Walker:
         extra = [op_name(other) for other in self._own(node) if op_name(other) not in (*_AROUND, "pad")]
         if extra or self._has_inner(path):
             what = f"also computes {extra[0]}" if extra else "holds other modules that compute"
-            raise Dead(f"{path or 'the model'} {what}")
+            found = meddler(module)
+            raise Dead(f"{path or 'the model'} {what}" if found is None else f"{path} has {found}")
         for parameter in (*self._behind(weight), *self._behind(bias)):
             if parameter in self.shared:
                 raise Dead(f"{parameter} is shared with {self.shared[parameter]}")
@@ -283,6 +287,11 @@ class Walker:
 def _stays(node: fx.Node, motion: Motion) -> bool:
     """True for the identity, and for a slice of the channels that leaves every position where it is."""
     return op_name(node) in _STILL or op_name(node) in _PARTS or motion.rows is not None
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """True for a low-rank adapter around a linear map, which can be merged into it and taken out again."""
+    return all(callable(getattr(module, name, None)) for name in ("merge", "unmerge"))
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:

@@ -85,7 +85,7 @@ class Reader:
         for path, module in {**modules, site.name: gate.activation}.items():
             found = meddler(module)
             if found is not None:
-                raise Infeasible(f"{path} has {found}, which would be lost")
+                raise Infeasible(f"{path} has {found}, which would be lost: take it off before, put it on again afterwards")
 
     def _surrogate(self, site: Site, gate: ChannelGate) -> tuple[Tensor, Tensor]:
         """Slope and intercept of the gate in float64; what they start from, if the model has no values yet."""
