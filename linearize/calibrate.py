@@ -20,7 +20,8 @@ from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.running.batches import Batch, read_batch, to_device
-from linearize.running.models import device_of, evaluating
+from linearize.running.devices import check_whole, device_of
+from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 
 __all__ = ["Calibration", "SiteCalibration", "calibrate", "padding_mask", "stream"]
@@ -138,6 +139,7 @@ def stream(
     named = gates(model)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
+    check_whole(model, values=True)
     device = device_of(model)
     current: dict[str, Any] = {}
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.convert import UNSELECTED, convert
+from linearize.convert import UNSELECTED, convert, unwrapped
 from linearize.cost import cost
 from linearize.errors import UsageError
 from linearize.finetune import Evaluate
@@ -25,7 +25,8 @@ from linearize.planning.job import Job
 from linearize.planning.notes import NOTHING, Notes, facts_of, fingerprint
 from linearize.planning.request import check_call, check_request, check_training, some_batches, training_options
 from linearize.report.compression import Report
-from linearize.running.models import device_of, evaluating
+from linearize.running.devices import bring, check_whole, device_of, staying
+from linearize.running.models import evaluating
 from linearize.running.steps import Steps
 from linearize.summary import summary
 from linearize.training.losses import evaluate_batches
@@ -144,6 +145,7 @@ def compress(
         (True, True)
     """
     check_call(model, evaluate, checkpoint_dir, seed)
+    check_whole(unwrapped(model), values=True)
     budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
     check_request(budget is not None, linear, plan, round_to=round_to, rounds=rounds, search=search)
     if dry_run and budget is None:
@@ -156,8 +158,7 @@ def compress(
     batches = some_batches(model, data)
     if options["epochs"] and not dry_run:
         check_training(model, data, options, distill)
-    home = device_of(model)
-    try:
+    with staying(model):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             with steps("convert"):
@@ -195,8 +196,6 @@ def compress(
         report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
         notes.forget()
         return Result(made.small, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
-    finally:
-        model.to(home)
 
 
 def _notes(
@@ -267,7 +266,7 @@ def _report(
 ) -> Report:
     """Everything measured about the three models, all on the device of the gated one."""
     before, gated, after = models["before"], models["gated"], models["collapsed"]
-    before.to(device_of(gated))
+    bring(before, device_of(gated))
     with steps("verify"):
         verification = verify(gated, after, batches)
     quality: dict[str, dict[str, float]] = {}
@@ -285,7 +284,7 @@ def _report(
 
 
 def _kept(report: Report, plan: Plan) -> dict[str, str]:
-    """The sites that stay for another reason than their loss, in the plan or without a gate; what was chosen is none."""
+    """The sites that stay for another reason than their loss, in the plan or without a gate."""
     planned = {site.site for site in plan.sites}
     found = {site.site: site.reason for site in plan.sites if site.reason}
     ungated = {site.name: site.reason for site in report.summary.sites if not site.gated and site.reason}

@@ -9,11 +9,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["at_rest", "held", "is_computed", "meddler"]
+__all__ = [
+    "QUANTISE_LATER",
+    "at_rest",
+    "has_memory",
+    "held",
+    "is_computed",
+    "is_wrapper",
+    "meddler",
+    "oddity",
+    "quantised_part",
+]
+
+QUANTISE_LATER = "convert first, quantise afterwards"
 
 
 @contextmanager
@@ -100,3 +114,46 @@ def _computes(module: nn.Module, key: int) -> bool:
     except Exception:  # a hook of another kind may want anything
         return False
     return any(vars(twin).get(name) is not vars(module)[name] for name in names)
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """True for a tensor that is made of others, as those of torchao and of distributed models are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def oddity(tensor: Tensor) -> str | None:
+    """What a weight is, in words, if it is no dense tensor of floating-point numbers.
+
+    Example:
+        >>> oddity(torch.ones(2)), oddity(torch.ones(2, dtype=torch.int8))
+        (None, 'of torch.int8')
+    """
+    kind = type(tensor).__name__
+    if hasattr(tensor, "full_tensor"):
+        return f"sharded over processes ({kind})"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized or is_wrapper(tensor):
+        return f"quantised ({kind if is_wrapper(tensor) else tensor.dtype})"
+    if tensor.layout is not torch.strided:
+        return f"sparse ({tensor.layout})"
+    return None if tensor.is_floating_point() or tensor.is_complex() else f"of {tensor.dtype}"
+
+
+def quantised_part(module: nn.Module) -> str | None:
+    """Which of a layer's own tensors is quantised or packed, and how, in words; None if there is none.
+
+    Example:
+        >>> quantised_part(nn.BatchNorm2d(2))  # a counter is no weight
+    """
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        what = None if tensor is None or tensor.dim() == 0 else oddity(tensor)
+        if what is not None:
+            return f"{name} is {what}"
+    packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
+    return None if packed is None else f"{packed} is packed"
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """True if a tensor's values lie in memory of its own, one after the other: no wrapper, not sparse, not nested."""
+    return not (is_wrapper(tensor) or tensor.is_nested) and tensor.layout is torch.strided

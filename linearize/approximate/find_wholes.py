@@ -18,7 +18,7 @@ from linearize.graph.capture import untouched
 from linearize.groups import ports_of
 from linearize.record import record_of
 from linearize.running.models import batches_of, call, evaluating
-from linearize.tensors import meddler
+from linearize.tensors import meddler, oddity
 
 __all__ = ["meddled", "wholes_of"]
 
@@ -64,7 +64,8 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
     for path, seen in calls.items():
         module = model.get_submodule(path)
         axis = _axis(module, seen)
-        if axis is None or not _free(model, path, homes) or any(_within(path, [p]) or p == path for p in hooked):
+        quantised = any(oddity(parameter) for parameter in module.parameters())
+        if axis is None or quantised or not _free(model, path, homes) or any(map(_is_in(path), hooked)):
             continue
         inputs, outputs = seen.before[axis], seen.after[axis]
         least = 2.0 * math.prod(seen.before) * outputs
@@ -209,15 +210,19 @@ def _within(path: str, parts: Sequence[str]) -> bool:
     return all(part.startswith(f"{path}.") for part in parts)
 
 
+def _is_in(path: str) -> Callable[[str], bool]:
+    return lambda other: other == path or other.startswith(f"{path}.")
+
+
 def _free(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
     """True if no group of sites is half inside, and the user's choice of sites does not speak against it."""
     for parts in homes.values():
-        inside = [part == path or part.startswith(f"{path}.") for part in parts]
+        inside = [_is_in(path)(part) for part in parts]
         if any(inside) and not _within(path, parts):
             return False
     record = record_of(model)
     barred = [site for site in (record.sites if record else ()) if site.ungated in UNSELECTED]
-    if any(site.module == path or site.module.startswith(f"{path}.") for site in barred):
+    if any(_is_in(path)(site.module) for site in barred):
         return False
     return not barred or any(_within(path, parts) for parts in homes.values())
 

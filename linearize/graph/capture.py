@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
-from linearize.graph.opaque import opaque_layers
+from linearize.graph.opaque import opaque_layers, packed_modules
+from linearize.tensors import QUANTISE_LATER
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -249,6 +250,10 @@ def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, s
             f"does not run on the example inputs of shapes {shapes} ({type(failure).__name__}: {line})",
             "Pass example_inputs= that the model's forward takes.",
         )
+    packed = next(iter(packed_modules(model)), None)
+    if packed is not None:
+        found = f"runs, but torch.export cannot capture it with quantised or packed layers such as {packed}"
+        return name, found, f"{QUANTISE_LATER.capitalize()}."
     return (
         name,
         f"runs, but torch.export cannot capture it ({type(error).__name__}: {first})",

@@ -13,10 +13,11 @@ from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, users
 from linearize.graph.channels import channel_axes, understood
 from linearize.graph.memory import overwrites, overwritten, stale_reader
+from linearize.graph.opaque import OPAQUE
 from linearize.graph.ops import constant, op_name
 from linearize.graph.walk import Dead, Reading, Walker
 from linearize.sites import Port, Site
-from linearize.tensors import held
+from linearize.tensors import QUANTISE_LATER, has_memory, held
 
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
 
@@ -71,7 +72,7 @@ def _overlapping(tensors: list[tuple[str, Tensor]]) -> list[list[str]]:
     """Names of tensors grouped by common memory, where only a part is common, too."""
     spans: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors:
-        if tensor.device.type == "meta" or not tensor.numel():
+        if tensor.device.type == "meta" or not tensor.numel() or not has_memory(tensor):
             spans.append(("object", id(tensor), id(tensor) + 1, name))
             continue
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -132,6 +133,8 @@ def _no_axis(captured: Capture, activation: Activation) -> str:
         node = node.all_input_nodes[0]
     if node.op != "call_function" or understood(node):
         return found
+    if op_name(node) == OPAQUE:
+        return f"{captured.path(node)} is quantised, or holds packed weights: {QUANTISE_LATER}"
     return (
         f"{found}: what {op_name(node)} does with channels is not known ({captured.path(node) or 'the model itself'})"
     )

@@ -11,7 +11,7 @@ from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import Motion, move
 from linearize.graph.ops import constant, op_name
 from linearize.sites import Fold, Port
-from linearize.tensors import held, meddler
+from linearize.tensors import QUANTISE_LATER, held, meddler, oddity, quantised_part
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
 _STILL = frozenset(("dropout contiguous clone alias detach to").split())
@@ -172,7 +172,9 @@ class Walker:
         module = self.model.get_submodule(path)
         weight = node.args[2 if name == "addmm" else 1] if len(node.args) > 1 else None
         bias = node.args[0] if name == "addmm" else (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"))
-        own = held(module, "weight")
+        own, odd = held(module, "weight"), quantised_part(module)
+        if odd is not None and (own is None or oddity(own) is not None):
+            raise Dead(f"in {path}, {odd}: {QUANTISE_LATER}")
         if not isinstance(weight, fx.Node) or CONSTANT not in weight.meta or shape(weight) != shape_of(own):
             raise Dead(f"the weight of {path or 'the model'} depends on the input, or belongs to another module")
         if bias is not None and (not isinstance(bias, fx.Node) or CONSTANT not in bias.meta):

@@ -83,7 +83,7 @@ class Survey:
     @property
     def reasons(self) -> dict[str, str]:
         """Why sites stay for another reason than their loss, by name."""
-        found = {}
+        found: dict[str, str] = {}
         for group in self.groups:
             cheaper = any(o.cost(self.measure) < group.stay.cost(self.measure) for o in group.options[1:])
             why = group.reason or (None if cheaper else "no other option costs less")

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
+from linearize.running.devices import device_of
 
 __all__ = ["batches_of", "call", "device_of", "evaluating", "move", "watching"]
 
@@ -37,13 +38,6 @@ def batches_of(inputs: Any) -> list[Inputs]:
                 "Pass a tensor, a tuple, a dict of keyword arguments, or a list of these.",
             )
     return found
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter or buffer; the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def move(batch: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
