@@ -21,7 +21,7 @@ from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.devices import check_whole, device_of
-from linearize.running.models import evaluating
+from linearize.running.models import eagerly, evaluating
 from linearize.running.progress import progress_bar
 
 __all__ = ["Calibration", "SiteCalibration", "calibrate", "padding_mask", "stream"]
@@ -77,7 +77,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
     is in use. `alpha` and `frozen` stay as they are, and so does the function of a model whose alphas are 0.
 
     Args:
-        model: a model with gates. It runs in eval mode, and is left in the mode it was in.
+        model: a model with gates. It runs in eval mode, and is left in the mode it was in; compiled code in it rests,
+            since it would not see what is put on to look at the activations.
         batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where a dict
             holds an `attention_mask` (B, T) that fits a site's input (B, T, C), padding is left out.
         progress: show a bar, if standard error is a terminal.
@@ -136,6 +137,7 @@ def stream(
         UsageError: the model has no gates.
         DataError: there are no batches, or a batch is of no known form, or does not go through the model.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled
     named = gates(model)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
@@ -151,7 +153,7 @@ def stream(
     total = len(batches) if isinstance(batches, Sized) else None
     handles = list(_hooks(named, see))
     try:
-        with evaluating(model), progress_bar("calibrate", total, enabled=progress) as advance:
+        with eagerly(), evaluating(model), progress_bar("calibrate", total, enabled=progress) as advance:
             for raw in batches:
                 batch = read_batch(model, to_device(raw, device))
                 current.clear()

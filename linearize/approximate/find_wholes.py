@@ -17,7 +17,7 @@ from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import untouched
 from linearize.groups import ports_of
 from linearize.record import record_of
-from linearize.running.models import batches_of, call, evaluating
+from linearize.running.models import batches_of, call, eagerly, evaluating
 from linearize.tensors import meddler, oddity
 
 __all__ = ["meddled", "wholes_of"]
@@ -140,7 +140,7 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
                 yield module.register_forward_pre_hook(begin(seen), with_kwargs=True)
                 yield module.register_forward_hook(end(seen), with_kwargs=True)
 
-    with evaluating(model), untouched(model):
+    with eagerly(), evaluating(model), untouched(model):
         handles = list(hooks())
         try:
             call("model", model, batches_of(batch)[0])

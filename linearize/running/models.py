@@ -14,7 +14,7 @@ from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
 from linearize.running.devices import device_of
 
-__all__ = ["batches_of", "call", "device_of", "evaluating", "move", "watching"]
+__all__ = ["batches_of", "call", "device_of", "eagerly", "evaluating", "move", "watching"]
 
 
 def batches_of(inputs: Any) -> list[Inputs]:
@@ -96,6 +96,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eagerly() -> Iterator[None]:
+    """Whatever is compiled runs as plain Python: compiled code does not see hooks that were put on after it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def watching(
     model: nn.Module, attach: Callable[[Tensor], Iterable[Any]], *, gradients: bool = True
 ) -> Iterator[Tensor]:
@@ -120,7 +127,7 @@ def watching(
     try:
         handles.extend(attach(source))
         model.eval()
-        with torch.set_grad_enabled(gradients):
+        with eagerly(), torch.set_grad_enabled(gradients):
             yield source
     finally:
         for handle in handles:
