@@ -85,7 +85,7 @@ def test_torchao() -> None:
     config = quantization.Int8WeightOnlyConfig()
     model = build()
     quantization.quantize_(model, config, filter_fn=lambda module, name: name == "2")
-    assert str(oddity(model[2].weight)).startswith("quantised")
+    assert str(oddity(model[2].get_parameter("weight"))).startswith("quantised")
     with torch.no_grad():
         expected = model(X)
     gated = linearize.convert(model, X)
@@ -145,7 +145,8 @@ def test_sharded() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model, mesh = build(), init_device_mesh("cpu", (1,))
         layer: nn.Module = model[0]
