@@ -99,21 +99,21 @@ def meddler(module: nn.Module) -> str | None:
         return "a forward put on the object"
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook"
-    return "a hook" if any(not _computes(module, key) for key in module._forward_pre_hooks) else None
+    return "a hook" if any(not computes(module, key) for key in module._forward_pre_hooks) else None
 
 
-def _computes(module: nn.Module, key: int) -> bool:
-    """True if a hook before the forward puts a new weight or bias on the module: tried on a shallow copy of it."""
+def computes(module: nn.Module, key: int, *names: str) -> bool:
+    """True if a hook before the forward puts a new weight or bias (or those named) on the module: tried on a copy."""
     if key in module._forward_pre_hooks_with_kwargs:
         return False
-    names = [name for name in ("weight", "bias") if name in vars(module)]
+    found = [name for name in names or ("weight", "bias") if name in vars(module)]
     twin = copy.copy(module)
     try:
         with at_rest(twin):
             module._forward_pre_hooks[key](twin, ())
     except Exception:  # a hook of another kind may want anything
         return False
-    return any(vars(twin).get(name) is not vars(module)[name] for name in names)
+    return any(vars(twin).get(name) is not vars(module)[name] for name in found)
 
 
 def is_wrapper(tensor: Any) -> bool:

@@ -222,3 +222,42 @@ def test_no_verb_changes_the_model(kind: str, verb: str) -> None:
     with contextlib.suppress(linearize.CheckpointError):
         VERBS[verb](model)
     assert_same(before, state_of(model))
+
+
+def _plainly(model: nn.Module) -> nn.Module:
+    """The same model after its users have taken the computation off, as one does before deploying."""
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(module, name):
+                parametrize.remove_parametrizations(module, name)
+            elif prune.is_pruned(module) and f"{name}_orig" in module._parameters:
+                prune.remove(module, name)
+            elif f"{name}_g" in module._parameters:
+                nn.utils.remove_weight_norm(module, name)
+            elif f"{name}_orig" in module._parameters:
+                nn.utils.remove_spectral_norm(module, name)
+    return model
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "standardised"])
+def test_a_file_of_plain_weights_is_loaded_onto_the_model_as_it_is_built(
+    kind: str, edited: bool, tmp_path: Path
+) -> None:
+    model, x = _plainly(build(kind).eval()), data(1)[0]
+    saved = linearize.collapse(halve(linearize.convert(model, x, include="1.*"))) if edited else model
+    linearize.save(saved, tmp_path / "plain.safetensors")
+    base = build(kind)
+    before = state_of(base)
+    loaded = linearize.load(tmp_path / "plain.safetensors", model=base)
+    assert_same(before, state_of(base))
+    assert error(saved, loaded, x) <= 1e-6
+    assert not any(is_computed(loaded.get_submodule(path)) for path in ("0.expand", "1.project"))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert not any(module._forward_pre_hooks for module in loaded.modules())
+
+
+def test_a_file_of_computed_weights_does_not_fit_a_plain_model(tmp_path: Path) -> None:
+    linearize.save(build("weight_norm"), tmp_path / "computed.safetensors")
+    with pytest.raises(linearize.CheckpointError, match=r"weight.*base model that it was made from"):
+        linearize.load(tmp_path / "computed.safetensors", model=_plainly(build("weight_norm")))

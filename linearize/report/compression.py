@@ -88,7 +88,7 @@ def _kept(kept: Mapping[str, str]) -> list[str]:
     """The first sites that stay for another reason than their loss, and how many there are."""
     if not kept:
         return []
-    lines = [f"{len(kept)} sites stay for another reason than their loss:"]
+    lines = [f"sites that stay for another reason than their loss: {len(kept)}"]
     lines += [f"  {site}: {reason}" for site, reason in list(kept.items())[:_SHOWN]]
     return [*lines, f"  ... and {len(kept) - _SHOWN} more (report.kept)"] if len(kept) > _SHOWN else lines
 
