@@ -18,6 +18,7 @@ from linearize.errors import UsageError
 from linearize.graph.capture import Inputs
 from linearize.nest import copied, leaves_of
 from linearize.report.timing import BenchmarkResult, Ratio, Timing, environment
+from linearize.running.devices import check_whole
 from linearize.running.models import batches_of, call, device_of, evaluating, move
 
 __all__ = ["benchmark"]
@@ -63,7 +64,7 @@ def benchmark(
         A `BenchmarkResult`: medians and quartiles in seconds, ratios with theirs; a table and JSON.
 
     Raises:
-        UsageError: an argument is out of range, or a model does not run on the inputs.
+        UsageError: an argument is out of range, a model does not run on the inputs, or is not whole on one device.
 
     Example:
         >>> small, large = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8))
@@ -144,6 +145,7 @@ def resized(batch: Inputs, size: int) -> Inputs:
 
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The model itself if it is where and what it should be; a converted copy otherwise."""
+    check_whole(model, values=True)
     tensors = (*model.parameters(), *model.buffers())
     moves = any(tensor.device != device for tensor in tensors)
     casts = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)

@@ -8,18 +8,20 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.running.batches import length_of, read_batches
-from linearize.running.models import evaluating
+from linearize.running.devices import check_whole
+from linearize.running.models import eagerly, evaluating
 from linearize.running.progress import progress_bar
 
 __all__ = ["Calibration", "SiteCalibration", "calibrate", "padding_mask", "stream"]
@@ -75,7 +77,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
     is in use. `alpha` and `frozen` stay as they are, and so does the function of a model whose alphas are 0.
 
     Args:
-        model: a model with gates. It runs in eval mode, and is left in the mode it was in.
+        model: a model with gates. It runs in eval mode, and is left in the mode it was in; compiled code in it rests,
+            since it would not see what is put on to look at the activations.
         batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where they hold an
             `attention_mask` (B, T) that fits a site's input (B, T, C), in a nested dict, too, padding is left out; a
             decoder's mask is its own, or follows from labels that are not -100 where these are its input.
@@ -135,22 +138,21 @@ def stream(
         UsageError: the model has no gates.
         DataError: there are no batches, or a batch is of no known form, or does not go through the model.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled
     named = gates(model)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
-    handles = []
+    check_whole(model, values=True)
     current: dict[str, Tensor] = {}
 
-    def hook(name: str, gate: ChannelGate) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-            watch(name, gate, *_rows(inputs[0], h, gate.axis, padding_mask(model, name, current)))
-
-        return see
+    def see(name: str, x: Tensor, h: Tensor) -> None:
+        gate = named[name]
+        watch(name, gate, *_rows(x, h, gate.axis, padding_mask(model, name, current)))
 
     count = 0
+    handles = list(_hooks(named, see))
     try:
-        handles = [gate.activation.register_forward_hook(hook(name, gate)) for name, gate in named.items()]
-        with evaluating(model), progress_bar("calibrate", length_of(batches), enabled=progress) as advance:
+        with eagerly(), evaluating(model), progress_bar("calibrate", length_of(batches), enabled=progress) as advance:
             for batch in read_batches(model, batches):
                 current.clear()
                 current.update(batch.masks or {})
@@ -164,6 +166,31 @@ def stream(
     if not count:
         raise DataError("batches", "found none", "Pass at least one batch (a generator is empty after its first use).")
     return count
+
+
+def _hooks(named: Mapping[str, ChannelGate], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[RemovableHandle]:
+    """Show each gate's input and its activation's output to `see`.
+
+    Several gates may hold one activation object, and the model may call it without any gate: an activation is told by
+    the gate that it runs in.
+    """
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    def inside(activation: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
+        if running and named[running[-1]].activation is activation:
+            see(running[-1], inputs[0], h)
+
+    for name, gate in named.items():
+        yield gate.register_forward_pre_hook(enter(name))
+        yield gate.register_forward_hook(leave, always_call=True)
+    for activation in {id(gate.activation): gate.activation for gate in named.values()}.values():
+        yield activation.register_forward_hook(inside)
 
 
 def padding_mask(model: nn.Module, name: str, masks: Mapping[str, Tensor] | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from linearize.errors import CheckpointError, LinearizeError
 from linearize.record import record_of, set_record
 from linearize.storage import tensorfile
 from linearize.storage.manifest import Manifest, may_hold
-from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest
+from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest, take_plain_weights
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.structure import (
     Difference,
@@ -117,6 +117,8 @@ def load(
         raise CheckpointError(str(path), f"its plan does not fit the model ({error})", _remedy(model)) from error
     except LinearizeError as error:
         raise CheckpointError(str(path), f"its base model cannot be built ({error})", _remedy(model)) from error
+    if model is not None:
+        take_plain_weights(loaded, header.shapes)
     check_fit(str(path), loaded, content, header.shapes)
     tensors = tensorfile.read_tensors(source, device)
     fill(loaded, content, tensors)

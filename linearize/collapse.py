@@ -30,6 +30,7 @@ from linearize.plan import (
 )
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.alphas import check_alphas
 from linearize.surgery.folds import what_is_left
 from linearize.surgery.fused import fuse_again
 from linearize.surgery.leftover import keep_activation, shrink_activation
@@ -60,6 +61,9 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
     Raises:
         CollapseError: the model has no gates, its weights are not finite, or the plan is for another model.
 
+    Warns:
+        UserWarning: channels have an alpha between 0 and 1, and keep a blend of activation and line.
+
     Example:
         >>> import linearize
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -78,15 +82,16 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
     if any(gate.alpha.device.type == "meta" for gate in found.values()):
         raise CollapseError(type(model).__name__, "has no values (meta device)", "Load its weights first.")
-    for name, gate in found.items():
-        _check_alpha(name, gate)
-    parts = converted_parts(model)
-    if parts and "" not in parts:
-        return _collapse_parts(model, parts, when, plan)
-    if plan is not None:
+    check_alphas(found)
+    if plan is not None and "" in (converted_parts(model) or [""]):
         _check_plan(plan, found)
     with ALONE:
-        return _collapse(model, when, plan)
+        return _whole_or_parts(model, when, plan)
+
+
+def _whole_or_parts(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
+    parts = converted_parts(model)
+    return _collapse_parts(model, parts, when, plan) if parts and "" not in parts else _collapse(model, when, plan)
 
 
 def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
@@ -106,14 +111,6 @@ def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
         remedy = "Please report this model." if plan is None else "Make the plan from this model."
         raise CollapseError(type(model).__name__, found, remedy)
     return result
-
-
-def _check_alpha(name: str, gate: ChannelGate) -> None:
-    alpha = gate.alpha.detach()[~gate.frozen]
-    odd = alpha[~((alpha >= 0) & (alpha <= 1))]
-    if odd.numel():
-        remedy = "Call prior.step() after each step of the optimizer, or clamp alpha."
-        raise CollapseError(name, f"found alpha {float(odd[0]):g}, outside [0, 1]", remedy)
 
 
 def _check_plan(plan: Plan, found: dict[str, ChannelGate]) -> None:
@@ -138,12 +135,12 @@ def _collapse_parts(model: nn.Module, parts: list[str], when: When, plan: Plan |
     result = duplicate(model, CollapseError)
     steps: list[Step] = []
     for path in parts:
-        part = collapse(model.get_submodule(path), when=when)
+        part = _whole_or_parts(model.get_submodule(path), when, None)
         record = record_of(part) or Record()
         steps += [{**step, "path": f"{path}.{step['path']}" if step["path"] else path} for step in record.steps]
         replace_module(result, path, part)
     set_record(result, Record((), steps))
-    return collapse(result, when=when) if gates(result) else result
+    return _whole_or_parts(result, when, None) if gates(result) else result
 
 
 def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:

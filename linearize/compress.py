@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.convert import convert
+from linearize.convert import UNSELECTED, convert, unwrapped
 from linearize.cost import cost
 from linearize.errors import UsageError
 from linearize.finetune import finetune as train
@@ -32,7 +32,7 @@ from linearize.planning.request import (
 )
 from linearize.report.compression import Report
 from linearize.running.batches import Reading, count_of, length_of
-from linearize.running.models import device_of
+from linearize.running.devices import bring, check_whole, device_of, staying
 from linearize.running.outputs import Choice
 from linearize.running.steps import Steps
 from linearize.summary import summary
@@ -156,6 +156,7 @@ def compress(
         (True, True)
     """
     check_call(model, evaluate, checkpoint_dir, seed)
+    check_whole(unwrapped(model), values=True)
     budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
     check_request(budget is not None, linear, plan, round_to=round_to, rounds=rounds, search=search)
     if dry_run and budget is None:
@@ -173,8 +174,7 @@ def compress(
         check_output(model, reading)
     if options["epochs"] and not dry_run:
         check_training(model, reading, options, distill)
-    home = device_of(model)
-    try:
+    with staying(model):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             with steps("convert"):
@@ -208,13 +208,11 @@ def compress(
         if dry_run:
             costs = cost(model, example)
             report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
-            return Result(model, made.plan, replace(report, **made.told))
+            return Result(model, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
         notes.forget()
-        return Result(made.small, made.plan, replace(report, **made.told))
-    finally:
-        model.to(home)
+        return Result(made.small, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
 
 
 def _notes(
@@ -286,7 +284,7 @@ def _report(
 ) -> Report:
     """Everything measured about the three models, all on the device of the gated one."""
     before, gated, after = models["before"], models["gated"], models["collapsed"]
-    before.to(device_of(gated))
+    bring(before, device_of(gated))
     with steps("verify"):
         verification = verify(gated, after, batches)
     quality: dict[str, dict[str, float]] = {}
@@ -301,3 +299,17 @@ def _report(
             timing = benchmark(pair, example, rounds=rounds, batch_sizes=batch_sizes, progress=steps.say)
     costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
+
+
+def _kept(report: Report, plan: Plan) -> dict[str, str]:
+    """The sites that stay for another reason than their loss, in the plan or without a gate."""
+    planned = {site.site for site in plan.sites}
+    found = {site.site: site.reason for site in plan.sites if site.reason}
+    ungated = {site.name: site.reason for site in report.summary.sites if not site.gated and site.reason}
+    found |= {name: why for name, why in ungated.items() if why not in UNSELECTED and not _inside(name, planned)}
+    return found
+
+
+def _inside(name: str, planned: set[str]) -> bool:
+    """True if the site, or a module around it, became something else by the plan."""
+    return any(name == path or name.startswith(f"{path}.") for path in planned)

@@ -23,10 +23,12 @@ from linearize.graph.discover import discover
 from linearize.graph.parts import discover_parts
 from linearize.graph.protect import ALONE
 from linearize.record import Record, record_of, set_record
+from linearize.running.devices import check_whole
 from linearize.sites import Site
 from linearize.surgery.modes import settle_modes
 from linearize.surgery.owners import read_after_write, rewrite_owners
 from linearize.surgery.specs import replace_module
+from linearize.tensors import oddity
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def convert(
         )
     """
     model = unwrapped(model)
+    check_whole(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
         return _convert(model, example_inputs, include, exclude, inplace)
 
@@ -216,7 +219,7 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(name, "is not initialised", "Run the model once on a batch, then convert it.")
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        if parameter.device.type == "meta" or oddity(parameter) is not None:
             continue
         if not all_finite(parameter):
             raise ConvertError(

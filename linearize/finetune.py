@@ -15,6 +15,7 @@ from torch import nn
 from linearize.errors import DataError, TrainingError, UsageError
 from linearize.prior import SparsityPrior, param_groups
 from linearize.running.batches import length_of
+from linearize.running.devices import bring, check_whole
 from linearize.running.outputs import Choice, Meaning
 from linearize.running.progress import progress_bar
 from linearize.training import state as trainstate
@@ -132,6 +133,7 @@ def finetune(
         >>> result.history[1]["loss"] < result.history[0]["loss"]
         True
     """
+    check_whole(model, values=True)
     _check_options(epochs=epochs, distill_weight=distill_weight, warmup=warmup, keep=keep)
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
     last = _last_checkpoint(folder, resume=resume)
@@ -154,7 +156,7 @@ def finetune(
         set_seed(seed)
     groups = param_groups(model, lr, gate_lr, weight_decay)
     groups = [group for group in groups if prior is not None or group["name"] != "gates"]
-    model.to(accelerator.device)
+    bring(model, accelerator.device)
     run = Run(
         model=model,
         wrapped=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
@@ -176,7 +178,8 @@ def finetune(
         for _ in range(run.step):
             advance("")
         if teacher is not None:
-            teacher.to(accelerator.device).eval()
+            bring(teacher, accelerator.device)
+            teacher.eval()
         while len(run.history) < epochs:
             record = run.epoch(data, length, advance)
             record |= {"share": run.share} | _evaluated(run, evaluate)

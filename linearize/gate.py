@@ -116,6 +116,34 @@ class ChannelGate(nn.Module):
         self.frozen.logical_or_(mask)
         return self
 
+    @property
+    def half_way(self) -> Tensor:
+        """Which channels are neither nonlinear nor linear: bool (C,)."""
+        alpha = self.alpha.detach()
+        return (alpha > 0) & (alpha < 1) & ~self.frozen
+
+    @torch.no_grad()
+    def round_(self, threshold: float = 0.5) -> ChannelGate:
+        """Decide the channels that are half way: from `threshold` on they become linear, for good; others nonlinear.
+
+        Averaged weights (EMA) and training that ends early leave such channels. This changes the function.
+
+        Raises:
+            UsageError: threshold is not between 0 and 1.
+
+        Example:
+            >>> gate = ChannelGate(nn.ReLU(), channels=3)
+            >>> _ = gate.alpha.data.copy_(torch.tensor([0.0, 0.25, 0.75]))
+            >>> gate.round_().alpha.tolist(), gate.frozen.tolist()
+            ([0.0, 0.0, 1.0], [False, False, True])
+        """
+        if not 0 <= threshold <= 1:
+            raise UsageError("ChannelGate.round_", f"found threshold={threshold}", "Pass a number from 0 to 1.")
+        undecided = self.half_way
+        up = undecided & (self.alpha >= threshold)
+        self.alpha.masked_fill_(undecided & ~up, 0)
+        return self.linearize_(up)
+
     def released(self) -> nn.Module:
         """The activation without the gate, working in place again if it did before."""
         for name in self._inplace:

@@ -91,6 +91,7 @@ def stir(model: nn.Module, rng: random.Random) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* channels have an alpha between 0 and 1:UserWarning")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_network(seed: int) -> None:
     made, rng = network(seed), random.Random(seed)  # noqa: S311 - not for secrets

@@ -31,6 +31,7 @@ from linearize.running.batches import read_batches
 from linearize.running.models import watching
 from linearize.sites import Port, Site
 from linearize.surgery.specs import Spec, build, replace_module
+from linearize.tensors import meddler
 
 __all__ = ["Block", "BlockFit", "blocks_of", "observe_blocks", "replace_block"]
 
@@ -169,8 +170,13 @@ def _block(model: nn.Module, sites: list[Site]) -> Block:
     for port, module in zip(ports, modules, strict=True):
         if port.dims != 2 or not isinstance(module, nn.Conv2d) or set(module.dilation) != {1}:
             raise Infeasible("not convolutions of two dimensions")
-        if module._forward_pre_hooks or module._forward_hooks or module.padding_mode != "zeros":
-            raise Infeasible("a hook, or padding of another kind")
+        if module.padding_mode != "zeros":
+            raise Infeasible("padding of another kind")
+    inside = [port.module for port in ports]
+    inside += [part for site in sites for part in (site.name, *(f.module for f in (*site.folds, *site.consumer_folds)))]
+    for path in inside:
+        if any(meddler(part) for part in model.get_submodule(path).modules()):
+            raise Infeasible(f"{path} has a hook, or a forward put on it")
     kernel = tuple(max(int(m.kernel_size[axis]) for m in modules) for axis in range(2))
     if max(kernel) == 1 or kernel[0] != kernel[1]:
         raise Infeasible("pointwise throughout, or not square")

@@ -229,9 +229,14 @@ def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
     weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
     weight.copy_(found.weight.view_as(weight))
     bias.copy_(found.bias)
-    for parameter in layer.parameters():
-        parameter.requires_grad_(like.requires_grad)
+    layer.requires_grad_(_trained(old))
     return layer
+
+
+def _trained(module: nn.Module) -> bool:
+    """Whether anything in a module is trained, its gates apart: adapters may be, beside weights that are not."""
+    alphas = {id(gate.alpha) for gate in module.modules() if isinstance(gate, ChannelGate)}
+    return any(parameter.requires_grad for parameter in module.parameters() if id(parameter) not in alphas)
 
 
 def replace_wholes(model: nn.Module, chosen: Sequence[tuple[Whole, WholeFit]]) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
-from linearize.graph.opaque import opaque_layers
+from linearize.graph.opaque import opaque_layers, packed_modules
 from linearize.graph.protect import untouched
 from linearize.nest import copied, plain
+from linearize.tensors import QUANTISE_LATER
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -186,6 +187,10 @@ def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, s
         why = f"{type(failure).__name__}: {_line(failure)}"
         remedy = "Please report this model; convert the submodule that holds the activations until then."
         return name, f"runs by itself, but not where linearize watches it ({why})", remedy
+    packed = next(iter(packed_modules(model)), None)
+    if packed is not None:
+        found = f"runs, but torch.export cannot capture it with quantised or packed layers such as {packed}"
+        return name, found, f"{QUANTISE_LATER.capitalize()}."
     return (
         name,
         f"runs, but torch.export cannot capture it ({why})",

@@ -22,7 +22,7 @@ from linearize.planning.latency import cache_file
 from linearize.planning.options import BLOCKS, WHOLE, SiteChoice
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
-from linearize.planning.settle import Settled, collapsed, edited, planned, settle, site_choices
+from linearize.planning.settle import Settled, collapsed, edited, explained, planned, settle, site_choices
 from linearize.planning.survey import Survey, describe, survey
 from linearize.planning.tune import path_to
 from linearize.report.budget import Outcome
@@ -114,7 +114,7 @@ def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, d
             small = collapsed(goal, settled.plan)
     gated, tuned, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
     told["notes"] += _drift(job, small, tuned) if history else ()
-    return Made(gated, tuned, settled.plan, history, told)
+    return Made(gated, tuned, explained(settled.plan, found), history, told)
 
 
 def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     predicted = (found.fixed + choice.cost) / found.total
     outcome = _outcome(found, budget, predicted, None, choice.loss, None)
     told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
-    return Made(found.gated, found.gated, planned(gated, choices, choice), told=told)
+    return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
             again = planned(gated, {name: choice for name, choice in choices.items() if choice.block})
             small = collapsed(gated, again)
     gated, small, history = _trained(job, found, choices, gated, again, small)
-    return Made(gated, small, again, history, {"notes": tuple(found.notes)})
+    return Made(gated, small, explained(again, found), history, {"notes": tuple(found.notes)})
 
 
 def _check_site(found: Survey, site: SitePlan) -> None:

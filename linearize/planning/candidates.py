@@ -35,6 +35,7 @@ def candidates(
     blocks: Mapping[str, Block] | None = None,
     round_to: int | None = None,
     uniform: Sequence[Sequence[str]] = (),
+    barred: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> list[Group]:
     """The options of every group of a gated model.
@@ -45,20 +46,23 @@ def candidates(
         blocks: by the name of their first site: chains for which one convolution could stand.
         round_to: numbers of channels that stay are multiples of this; None decides by site, see `levels`.
         uniform: groups of site names that must keep equal numbers of channels.
+        barred: why some sites without a curve have none, by name.
         progress: show a bar: wide convolutions take seconds each.
     """
     found = []
     together = groups_of(model)
     with progress_bar("options", len(together), enabled=progress) as advance:
         for some in together:
-            found.append(_with_block(_group(model, some, curves, round_to), (blocks or {}).get(some[0])))
+            found.append(_with_block(_group(model, some, curves, round_to, barred or {}), (blocks or {}).get(some[0])))
             advance(some[-1])
     for names in uniform:
         found = _tied(found, set(names))
     return found
 
 
-def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int | None) -> Group:
+def _group(
+    model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int | None, barred: Mapping[str, str]
+) -> Group:
     named = gates(model)
     pricer = Pricer(model, [named[name] for name in names])
     before = pricer.before()
@@ -67,19 +71,20 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
     slots = _slots(model, names)
     missing = next((slot[-1] for slot in slots if slot[-1] not in curves), None)
     if missing is not None:
-        why = obstacle_to_refit(model, named[missing].site) or "no batch reached it"
-        return Group(tuple(names), (stay,), why)
+        why = obstacle_to_refit(model, named[missing].site) or barred.get(missing, "no batch reached it")
+        return Group(tuple(names), (stay,), why if len(names) == 1 else f"it shares maps with {missing}: {why}")
     lists = [_slot_choices(slot, curves[slot[-1]], round_to, alone=len(slots) == 1) for slot in slots]
-    options = [stay]
+    options, why = [stay], "no other width and form are left to choose from"
     for together in _joined(lists):
         some = tuple(sorted((c for choices, _ in together for c in choices), key=lambda c: names.index(c.site)))
         try:
             price = pricer.after(some)
-        except Infeasible:
+        except Infeasible as error:
+            why = str(error)
             continue
         loss = sum(loss for _, loss in together)
         options.append(Option(some, loss, price.flops, price.params, price.activations))
-    return Group(tuple(names), tuple(options), None if len(options) > 1 else "no form can express any other option")
+    return Group(tuple(names), tuple(options), None if len(options) > 1 else why)
 
 
 def _slots(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
@@ -149,6 +154,8 @@ def _tied(groups: list[Group], names: set[str]) -> list[Group]:
     common = [kind for kind in kinds[0] if all(kind in other for other in kinds[1:])]
     options = tuple(_merged([kind[key] for kind in kinds]) for key in common)
     reason = next((group.reason for group in inside if group.reason), None)
+    if len(options) == 1:
+        reason = reason or "the sites tied to equal widths have no other option in common"
     tied = Group(tuple(name for group in inside for name in group.sites), options, reason)
     place = groups.index(inside[0])
     rest = [group for group in groups if group not in inside]

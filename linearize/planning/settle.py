@@ -21,14 +21,14 @@ from linearize.cost import cost
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import gates
-from linearize.plan import Plan, SitePlan, make_plan
+from linearize.plan import UNCHANGED, Plan, SitePlan, make_plan
 from linearize.planning.budget import Budget
 from linearize.planning.choose import Choice, choose
 from linearize.planning.options import BORDERED, WHOLE, SiteChoice
 from linearize.planning.survey import Survey
 from linearize.record import Record, record_of, set_record
 
-__all__ = ["Settled", "collapsed", "edited", "fraction_of", "planned", "settle", "site_choices"]
+__all__ = ["Settled", "collapsed", "edited", "explained", "fraction_of", "planned", "settle", "site_choices"]
 
 # A latency within this of the target counts as met: measurements differ by as much.
 _LATENCY_TOLERANCE = 0.02
@@ -175,6 +175,17 @@ def fraction_of(
         return units / found.total
     after = cost(small, batch)
     return (after.flops if budget.measure == "flops" else after.parameters) / found.total
+
+
+def explained(plan: Plan, found: Survey) -> Plan:
+    """The plan with the reason at every site that stays for another one than its loss."""
+    reasons = found.reasons
+    return Plan(
+        tuple(
+            replace(site, reason=reasons.get(site.site)) if site.form == UNCHANGED and not site.reason else site
+            for site in plan.sites
+        )
+    )
 
 
 def site_choices(choice: Choice) -> dict[str, SiteChoice]:

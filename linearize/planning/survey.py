@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.approximate.blocks import Block, blocks_of, observe_blocks
-from linearize.approximate.find_wholes import wholes_of
+from linearize.approximate.find_wholes import meddled, wholes_of
 from linearize.approximate.observe import observe
 from linearize.approximate.wholes import Whole, observe_wholes
 from linearize.calibrate import Calibration, calibrate
@@ -23,6 +23,7 @@ from linearize.cost import Cost, cost
 from linearize.errors import UsageError
 from linearize.gate import gates
 from linearize.groups import groups_of
+from linearize.plan import make_plan
 from linearize.planning.candidates import candidates
 from linearize.planning.choose import choose
 from linearize.planning.curves import Curve, curve_of
@@ -33,6 +34,7 @@ from linearize.planning.options import Group, Measure
 from linearize.planning.timed import timed
 from linearize.planning.units import sensitivities, unit_costs, unit_groups, with_lines
 from linearize.running.models import device_of
+from linearize.surgery.bake import bake
 from linearize.surgery.layers import MaskedActivation
 
 __all__ = ["Survey", "survey"]
@@ -78,6 +80,16 @@ class Survey:
         """The smallest fraction of the total that the options can reach, as predicted."""
         return (self.fixed + choose(self.groups, self.measure, -math.inf).cost) / self.total
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why sites stay for another reason than their loss, by name."""
+        found: dict[str, str] = {}
+        for group in self.groups:
+            cheaper = any(o.cost(self.measure) < group.stay.cost(self.measure) for o in group.options[1:])
+            why = group.reason or (None if cheaper else "no other option costs less")
+            found |= dict.fromkeys(() if group.module or why is None else group.sites, str(why))
+        return found
+
 
 def survey(
     original: nn.Module,
@@ -120,6 +132,9 @@ def survey(
         notes: of passes that an interrupted run has finished.
     """
     before = cost(original, batch)
+    baked = bake(gated)
+    if baked:
+        say(f"  {len(baked)} computed weights become plain ones, such as that of {baked[0]}")
     say("calibrate")
     calibration = calibrate(gated, data, progress=progress)
     units = _units(gated, data, calibration, seed) if measure == "activations" else {}
@@ -150,7 +165,7 @@ def survey(
             finished=lambda some: notes.write("block", {block.name: block.state() for block in some}),
         )  # fmt: skip
     ties = _ties(gated, uniform)
-    groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, progress=progress)
+    groups = candidates(gated, curves, blocks=blocks, round_to=round_to, uniform=ties, barred=barred, progress=progress)
     if units and not stock:
         groups = with_lines(groups, unit_groups(gated, units), barred={name for names in ties for name in names})
     wholes: dict[str, Whole] = {}
@@ -165,7 +180,18 @@ def survey(
         say("measure")
         shapes = {name: found.shape for name, found in observations.items() if found.shape}
         groups = timed(original, gated, groups, shapes, blocks, wholes, batch, batch_sizes, rounds=rounds, cache=cache)
+    few += _hooked(gated)
     return Survey(gated, measure, groups, total, before, curves, blocks, wholes, units, few)
+
+
+def _hooked(gated: nn.Module) -> list[str]:
+    """A note about what hooks take away, if there are any."""
+    found = meddled(gated)
+    if not found:
+        return []
+    some = "; ".join(f"{path or 'the model'} has {what}" for path, what in list(found.items())[:2])
+    more = f" (and {len(found) - 2} more modules)" if len(found) > 2 else ""
+    return [f"{some}{more}: what would be lost with a module or the modules around it stays as it is"]
 
 
 def _wholes(gated: nn.Module, data: Iterable[Any], batch: Any, seed: int, notes: Notes) -> dict[str, Whole]:
@@ -189,8 +215,8 @@ def _units(gated: nn.Module, data: Iterable[Any], calibration: Calibration, seed
     return {name: unit_costs(gate, calibration.sites[name], found[name]) for name, gate in gates(gated).items()}
 
 
-def _uncollapsible(gated: nn.Module) -> set[str]:
-    """Sites whose width the code around them does not let change: found by trying, on a copy."""
+def _uncollapsible(gated: nn.Module) -> dict[str, str]:
+    """Sites whose width cannot change, by name, with the reason: found by trying, on a copy."""
     from linearize.duplicate import duplicate
     from linearize.errors import CollapseError
 
@@ -209,11 +235,13 @@ def _uncollapsible(gated: nn.Module) -> set[str]:
         small = collapse(trial)
     except CollapseError as error:
         _log.debug("no trial: %s", error)
-        return set()
+        return {}
     finally:
         logging.getLogger("linearize.collapse").setLevel(level)
     modules = dict(small.named_modules())
-    return {name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)}
+    stuck = [name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)]
+    plan = make_plan(trial)
+    return {name: plan[name].reason or "the code around it does not take another width" for name in stuck}
 
 
 def _too_few(name: str, rows: Any, samples: int) -> str | None:

@@ -6,10 +6,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from linearize.duplicate import computed_tensors
 from linearize.errors import CheckpointError
 from linearize.storage.manifest import Manifest
+from linearize.tensors import at_rest, computes, is_computed
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
@@ -22,12 +26,42 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
         >>> copy_without_weights(nn.Linear(2, 3)).weight.is_meta
         True
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed_tensors(model)
     for tensor in stored_tensors(model).values():
         empty = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)
+
+
+def take_plain_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Take the computation of a weight off a model without values, where a file holds the weight itself.
+
+    The file was made when the weight norm, spectral norm or pruning had been removed; the model is built with it.
+    """
+    for path, module in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        for name in ("weight", "bias"):
+            if prefix + name in shapes and is_computed(module, name):
+                kept = {other for other in module._parameters if prefix + other in shapes}
+                _take_plain(module, name, shapes[prefix + name], kept)
+
+
+def _take_plain(module: nn.Module, name: str, shape: tuple[int, ...], kept: set[str]) -> None:
+    like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    if parametrize.is_parametrized(module, name):
+        with at_rest(module):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    else:
+        for key in [key for key in module._forward_pre_hooks if computes(module, key, name)]:
+            del module._forward_pre_hooks[key]
+        for held in (module._parameters, module._buffers):
+            for other in [other for other in held if other.startswith(f"{name}_") and other not in kept]:
+                del held[other]
+    for holder in (vars(module), module._buffers):
+        holder.pop(name, None)
+    dtype = None if like is None else like.dtype
+    module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
 
 
 def check_fit(path: str, model: nn.Module, content: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:

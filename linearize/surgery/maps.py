@@ -18,6 +18,7 @@ from linearize.sites import Fold, Port, Site
 from linearize.surgery.branches import place_of, spliced
 from linearize.surgery.folds import scale_shift
 from linearize.surgery.probe import has_own_forward, padding_of, probed
+from linearize.tensors import held, meddler
 
 
 @dataclass
@@ -90,11 +91,11 @@ class Reader:
         folds = [f.module for f in (*site.folds, *site.up_folds, *site.consumer_folds) if not f.neutral]
         modules: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in (*ports, *folds)}
         for path, module in {**modules, site.name: gate.activation}.items():
-            hooks: list[Any] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-            if "weight" in module._parameters or path not in ports:  # else the hook is what computes the weight
-                hooks.append(module._forward_pre_hooks)
-            if any(hooks) or "forward" in vars(module):
-                raise Infeasible(f"{path} has a hook or a forward of its own, which would be lost")
+            found = meddler(module)
+            if found is not None:
+                raise Infeasible(
+                    f"{path} has {found}, which would be lost: take it off before, put it on again afterwards"
+                )
 
     def _surrogate(self, site: Site, gate: ChannelGate) -> tuple[Tensor, Tensor]:
         """Slope and intercept of the gate in float64; what they start from, if the model has no values yet."""
@@ -138,7 +139,7 @@ class Reader:
             return self._moved(probed(port, module))
         weight = self._place(self._parameter(port.module, "weight")).double()
         weight = weight.t() if port.transposed else weight
-        if getattr(module, "bias", None) is not None:
+        if held(module, "bias") is not None:
             bias = self._place(self._parameter(port.module, "bias")).double()
         else:
             bias = weight.new_zeros(weight.shape[0])
@@ -177,7 +178,7 @@ class Reader:
         if has_own_forward(module):
             weight = self._place(self._parameter(site.producer.module, "weight")).double()
             bias = weight.new_zeros(len(weight))
-            if module.bias is not None:
+            if held(module, "bias") is not None:
                 bias = self._place(self._parameter(site.producer.module, "bias")).double()
             made = Affine(weight, bias, tuple(module.stride), padding_of(module), tuple(module.dilation))
         else:
@@ -268,8 +269,8 @@ class Reader:
 
     def _parameter(self, path: str, name: str) -> Tensor:
         module = self.model.get_submodule(path)
-        tensor = getattr(module, name, None)
-        if not isinstance(tensor, Tensor):
+        tensor = held(module, name)
+        if tensor is None:
             found = f"is a {type(module).__name__} without {name}; another layer stood here when gates were put in"
             raise CollapseError(path or type(module).__name__, found, "Convert the model as it is now.")
         return self._finite(f"{path}.{name}" if path else name, tensor.detach())

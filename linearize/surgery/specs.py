@@ -17,6 +17,7 @@ from linearize.record import Step, record_of
 from linearize.surgery import carriers, fused, layers
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
+from linearize.tensors import held
 
 Spec = dict[str, Any]
 
@@ -133,7 +134,7 @@ def _identity(current: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Forward code may look at `.weight` of the layer that stood here (transformers does): None says there is none."""
     module = nn.Identity()
     for name in ("weight", "bias"):
-        if hasattr(current, name):
+        if name in current._parameters or held(current, name) is not None:
             module.register_parameter(name, None)
     return module
 
