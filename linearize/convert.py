@@ -22,6 +22,7 @@ from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
 from linearize.graph.parts import discover_parts
 from linearize.graph.protect import ALONE
+from linearize.nest import copied
 from linearize.record import Record, record_of, set_record
 from linearize.running.devices import check_whole
 from linearize.sites import Site
@@ -85,8 +86,7 @@ def _convert(
     if gates(model):
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
     _check_finite(model)
-    inputs = on_device(_inputs(model, example_inputs), model)
-    inputs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+    inputs = on_device(copied(_inputs(model, example_inputs)), model)  # the user's own are neither altered nor kept
     model = _trainable(model, inplace=inplace)
     sites = _sites(model, inputs)
     if not sites:
