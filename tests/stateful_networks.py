@@ -1,8 +1,8 @@
 """Random networks whose forwards read and write what can change, as Python source.
 
-Temperatures, dropout rates and slopes that a schedule moves, counters, Python's and torch's random numbers, features and
-losses that are stored, lists that grow, globals, closures, functions in attributes and in lists. `transcript` runs one
-over several calls and returns all that can be seen of it.
+Temperatures, dropout rates and slopes that a schedule moves, counters, Python's and torch's random numbers, features
+and losses that are stored, lists that grow, globals, closures, functions in attributes and in lists. `transcript` runs
+one over several calls and returns all that can be seen of it.
 """
 
 from __future__ import annotations

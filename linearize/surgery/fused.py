@@ -1,8 +1,8 @@
 """Fused paths of torch's transformer layers: they compute an activation without calling it.
 
 `nn.TransformerEncoderLayer` in eval mode without gradients hands its weights to one kernel, as long as its attribute
-`activation_relu_or_gelu` names an activation that the kernel knows. A gate is none of these, so the attribute becomes 0,
-as the layer itself would have it for any other activation, and the layer's own plain code runs.
+`activation_relu_or_gelu` names an activation that the kernel knows. A gate is none of these, so the attribute becomes
+0, as the layer itself would have it for any other activation, and the layer's own plain code runs.
 """
 
 from __future__ import annotations
