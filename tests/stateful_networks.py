@@ -186,9 +186,9 @@ def _block(rng: random.Random, name: str) -> str:
         block.body.append("act = F.relu")
         activated = "act(h)"
     block.body.append(f"h = {activated}")
-    for made, lines in rng.sample(HABITS, rng.choice((1, 2, 3))):
-        block.made += [block.fill(line) for line in made]
-        block.body += [block.fill(line) for line in lines]
+    for makes, does in rng.sample(HABITS, rng.choice((1, 2, 3))):
+        block.made += [block.fill(line) for line in makes]
+        block.body += [block.fill(line) for line in does]
     block.body.append(f"return x + {block.me}.b(h)")
     decorator = ["    @counted"] if rng.random() < 0.2 else []
     lines = [f"class {name}(nn.Module):", f"    def __init__({block.me}):", "        super().__init__()"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def both(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return served, model(*args, **kwargs).detach()
 
 
-ACTIVATIONS = {"module": lambda: nn.GELU(), "name": lambda: "gelu", "function": lambda: F.relu}
+ACTIVATIONS: dict[str, Callable[[], Any]] = {"module": nn.GELU, "name": lambda: "gelu", "function": lambda: F.relu}
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -114,7 +115,7 @@ def test_only_some_layers() -> None:
     model = encoder("gelu", layers=3)
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
     gated = linearize.convert(model, x, include="layers.1.*")
-    assert [bool(vars(layer)[SWITCH]) for layer in gated.layers] == [True, False, True]  # type: ignore[union-attr, arg-type]
+    assert [bool(vars(layer)[SWITCH]) for layer in gated.layers] == [True, False, True]  # type: ignore[union-attr]
     randomize(gated, 1.0)
     served, trained = both(gated, x)
     assert error([trained], [served]) <= 1e-12

@@ -61,7 +61,7 @@ def _take_nested(module: nn.Module) -> None:
 def _padded(forward: Callable[..., Tensor], src: Tensor) -> Tensor:
     """A layer's plain code on sequences of several lengths: padded, and the padding masked."""
     padded = src.to_padded_tensor(0.0)
-    lengths = src._nested_tensor_size()[:, 0].to(padded.device)  # type: ignore[operator]
+    lengths = src._nested_tensor_size()[:, 0].to(padded.device)
     inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
     out: Tensor = torch._nested_tensor_from_mask(forward(padded, src_key_padding_mask=~inside), inside)
     return out

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
+_Change = Callable[[nn.Module], object]
 _AGAIN = "_linearize_again"
 
 
-def subclass(
-    original: type[nn.Module], methods: dict[str, Callable[..., Any]], again: Callable[[nn.Module], object]
-) -> type[nn.Module]:
+def subclass(original: type[nn.Module], methods: dict[str, Callable[..., Any]], again: _Change) -> type[nn.Module]:
     """A subclass of a module's class under the same name, with other methods, whose objects are copied and pickled.
 
     Their attributes are copied as they are: a class may fill in what it misses when it is unpickled
@@ -32,7 +31,7 @@ def subclass(
         return new
 
     def reduce(self: nn.Module, _protocol: Any) -> Any:
-        cls, changes = type(self), list[Callable[[nn.Module], object]]()
+        cls, changes = type(self), list[_Change]()
         while _AGAIN in vars(cls):
             changes.insert(0, vars(cls)[_AGAIN][0])
             cls = cls.__mro__[1]
