@@ -23,12 +23,13 @@ from linearize.graph.discover import discover
 from linearize.graph.parts import discover_parts
 from linearize.graph.protect import ALONE
 from linearize.nest import copied
-from linearize.record import Record, record_of, set_record
+from linearize.record import Record, Step, record_of, set_record
 from linearize.running.devices import check_whole
 from linearize.sites import Site
 from linearize.surgery.modes import settle_modes
 from linearize.surgery.owners import read_after_write, rewrite_owners
 from linearize.surgery.specs import replace_module
+from linearize.surgery.subclass import hides_children, keep_attributes
 from linearize.tensors import oddity
 
 _log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
         if site.ungated is None:
             _put_gate(target, site)
     sites, unfused = settle_modes(target, sites, replaced, inputs)
+    steps += _keep_children(target, sites)
     for site in sites:
         gate = target.get_submodule(site.name) if site.ungated is None else None
         if isinstance(gate, ChannelGate):
@@ -163,6 +165,15 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
     return target
+
+
+def _keep_children(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
+    """Let the modules around the gates be copied with them, where their classes would hide a child in a copy."""
+    owners = dict.fromkeys(site.name.rpartition(".")[0] for site in sites if site.ungated is None)
+    hiding = [path for path in owners if hides_children(model.get_submodule(path))]
+    for path in hiding:
+        keep_attributes(model.get_submodule(path))
+    return [{"path": path, "module": {"type": "Kept"}} for path in hiding]
 
 
 @contextmanager

@@ -35,9 +35,11 @@ class Held(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives."""
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        """The function's name, for `print(model)`."""
         function = getattr(self.function, "func", self.function)
         return str(getattr(function, "__name__", type(function).__name__))
 

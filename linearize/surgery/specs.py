@@ -17,11 +17,12 @@ from linearize.record import Step, record_of
 from linearize.surgery import carriers, fused, layers
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
+from linearize.surgery.subclass import keep_attributes
 from linearize.tensors import held
 
 Spec = dict[str, Any]
 
-IN_PLACE = ("Rewrite", "Held", "Neutral", fused.STEP)  # they change a module instead of replacing it
+IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP)  # they change a module instead of replacing it
 _ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
@@ -165,6 +166,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "ChannelGate": _gate,
     "Rewrite": rewrite_calls,
     "Held": hold_function,
+    "Kept": lambda current, options: keep_attributes(current, **options),
     fused.STEP: fused.unfuse,
 }
 
