@@ -97,15 +97,19 @@ def _whole_or_parts(model: nn.Module, when: When, plan: Plan | None) -> nn.Modul
 def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
     chosen = plan if plan is not None else make_plan(model, when=when)
     result, failure = _try(model, chosen)
+    widen = True
+    if failure is not None and plan is None and _branches(model):  # code that cuts what is wider, as in GhostNet
+        widen, chosen = False, make_plan(model, when=when, widen=False)
+        result, failure = _try(model, chosen)
     if failure is not None and plan is None:
-        barred = _troublemakers(model, chosen)
+        barred = _troublemakers(model, chosen, widen=widen)
         for name, why in barred.items():
             _log.warning("%s keeps a partial activation: %s", name, why)
-        chosen = make_plan(model, when=when, barred=barred)
+        chosen = make_plan(model, when=when, barred=barred, widen=widen)
         result, failure = _try(model, chosen)
         if failure is not None and any(site.form == NARROWED for site in chosen.sites):  # halving parts chains
             barred |= {site.site: f"{failure}" for site in chosen.sites if site.form == NARROWED}
-            result, failure = _try(model, make_plan(model, when=when, barred=barred))
+            result, failure = _try(model, make_plan(model, when=when, barred=barred, widen=widen))
     if result is None:
         found = f"does not run after collapsing ({failure})"
         remedy = "Please report this model." if plan is None else "Make the plan from this model."
@@ -302,7 +306,13 @@ def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | No
     return f"it computes with the number {next(iter(odd))[1][0]} then" if odd else None
 
 
-def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
+def _branches(model: nn.Module) -> bool:
+    """True if a consumer lies behind a concatenation."""
+    sites = [gate.site for gate in gates(model).values() if gate.site is not None]
+    return any(not port.whole for site in sites for port in site.consumers)
+
+
+def _troublemakers(model: nn.Module, plan: Plan, *, widen: bool) -> dict[str, str]:
     """The sites that cannot be collapsed on their own, with what happens if they are: found by halving."""
     names = [planned.site for planned in plan.sites]
     waiting = [[planned.site for planned in plan.sites if planned.form not in _WHOLE]]
@@ -310,7 +320,8 @@ def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
     while waiting:
         group = waiting.pop()
         others = {name: "" for name in names if name not in group}
-        _, failure = _try(model, make_plan(model, when="always", barred=others)) if group else (None, None)
+        chosen = make_plan(model, when="always", barred=others, widen=widen)
+        _, failure = _try(model, chosen) if group else (None, None)
         if failure is None:
             continue
         if len(group) == 1:

@@ -29,11 +29,13 @@ class Reader:
         model: where the weights are.
         device: where the maps go; "meta" for shapes only, None to leave them.
         pieces: what has been decided so far, by place.
+        widen: whether a branch of a concatenation may become wider.
     """
 
     model: nn.Module
     device: str | None = None
     pieces: Pieces = field(default_factory=dict)
+    widen: bool = True
 
     def maps(self, site: Site, gate: ChannelGate, linear: Tensor, fixed_producer: bool) -> Maps:
         """The maps of a site whose channels in `linear` (bool, (C,)) are to become linear.
@@ -222,7 +224,7 @@ class Reader:
             whole, biases = self._whole(ports, site, before), list[Tensor]()
             folded = {} if before is None else dict.fromkeys(before.folded)
             for port in ports:
-                before, whole = spliced(whole, before, port, found.pop(port.key))
+                before, whole = spliced(whole, before, port, found.pop(port.key), widen=self.widen)
                 biases.append(whole.bias)
                 folded |= dict.fromkeys((site.consumer_folds[index], start) for index, start, _ in port.folds)
             if before is not None:
