@@ -402,3 +402,21 @@ def test_an_activation_that_leaves_something_runs_once() -> None:
         assert act.calls == 1
         found.append(one[0].weight.grad)  # type: ignore[index]
     assert torch.allclose(found[0], found[1], rtol=1e-12, atol=1e-15)
+
+
+class OnlyAnActivation(nn.Module):
+    """As transformers' `GELUActivation`: a module that is nothing but the function that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = torch.nn.functional.gelu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x)
+
+
+def test_a_module_that_is_nothing_but_its_function_is_one_site_under_its_own_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), OnlyAnActivation(), nn.Linear(8, 2))
+    gated = linearize.convert(model, torch.randn(3, 4))
+    assert list(linearize.gates(gated)) == ["1"]
+    assert isinstance(gated[1], linearize.ChannelGate)

@@ -52,6 +52,11 @@ def may_hold(module: nn.Module, name: str) -> bool:
     return issubclass(type(value), (FunctionType, BuiltinFunctionType, functools.partial)) or _is_callable_object(value)
 
 
+def _is_nothing_else(module: nn.Module) -> bool:
+    """True for a module without children and tensors: it may be an activation itself, and one site as a whole."""
+    return not (module._modules or module._parameters or module._buffers)
+
+
 def _is_callable_object(value: Any) -> bool:
     kind = type(value)
     plain = kind.__module__.partition(".")[0] not in ("torch", "builtins") and not issubclass(kind, (type, nn.Module))
@@ -64,7 +69,9 @@ def called_functions(model: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
     The model runs once, as cheaply as it goes, if it has such attributes at all; it stays as it was.
     """
     candidates = {
-        path: [name for name in list(vars(module)) if may_hold(module, name)] for path, module in model.named_modules()
+        path: [name for name in list(vars(module)) if may_hold(module, name)]
+        for path, module in model.named_modules()
+        if not _is_nothing_else(module)
     }
     candidates = {path: names for path, names in candidates.items() if names}
     if not candidates:
