@@ -14,8 +14,8 @@ from linearize.checkpoint import load
 from linearize.data import DataSource, load_data
 from linearize.errors import CaptureError, UsageError
 from linearize.record import record_of
+from linearize.zoo.building import parameters_on_meta
 from linearize.zoo.images import image_format
-from linearize.zoo.structure import parameters_on_meta
 
 __all__ = [
     "Batch",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
 from linearize.storage.manifest import Manifest
+from linearize.storage.tensorfile import Header
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
@@ -30,12 +31,13 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def check_fit(path: str, model: nn.Module, content: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check names and shapes of a file's tensors against the model that they are for.
+def check_fit(path: str, model: nn.Module, content: Manifest, header: Header) -> None:
+    """Check names, shapes and kinds of a file's tensors against the model that they are for.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape, or not shared as in the model.
+        CheckpointError: a tensor is missing, unexpected, of another shape or kind, or not shared as in the model.
     """
+    shapes = header.shapes
     extras = {key for key, _, _ in content.extras}
     found = {name: shape for name, shape in shapes.items() if name not in extras}
     for name, stored in content.aliases.items():
@@ -44,7 +46,8 @@ def check_fit(path: str, model: nn.Module, content: Manifest, shapes: Mapping[st
     found.update({name: shapes[stored] for name, stored in content.aliases.items()})
     if lost := extras - set(shapes):
         raise CheckpointError(path, f"tensor {min(lost)!r} is missing", "Copy or save the file again.")
-    expected = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    tensors = stored_tensors(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [
         *(f"tensor {name!r} is missing" for name in expected if name not in found),
         *(f"tensor {name!r} is not expected" for name in found if name not in expected),
@@ -57,7 +60,22 @@ def check_fit(path: str, model: nn.Module, content: Manifest, shapes: Mapping[st
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(path, f"it does not fit the model: {problems[0]}{more}", _REMEDY)
+    _check_kinds(path, model, content, header)
     _check_sharing(path, model, content)
+
+
+def _check_kinds(path: str, model: nn.Module, content: Manifest, header: Header) -> None:
+    """Numbers stay what they are: a model may be cast from one floating dtype to another, as whole layers are."""
+    for name, tensor in stored_tensors(model).items():
+        found = header.dtypes[content.aliases.get(name, name)]
+        cast = tensor.is_floating_point() and found.is_floating_point
+        if found != tensor.dtype and not cast:
+            raise CheckpointError(path, f"tensor {name!r} is of {found}, the model has {tensor.dtype}", _REMEDY)
+    for prefix, module in model.named_modules():
+        names = [f"{prefix}.{name}" if prefix else name for name, p in module._parameters.items() if p is not None]
+        kinds = {kind for name in names if (kind := header.dtypes[content.aliases.get(name, name)]).is_floating_point}
+        if len(kinds) > 1 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            raise CheckpointError(path, f"{prefix!r} mixes {' and '.join(sorted(map(str, kinds)))}", _REMEDY)
 
 
 def _check_sharing(path: str, model: nn.Module, content: Manifest) -> None:
@@ -100,6 +118,17 @@ def _parameter(tensor: Tensor, old: nn.Parameter, trainable: bool) -> nn.Paramet
     return new
 
 
+def _alike(old: Any, new: Any) -> bool:
+    """True for values of one kind: numbers, texts, sequences of one length; None says that nothing is set."""
+    if old is None or new is None:
+        return True
+    if isinstance(old, (list, tuple)):
+        return type(new) is type(old) and (len(new) == len(old) or not new or not old)
+    if isinstance(old, (bool, int, float)) and isinstance(new, (bool, int, float)):
+        return isinstance(old, float) or not isinstance(new, float)
+    return type(old) is type(new)
+
+
 def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors outside the state dict, and plain attributes; then nothing may be left without memory.
 
@@ -108,11 +137,17 @@ def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[st
     """
     modules = dict(model.named_modules())
     for key, name, where in content.extras:
-        if name in modules:
-            put_tensor(modules[name], where, tensors[key])
+        # What has no place is left out: the model makes it anew in its forward.
+        if name in modules and not put_tensor(modules[name], where, tensors[key]) and hasattr(modules[name], where[0]):
+            found = f"tensor {key!r:.80} would stand in the place of {'.'.join(map(str, (name, *where)))!r:.80}"
+            raise CheckpointError(path, found, _REMEDY)
     for name, attribute, value in content.attributes:
-        if name in modules and attribute in plain_attributes(modules[name]):
-            modules[name].__dict__[attribute] = value
+        if name not in modules or attribute not in (known := plain_attributes(modules[name])):
+            continue
+        if not _alike(known[attribute], value):
+            found = f"attribute {f'{name}.{attribute}'.strip('.')!r:.80} is {value!r:.80}, the model has another kind"
+            raise CheckpointError(path, found, _REMEDY)
+        modules[name].__dict__[attribute] = value
     for name, module in modules.items():
         for where, tensor in plain_tensors(module).items():
             if tensor.is_meta:

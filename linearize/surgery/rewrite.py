@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import keyword
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +48,11 @@ def rewrite_calls(module: nn.Module, options: Options) -> nn.Module:
     Raises:
         ConvertError: the forward cannot be traced, or does not make the calls. The module is then as it was.
     """
-    if not all(isinstance(call["child"], str) and call["child"].isidentifier() for call in options["calls"]):
-        raise ConvertError(type(module).__name__, "the name of a new child is no identifier", _REMEDY)
+    for name in (call["child"] for call in options["calls"]):
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise ConvertError(type(module).__name__, "the name of a new child is no identifier", _REMEDY)
+        if hasattr(module, name):
+            raise ConvertError(type(module).__name__, f"the new child {name!r} would hide what is there", _REMEDY)
     if "forward" in vars(module):
         raise ConvertError(type(module).__name__, "its forward was put on the object, not on its class", _REMEDY)
     rewritten = _rewritten_class(module, type(module), options)
@@ -131,6 +135,8 @@ def _generated(module: nn.Module, options: Options, training: bool) -> Callable[
         if len(nodes) != call["of"]:
             found = f"its traced forward calls {call['target']} {len(nodes)} times, the model {call['of']} times"
             raise ConvertError(type(module).__name__, found, _REMEDY)
+        if not 0 <= call["index"] < len(nodes):
+            raise ConvertError(type(module).__name__, f"it calls {call['target']} {len(nodes)} times only", _REMEDY)
         node = nodes[call["index"]]
         source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
         with graph.inserting_before(node):

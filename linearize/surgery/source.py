@@ -37,7 +37,10 @@ def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) ->
         ConvertError: a method has no source, or not that call.
     """
     found: dict[str, Method] = {}
+    known = set(_methods(type(module)))
     for name in dict.fromkeys(place[0] for place, _, _ in places):
+        if name not in known:
+            raise _refused(module, f"it has no method {name!r:.80} of its own")
         redirect = _Redirect([(place[1], target, child) for place, target, child in places if place[0] == name])
         found[name] = _compiled(module, name, redirect, None)
         if redirect.waiting:

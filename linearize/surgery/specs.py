@@ -5,6 +5,7 @@ A saved model holds only such descriptions; building one runs no code from the f
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,9 +17,11 @@ from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
 from linearize.surgery import carriers, layers
 from linearize.surgery.rewrite import rewrite_calls
+from linearize.surgery.schemas import check_options
 
 Spec = dict[str, Any]
 
+_DEEPEST = 100  # modules inside modules, where anything is replaced
 _ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
@@ -99,14 +102,21 @@ def build(spec: Spec, current: nn.Module) -> nn.Module:
     kind = spec.get("type")
     builder = _BUILDERS.get(kind) if isinstance(kind, str) else None
     if builder is None:
-        raise CheckpointError(str(kind), "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
+        raise CheckpointError(f"{kind!s:.80}", "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
     options = {name: value for name, value in spec.items() if name != "type"}
     try:
+        check_options(str(kind), options, _names(str(kind)))
         return builder(current, options)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            str(kind), f"cannot be built from {options} ({error})", "The file is damaged: save it again."
-        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        shown = f"cannot be built from {options!s:.200} ({error!s:.200})"
+        raise CheckpointError(str(kind), shown, "The file is damaged: save it again.") from error
+
+
+def _names(kind: str) -> tuple[str, ...] | None:
+    """Names of all that a plain layer's description may hold; None for layers with a schema of their own."""
+    if kind in _PLAIN:
+        return (*_PLAIN[kind][1], "bias")
+    return (*_CONV, _EXTRA[kind][1], "bias") if kind in _EXTRA else None
 
 
 def _plain(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
@@ -163,25 +173,44 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
 }
 
 
-def replay(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
+def replay(model: nn.Module, steps: Iterable[Step], most: float = math.inf) -> nn.Module:
     """Replace modules of `model` in place, one step after the other.
 
+    Args:
+        model: the base model.
+        steps: in their order.
+        most: how many modules may be made by copying those that stand there: copies of copies double.
+
     Raises:
-        CheckpointError: a step names a path that the model does not have, or a layer that cannot be built.
+        CheckpointError: a step names a path that the model does not have, a layer that cannot be built, or it asks
+            for more copies than that.
     """
     for step in steps:
         path = step.get("path")
         if not isinstance(path, str) or not isinstance(step.get("module"), dict):
-            raise CheckpointError(
-                str(path), f"found a step of another form: {step}", "The file is damaged: save it again."
-            )
+            found = f"found a step of another form: {step!s:.200}"
+            raise CheckpointError(str(path), found, "The file is damaged: save it again.")
         try:
             current = model.get_submodule(path)
         except AttributeError as error:
             remedy = "Load it onto the model that it was made from."
             raise CheckpointError(path, "the plan names a module that the model does not have", remedy) from error
+        if math.isfinite(most):
+            most -= _copied(step["module"], current)
+            if most < 0:
+                raise CheckpointError(path, "the plan copies modules without end", "Check where the file came from.")
         replace_module(model, path, build(step["module"], current))
     return model
+
+
+def _copied(spec: Spec, current: nn.Module) -> int:
+    """How many modules a step copies, at most, and walks through."""
+    count = sum(1 for _ in current.modules())
+    calls = spec.get("calls")
+    deepest = max((path.count(".") for path, _ in current.named_modules()), default=0)
+    if deepest > _DEEPEST:
+        raise CheckpointError(str(spec.get("type")), "the plan nests layers without end", "Check where it came from.")
+    return count * (1 + len(calls)) if isinstance(calls, list) else count
 
 
 def all_steps(model: nn.Module) -> list[Step]:

@@ -10,19 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.errors import CaptureError, UsageError
+from linearize.errors import CaptureError, LinearizeError, UsageError
 from linearize.zoo import timm_models, transformers_inputs, transformers_models
+from linearize.zoo.building import NO_LIMIT, Limit, parameters_on_meta
 from linearize.zoo.resolve import create
 from linearize.zoo.stock import stock_copy
-from linearize.zoo.structure import (
-    NO_LIMIT,
-    Limit,
-    compare,
-    forget_parameters,
-    parameters_on_meta,
-    plain_tensors,
-    put_tensor,
-)
+from linearize.zoo.structure import compare, forget_parameters, plain_tensors, put_tensor
 
 __all__ = ["Limit", "candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "stock_copy", "unwrap"]
 
@@ -109,7 +102,7 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
 
     Args:
         recipe: as `recipe` gives it.
-        limit: how many parameters may be made.
+        limit: how much may be made.
 
     Raises:
         UsageError: the recipe is not one of ours, its library cannot build it, or it goes over the limit.
@@ -118,13 +111,13 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with parameters_on_meta(limit):
-                return _build(recipe)
+                return _build(recipe, limit)
         except UsageError as error:
-            if error.__cause__ is None:
+            if error.__cause__ is None or isinstance(error.__cause__, (LinearizeError, MemoryError)):
                 raise
         # A constructor that computes with its own parameters: build it in full, then forget the values.
         with parameters_on_meta(limit, move=False):
-            model = _build(recipe)
+            model = _build(recipe, limit)
     forget_parameters(model)
     return model
 
@@ -152,10 +145,10 @@ def rebuild(recipe: Recipe, device: str | torch.device = "meta") -> nn.Module:
     return model
 
 
-def _build(recipe: Recipe) -> nn.Module:
+def _build(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     library = recipe.get("library") if isinstance(recipe, dict) else None
     if library == "timm":
         return timm_models.build(recipe).eval()
     if library == "transformers":
-        return transformers_models.build(recipe).eval()
+        return transformers_models.build(recipe, limit).eval()
     raise UsageError("recipe", f"found the library {library!r:.40}", "Known are 'timm' and 'transformers'.")
