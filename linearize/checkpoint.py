@@ -19,8 +19,9 @@ from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
+from linearize.storage.fit import check_fit, check_sites
 from linearize.storage.manifest import Manifest, may_hold
-from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest
+from linearize.storage.restore import copy_without_weights, fill, put_rest
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.building import Limit, parameters_on_meta
 from linearize.zoo.sealed import sealed
@@ -104,13 +105,17 @@ def load(
     content = Manifest.from_texts(source, header.metadata)
     try:
         loaded = _skeleton(source, content, model, header)
+        check_fit(str(path), loaded, content, header)
+        check_sites(str(path), loaded)
     except CheckpointError as error:
         if error.where == str(path):
             raise
         raise CheckpointError(str(path), f"its plan does not fit the model ({error})", _remedy(model)) from error
     except LinearizeError as error:
         raise CheckpointError(str(path), f"its base model cannot be built ({error})", _remedy(model)) from error
-    check_fit(str(path), loaded, content, header)
+    except Exception as error:  # code of a library, or of the model given, that a wrong plan has led astray
+        found = f"its plan does not fit the model ({type(error).__name__}: {error!s:.200})"
+        raise CheckpointError(str(path), found, _remedy(model)) from error
     tensors = tensorfile.read_tensors(source, device)
     _check_same(source, header, tensors)
     fill(loaded, content, tensors)

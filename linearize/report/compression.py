@@ -32,6 +32,7 @@ class Report:
         outcome: the budget and what became of it; None for a share of linear channels.
         options: for each group of sites, its best options, as a table; empty for a share of linear channels.
         notes: what else a reader should know.
+        plan: SHA-256 of the plan (`Plan.sha256`): which plan this reports on.
     """
 
     quality: Mapping[str, Mapping[str, float]]
@@ -45,6 +46,7 @@ class Report:
     outcome: Outcome | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    plan: str = ""
 
     @property
     def metric(self) -> str | None:
@@ -64,6 +66,7 @@ class Report:
             "seconds": dict(self.seconds),
             "budget": None if self.outcome is None else self.outcome.to_dict(),
             "notes": list(self.notes),
+            "plan_sha256": self.plan,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -60,6 +60,20 @@ def checksum(*parts: bytes | memoryview) -> str:
     return told.hexdigest()
 
 
+def file_checksum(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, as `sha256sum` prints it.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read.
+    """
+    check_readable(path)
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(str(path), f"it cannot be read: {error.strerror or error}", "Check the file.") from error
+
+
 def write(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all; a failure leaves what was there before.
 

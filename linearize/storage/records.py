@@ -25,6 +25,13 @@ from linearize.storage.schema import (
 
 __all__ = ["EXTRA", "SITE", "STEP"]
 
+
+def _option(value: Any, where: str) -> None:
+    """A scalar, or the infinity that a bound may be."""
+    if value not in (float("inf"), -float("inf")):
+        scalar(value, where)
+
+
 _KINDS = one_of("linear", "conv1d", "conv2d", "conv3d")
 _POSITIONS = integer(0, 2**48)
 _NAME = text(500)
@@ -49,7 +56,7 @@ _SITE = struct(
     },
     {
         "call": optional(integer()), "target": _NAME, "function": optional(identifier),
-        "options": array(each(identifier, plain(scalar, depth=4, entries=1000)), 100), "gated_unit": boolean,
+        "options": array(each(identifier, plain(_option, depth=4, entries=1000)), 100), "gated_unit": boolean,
         "ungated": optional(text()), "reason": optional(text()), "producer": optional(_PORT), "up": optional(_PORT),
         "consumers": array(_PORT, 10_000), "folds": array(_FOLD, 1000), "up_folds": array(_FOLD, 1000),
         "consumer_folds": array(_FOLD, 1000), "steady": boolean, "direct": boolean, "saved": number(),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
 from linearize.storage.manifest import Manifest
-from linearize.storage.tensorfile import Header
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
@@ -31,66 +30,8 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def check_fit(path: str, model: nn.Module, content: Manifest, header: Header) -> None:
-    """Check names, shapes and kinds of a file's tensors against the model that they are for.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape or kind, or not shared as in the model.
-    """
-    shapes = header.shapes
-    extras = {key for key, _, _ in content.extras}
-    found = {name: shape for name, shape in shapes.items() if name not in extras}
-    for name, stored in content.aliases.items():
-        if stored not in found or name in shapes:
-            raise CheckpointError(path, f"tensor {name!r} shares {stored!r}, which is not stored", _REMEDY)
-    found.update({name: shapes[stored] for name, stored in content.aliases.items()})
-    if lost := extras - set(shapes):
-        raise CheckpointError(path, f"tensor {min(lost)!r} is missing", "Copy or save the file again.")
-    tensors = stored_tensors(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [
-        *(f"tensor {name!r} is missing" for name in expected if name not in found),
-        *(f"tensor {name!r} is not expected" for name in found if name not in expected),
-        *(
-            f"tensor {name!r} is of shape {found[name]}, the model has {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ),
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(path, f"it does not fit the model: {problems[0]}{more}", _REMEDY)
-    _check_kinds(path, model, content, header)
-    _check_sharing(path, model, content)
-
-
-def _check_kinds(path: str, model: nn.Module, content: Manifest, header: Header) -> None:
-    """Numbers stay what they are: a model may be cast from one floating dtype to another, as whole layers are."""
-    for name, tensor in stored_tensors(model).items():
-        found = header.dtypes[content.aliases.get(name, name)]
-        cast = tensor.is_floating_point() and found.is_floating_point
-        if found != tensor.dtype and not cast:
-            raise CheckpointError(path, f"tensor {name!r} is of {found}, the model has {tensor.dtype}", _REMEDY)
-    for prefix, module in model.named_modules():
-        names = [f"{prefix}.{name}" if prefix else name for name, p in module._parameters.items() if p is not None]
-        kinds = {kind for name in names if (kind := header.dtypes[content.aliases.get(name, name)]).is_floating_point}
-        if len(kinds) > 1 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            raise CheckpointError(path, f"{prefix!r} mixes {' and '.join(sorted(map(str, kinds)))}", _REMEDY)
-
-
-def _check_sharing(path: str, model: nn.Module, content: Manifest) -> None:
-    """A slot that the model reaches under two names must be one tensor in the file, too."""
-    slots: dict[tuple[int, str], str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name in (*module._parameters, *module._buffers):
-            full = f"{prefix}.{name}" if prefix else name
-            other = slots.setdefault((id(module), name), full)
-            if content.aliases.get(full, full) != content.aliases.get(other, other):
-                raise CheckpointError(path, f"{full!r} and {other!r} are one tensor in the model", _REMEDY)
-
-
 def fill(model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Assign, without copying, the tensors of a file to a model that `check_fit` has passed."""
+    """Assign, without copying, the tensors of a file to a model that `fit.check_fit` has passed."""
     frozen, made, replaced = set(content.frozen), dict[str, Tensor](), dict[int, Tensor]()
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""

@@ -54,11 +54,15 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...]
     """
     model = unwrap(model)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if transformers_models.is_transformers(model):
-        return transformers_inputs.example_inputs(model, batch=batch, like=like)
-    if timm_models.is_timm(model):
-        return timm_models.example_inputs(model, batch=batch, like=like)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
+    try:
+        if transformers_models.is_transformers(model):
+            return transformers_inputs.example_inputs(model, batch=batch, like=like)
+        if timm_models.is_timm(model):
+            return timm_models.example_inputs(model, batch=batch, like=like)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        found = f"its inputs cannot be made from what it says of itself ({type(error).__name__}: {error!s:.120})"
+        raise CaptureError(name, found, "Pass example_inputs=.") from error
     found = "it is neither a timm nor a transformers model, so its inputs are not known"
     raise CaptureError(name, found, "Pass example_inputs= as a tensor, a tuple, or a dict of keyword arguments.")
 

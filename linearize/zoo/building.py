@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from linearize.errors import UsageError
+from linearize.errors import CaptureError, UsageError
 
-__all__ = ["NO_LIMIT", "Limit", "parameters_on_meta", "within"]
+__all__ = ["NO_LIMIT", "Limit", "affordable", "parameters_on_meta", "within"]
 
 # In-place functions that change values only, never shape, dtype or flags.
 _FILLING = {
@@ -27,6 +27,7 @@ _FILLING = {
     "ones_", "sub_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zero_", "zeros_",
 }  # fmt: skip
 
+_LARGEST_INPUT = 2**26
 _SMALL = 2**14  # elements: what an op can make at most from its arguments, below which nobody counts
 
 
@@ -148,6 +149,22 @@ def _would_make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
     except (RuntimeError, NotImplementedError, TypeError):
         return 0
     return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor))
+
+
+def affordable(where: str, *shape: int) -> tuple[int, ...]:
+    """The shape of an example input, which is made of what a model says of itself.
+
+    Raises:
+        CaptureError: a tensor of that shape would take more than 256 MB, or there is none.
+
+    Example:
+        >>> affordable("images", 2, 3, 224, 224)
+        (2, 3, 224, 224)
+    """
+    if min(shape, default=1) < 0 or math.prod(shape) > _LARGEST_INPUT:
+        found = f"its example inputs would be of shape {shape!s:.80}"
+        raise CaptureError(where, found, "Pass example_inputs= of a size that you want.")
+    return shape
 
 
 @contextmanager

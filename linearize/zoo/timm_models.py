@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
+from linearize.zoo.building import affordable
 from linearize.zoo.plain import IDENTIFIER, SIMPLE, is_plain, pack, unpack
 from linearize.zoo.sealed import sealed
 
@@ -34,7 +35,7 @@ def is_timm(model: nn.Module) -> bool:
 
 def example_inputs(model: nn.Module, *, batch: int, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch of random images of the size that the model was built for; device and dtype of ``like``."""
-    size = (batch, *input_size(model))
+    size = affordable(type(model).__name__, batch, *input_size(model))
     return (torch.randn(size, device=like.device, dtype=like.dtype),), {}
 
 
