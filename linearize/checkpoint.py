@@ -198,7 +198,7 @@ def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: te
         limit = Limit.of_file(len(header.shapes), header.elements, header.size)
         base = zoo.skeleton(_known_recipe(path, content), limit)
         with sealed(), parameters_on_meta(limit):
-            return replay(base, content.steps, int(limit.parts))
+            return replay(base, content.steps)
     model = zoo.unwrap(model)
     steps = all_steps(model)
     if steps and steps != content.steps:
@@ -211,7 +211,7 @@ def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: te
         raise CheckpointError(str(path), found, "Pass a model that copy.deepcopy can copy.") from error
     limit = Limit.of_file(len(header.shapes), header.elements, header.size)
     with parameters_on_meta(limit):
-        return base if steps else replay(base, content.steps, int(limit.parts) + sum(1 for _ in base.modules()))
+        return base if steps else replay(base, content.steps)
 
 
 def _check_same(path: Path, header: tensorfile.Header, tensors: dict[str, Tensor]) -> None:

@@ -60,11 +60,11 @@ def _parameter(tensor: Tensor, old: nn.Parameter, trainable: bool) -> nn.Paramet
 
 
 def _alike(old: Any, new: Any) -> bool:
-    """True for values of one kind: numbers, texts, sequences of one length; None says that nothing is set."""
+    """True for values of one kind: numbers, texts, sequences; None says that nothing is set."""
     if old is None or new is None:
         return True
     if isinstance(old, (list, tuple)):
-        return type(new) is type(old) and (len(new) == len(old) or not new or not old)
+        return isinstance(new, (list, tuple))
     if isinstance(old, (bool, int, float)) and isinstance(new, (bool, int, float)):
         return isinstance(old, float) or not isinstance(new, float)
     return type(old) is type(new)

@@ -5,9 +5,8 @@ A saved model holds only such descriptions; building one runs no code from the f
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,7 +20,8 @@ from linearize.surgery.schemas import check_options
 
 Spec = dict[str, Any]
 
-_DEEPEST = 100  # modules inside modules, where anything is replaced
+_DEEPEST = 30  # activations inside activations
+_COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
 _ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
@@ -173,18 +173,14 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
 }
 
 
-def replay(model: nn.Module, steps: Iterable[Step], most: float = math.inf) -> nn.Module:
+def replay(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
     """Replace modules of `model` in place, one step after the other.
 
-    Args:
-        model: the base model.
-        steps: in their order.
-        most: how many modules may be made by copying those that stand there: copies of copies double.
-
     Raises:
-        CheckpointError: a step names a path that the model does not have, a layer that cannot be built, or it asks
-            for more copies than that.
+        CheckpointError: a step names a path that the model does not have, a layer that cannot be built, or the steps
+            nest or copy layers without end.
     """
+    left = _COPIES * (len(steps) + 50)
     for step in steps:
         path = step.get("path")
         if not isinstance(path, str) or not isinstance(step.get("module"), dict):
@@ -195,22 +191,28 @@ def replay(model: nn.Module, steps: Iterable[Step], most: float = math.inf) -> n
         except AttributeError as error:
             remedy = "Load it onto the model that it was made from."
             raise CheckpointError(path, "the plan names a module that the model does not have", remedy) from error
-        if math.isfinite(most):
-            most -= _copied(step["module"], current)
-            if most < 0:
-                raise CheckpointError(path, "the plan copies modules without end", "Check where the file came from.")
+        left -= _copied(step["module"], current)
+        if left < 0:
+            raise CheckpointError(path, "the plan copies layers without end", "Check where the file came from.")
         replace_module(model, path, build(step["module"], current))
     return model
 
 
 def _copied(spec: Spec, current: nn.Module) -> int:
-    """How many modules a step copies, at most, and walks through."""
-    count = sum(1 for _ in current.modules())
+    """How many modules a step may copy: what it wraps, or what a forward calls. Copies of copies double."""
     calls = spec.get("calls")
-    deepest = max((path.count(".") for path, _ in current.named_modules()), default=0)
-    if deepest > _DEEPEST:
+    if not isinstance(calls, list):
+        return _size(spec, current)
+    targets = [call.get("target") for call in calls if isinstance(call, dict) and not call.get("function")]
+    children = dict(current.named_modules())
+    return sum(_size(spec, children[target]) for target in targets if target in children)
+
+
+def _size(spec: Spec, module: nn.Module) -> int:
+    """Modules in a module, if they are not nested without end."""
+    if max(path.count(".") for path, _ in module.named_modules()) > _DEEPEST:
         raise CheckpointError(str(spec.get("type")), "the plan nests layers without end", "Check where it came from.")
-    return count * (1 + len(calls)) if isinstance(calls, list) else count
+    return sum(1 for _ in module.modules())
 
 
 def all_steps(model: nn.Module) -> list[Step]:

@@ -28,6 +28,8 @@ _FILLING = {
 }  # fmt: skip
 
 _LARGEST_INPUT = 2**26
+_TAKES_APART = {"aten::unbind", "aten::split", "aten::chunk", "aten::split_with_sizes", "aten::tensor_split"}
+_OPS = 10  # computations for each part that is made
 _SMALL = 2**14  # elements: what an op can make at most from its arguments, below which nobody counts
 
 
@@ -80,16 +82,17 @@ class _Account:
 
     def __init__(self, limit: Limit) -> None:
         self.limit, self.thread = limit, threading.get_ident()
-        self.elements = self.parts = self.size = 0
+        self.elements = self.parts = self.size = self.ops = 0
 
-    def add(self, *, elements: int = 0, parts: int = 0, size: int = 0) -> None:
+    def add(self, *, elements: int = 0, parts: int = 0, size: int = 0, ops: int = 0) -> None:
+        self.ops += ops
         self.elements += elements
         self.parts += parts
         self.size += size
         limit, asked = self.limit, ""
         if self.elements > limit.elements:
             asked = "for far more weights than there are"
-        elif self.parts > limit.parts:
+        elif self.parts > limit.parts or self.ops > _OPS * limit.parts:
             asked = "for far more layers than there are tensors"
         elif self.size > limit.size:
             asked = "for far more memory than there is in the file"
@@ -113,6 +116,9 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
+        self.account.add(ops=1)
+        if schema.name in _TAKES_APART:  # each piece is an object of its own
+            self.account.add(ops=max(args[0].shape, default=1))
         if not func.is_view and not schema.is_mutable and _most(args, kwargs) > _SMALL:
             size = _would_make(func, args, kwargs)
             if self.move and schema.name.startswith("aten::empty"):

@@ -107,8 +107,9 @@ def _libraries() -> tuple[str, ...]:
     """Folders of the standard library, of installed packages, and of those that are installed elsewhere."""
     known = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     known |= {str(Path(entry)) for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))}
+    archives = tuple(os.path.realpath(entry) for entry in sys.path if entry.endswith(".zip"))
     for name in ("linearize", "torch", "numpy", "timm", "transformers", "safetensors", "huggingface_hub"):
         module = sys.modules.get(name)
         if module is not None and getattr(module, "__file__", None):
             known.add(str(Path(str(module.__file__)).parent))
-    return tuple(os.path.realpath(folder) + os.sep for folder in known if folder)
+    return (*archives, *(os.path.realpath(folder) + os.sep for folder in known if folder))

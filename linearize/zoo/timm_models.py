@@ -25,7 +25,8 @@ _NEVER = re.compile(
     r"exportable|scriptable|no_jit|_.*"
 )
 _WORD = re.compile(r"(?!\.)[\w.+\-]{0,100}", re.ASCII)
-_LARGEST = 2**24
+_COUNTS = re.compile(r"(.*_)?(depths?|layers|blocks|repeats|stages|heads|groups|num_reg_tokens)")
+_LARGEST, _MOST = 2**24, 10_000
 
 
 def is_timm(model: nn.Module) -> bool:
@@ -128,20 +129,20 @@ def check_arguments(name: str, kwargs: Any) -> dict[str, Any]:
     for key, value in kwargs.items():
         if _NEVER.fullmatch(key) or not IDENTIFIER.fullmatch(key) or keyword.iskeyword(key):
             raise UsageError(name, f"found the argument {key!r:.80}", "A recipe may not set it.")
-        if not _in_range(value):
+        if not _in_range(value, _MOST if _COUNTS.fullmatch(key) else _LARGEST):
             raise UsageError(name, f"found {key}={value!r:.80}", "The recipe was not written by linearize.")
     return kwargs
 
 
-def _in_range(value: Any) -> bool:
+def _in_range(value: Any, most: int) -> bool:
     """True for words, and for numbers of any model's size."""
     if isinstance(value, dict):
-        return all(not _NEVER.fullmatch(key) and _in_range(item) for key, item in value.items())
+        return all(not _NEVER.fullmatch(key) and _in_range(item, most) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return len(value) <= 1000 and all(_in_range(item) for item in value)
+        return len(value) <= 1000 and all(_in_range(item, most) for item in value)
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
-    return value is None or (math.isfinite(value) and abs(value) <= _LARGEST)
+    return value is None or (math.isfinite(value) and abs(value) <= most)
 
 
 def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
