@@ -19,7 +19,7 @@ from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
-from linearize.storage.fit import check_fit, check_sites
+from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import copy_without_weights, fill, put_rest
 from linearize.surgery.specs import all_steps, replay
@@ -103,6 +103,7 @@ def load(
     source = Path(path)
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
+    check_steps(str(path), content)
     try:
         loaded = _skeleton(source, content, model, header)
         check_fit(str(path), loaded, content, header)

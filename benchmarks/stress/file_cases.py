@@ -132,7 +132,7 @@ class Cases:
         self.plan = _plan()
         self.table = json.dumps({f"{abs(hash(text)) % 10**6}{n}": 0.5 + n / 7 for n in range(40)})
         own = ("case.safetensors", "latency.json", ".linearize-", "ran")
-        self.watch = Watch(*(str(self.folder / name) for name in own))
+        self.watch = Watch(*(str(self.folder / name) for name in own), folder=str(self.folder))
         signal.signal(signal.SIGPROF, _stop)
 
     def run(self, kind: str, number: int) -> dict[str, Any]:
@@ -185,11 +185,12 @@ class Cases:
         return {**told, **outcome}
 
     def _plan(self, random: Random) -> dict[str, Any]:
-        plan, outcome = _tried(lambda: linearize.Plan.from_json(mutated_json(self.plan, random)))
+        text = mutated_json(self.plan, random)
+        plan, outcome = _tried(lambda: linearize.Plan.from_json(text))
         if plan is None:
             return outcome
         _, outcome = _tried(lambda: (str(plan), plan.sha256))
-        return outcome if outcome["outcome"] == "foreign" else {"outcome": "a plan"}
+        return {"outcome": "a plan", **outcome}
 
     def _cache(self, random: Random) -> dict[str, Any]:
         path = self.folder / "latency.json"

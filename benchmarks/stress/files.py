@@ -81,7 +81,7 @@ class Worker:
         line = process.stdout.readline() if ready else ""
         if not line:
             self.close()
-            return {"outcome": "killed" if ready else "hang"}
+            return {"outcome": "killed" if ready else "hang"}  # a mistake of this program ends here, too: none may be
         found: dict[str, Any] = json.loads(line)
         return found
 

@@ -24,10 +24,12 @@ class Watch:
     """Counts what happens between `start` and `stop`.
 
     Args:
-        allowed: folders and files that may be opened besides the installed libraries.
+        *allowed: what paths may begin with that are opened besides the installed libraries.
+        folder: a folder that may be opened itself, to flush its list of names.
     """
 
-    def __init__(self, *allowed: str) -> None:
+    def __init__(self, *allowed: str, folder: str = "") -> None:
+        self.folder = os.path.realpath(folder)
         paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
         # The source of a model that is given is read where its forward is rewritten.
         here = Path(__file__).resolve()
@@ -71,7 +73,7 @@ class Watch:
 
     def _inside(self, path: str) -> bool:
         name = os.path.realpath(path)
-        return name.startswith(_MACHINE) or name.startswith(self.allowed)
+        return name == self.folder or name.startswith(_MACHINE) or name.startswith(self.allowed)
 
     def _replace(self) -> None:
         def asked(*args: Any, **_: Any) -> str:

@@ -14,7 +14,7 @@ from linearize.storage.manifest import Manifest
 from linearize.storage.tensorfile import Header
 from linearize.zoo.structure import stored_tensors
 
-__all__ = ["check_fit", "check_sites"]
+__all__ = ["check_fit", "check_sites", "check_steps"]
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
 
@@ -75,6 +75,24 @@ def _check_sharing(path: str, model: nn.Module, content: Manifest) -> None:
             other = slots.setdefault((id(module), name), full)
             if content.aliases.get(full, full) != content.aliases.get(other, other):
                 raise CheckpointError(path, f"{full!r} and {other!r} are one tensor in the model", _REMEDY)
+
+
+def check_steps(path: str, content: Manifest) -> None:
+    """Check the steps of a file against its sites: what is left of an activation has no more channels than it had.
+
+    Raises:
+        CheckpointError: a step is for other channels.
+    """
+    sites = {site["name"]: site for site in content.sites}
+    for step in content.steps:
+        site, spec = sites.get(step["path"]), step["module"]
+        if site is None or spec["type"] not in ("PartialActivation", "MaskedActivation", "BlendedActivation"):
+            continue
+        count = spec.get("keep", spec.get("channels", 0))
+        if not isinstance(count, int) or count > site["channels"] or spec.get("axis") != site["axis"]:
+            found = f"{spec['type']} at {step['path']!r} is for {count} channels on axis {spec.get('axis')}"
+            known = f"the site has {site['channels']} on axis {site['axis']}"
+            raise CheckpointError(path, f"{found}, {known}", "Copy or save the file again.")
 
 
 def check_sites(path: str, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from linearize.graph.ops import ACTIVATIONS
+from linearize.storage.records import SITE
 from linearize.storage.schema import (
     Check,
     Unfit,
@@ -20,8 +21,6 @@ from linearize.storage.schema import (
     one_of,
     optional,
     path,
-    plain,
-    scalar,
     struct,
     text,
     union,
@@ -93,7 +92,7 @@ _SPECIAL: dict[str, Check] = {
     "Children": struct({"names": array(path, 100)}),
     "ChannelGate": struct(
         {"channels": integer(1), "axis": _FIELDS["axis"], "gated_unit": boolean},
-        {"site": optional(plain(scalar, depth=8, entries=100_000))},
+        {"site": optional(SITE)},
     ),
     "Rewrite": struct(
         {"calls": array(_CALL, 1000, 1)},

@@ -69,9 +69,9 @@ class Limit:
 
         Example:
             >>> Limit.of_file(2, 100, 400).parts
-            20100
+            10100
         """
-        return cls(100 * elements + 3 * 10**7, 50 * tensors + 20_000, 4 * size + 2**28)
+        return cls(100 * elements + 3 * 10**7, 50 * tensors + 10_000, 4 * size + 2**28)
 
 
 NO_LIMIT = Limit()

@@ -70,8 +70,8 @@ def put_tensor(module: nn.Module, path: TensorPath, tensor: Tensor) -> bool:
     if name in _OWN or name in module._parameters or name in module._modules:
         return False
     if not inner:
-        if name not in module.__dict__ and not isinstance(getattr(type(module), name, None), (Tensor, type(None))):
-            return False  # it would hide a method
+        if not isinstance(module.__dict__.get(name, getattr(type(module), name, None)), (Tensor, type(None))):
+            return False  # it would hide a method, or stand for something else
         module.__dict__[name] = tensor
         return True
     container = module.__dict__.get(name)

@@ -44,7 +44,7 @@ _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks|stages|groups|heads|expert
 _CLASSES = {"num_labels", "num_classes"}
 _UNBOUNDED = re.compile(r".*(theta|base|seed|_ids?|_index|max_length|length|offset).*")
 _SHAPES = 2**25
-_MOST = 20_000
+_MOST = 10_000
 _DEPTH = 12
 
 
