@@ -71,7 +71,8 @@ def _llama() -> nn.Module:
         hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=100,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def _run(model: nn.Module, inputs: Any) -> Tensor:
