@@ -102,7 +102,7 @@ def mutated_json(text: str, random: Random) -> str:
         return _letters(text, random)
     try:
         tree = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # damaged before
         return _letters(text, random)
     places = list(_places(tree))
     for _ in range(random.choice((1, 1, 1, 2, 5))):

@@ -163,7 +163,7 @@ def main() -> None:
     if asked.serve:
         serve(asked.seed)
         return
-    wanted = {"file": asked.files, "plan": asked.plans, "cache": asked.caches}
+    wanted = {"plan": asked.plans, "cache": asked.caches, "file": asked.files}
     found = sweep(wanted, asked.seed, asked.out, again=asked.again)
     print(json.dumps({key: found[key] for key in ("outcomes", "watched")}, indent=1))
 
