@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from linearize.bench import benchmark
 from linearize.convert import convert
 from linearize.cost import cost
 from linearize.errors import UsageError
-from linearize.finetune import Evaluate
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import check_data, read_budget
@@ -23,12 +22,21 @@ from linearize.planning.by_budget import How, to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job
 from linearize.planning.notes import NOTHING, Notes, facts_of, fingerprint
-from linearize.planning.request import check_call, check_request, check_training, some_batches, training_options
+from linearize.planning.request import (
+    check_call,
+    check_output,
+    check_request,
+    check_training,
+    some_batches,
+    training_options,
+)
 from linearize.report.compression import Report
-from linearize.running.models import device_of, evaluating
+from linearize.running.batches import Reading, count_of, length_of
+from linearize.running.models import device_of
+from linearize.running.outputs import Choice
 from linearize.running.steps import Steps
 from linearize.summary import summary
-from linearize.training.losses import evaluate_batches
+from linearize.training.losses import Evaluate, scores_of
 from linearize.verify import verify
 
 __all__ = ["Result", "compress"]
@@ -63,6 +71,7 @@ def compress(
     finetune: int | Mapping[str, Any] | None = None,
     evaluate: Evaluate | None = None,
     distill: bool = True,
+    output: Choice = None,
     example_inputs: Any = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -105,6 +114,9 @@ def compress(
             budget or a plan the learning rate is 3e-4 if none is given.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: imitate the original model in fine-tuning, besides the labels.
+        output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
+            ["boxes*"], or a dict of these with weights, or with kinds ("classes", "multilabel", "values"); None takes
+            every floating tensor, in equal shares (docs/compress.md).
         example_inputs: as for `linearize.convert`, and what costs are counted for; None takes the first batch.
         include: as for `linearize.convert`: glob patterns of the sites that may be changed.
         exclude: likewise, of those that may not.
@@ -151,11 +163,16 @@ def compress(
             "dry_run", "found without a budget", "Pass one of latency, flops, params, speedup, activations."
         )
     options = training_options(finetune, gentle=linear is None)
+    if output is not None:
+        options.setdefault("output", output)
     check_data(data)
     steps = Steps(progress)
-    batches = some_batches(model, data)
+    reading = Reading(model, data, output)
+    batches = some_batches(model, reading)
+    if output is not None:
+        check_output(model, reading)
     if options["epochs"] and not dry_run:
-        check_training(model, data, options, distill)
+        check_training(model, reading, options, distill)
     home = device_of(model)
     try:
         with torch.random.fork_rng():
@@ -177,9 +194,10 @@ def compress(
                 modules,
                 round_to,
                 distill,
+                output,
             )
-            notes = _notes(checkpoint_dir, gated, data, settings, options, steps)
-            job = Job(model, gated, data, example, steps, options, trainer, notes)
+            notes = _notes(checkpoint_dir, gated, reading, settings, options, steps)
+            job = Job(model, gated, reading, example, steps, options, trainer, notes)
             if linear is not None:
                 made = to_share(job, linear, when)
             else:
@@ -202,7 +220,7 @@ def compress(
 def _notes(
     folder: str | os.PathLike[str] | None,
     gated: nn.Module,
-    data: Iterable[Any],
+    reading: Reading,
     settings: Any,
     options: dict[str, Any],
     steps: Steps,
@@ -210,7 +228,8 @@ def _notes(
     """Where an interrupted run goes on; tells fine-tuning, too. Statistics are good for any budget, training is not."""
     if folder is None:
         return NOTHING
-    facts = facts_of(data)
+    meaning = reading.meaning  # what errors cost depends on the parts that count
+    facts = [*facts_of(reading.data), _told(meaning.weights), _told(meaning.kinds)]
     key = fingerprint(gated, facts)
     own = Path(folder) / f"unfinished-{key[:12]}"  # the folder may hold other things
     others = [path.name for path in sorted(Path(folder).glob("unfinished-*")) if path != own]
@@ -237,8 +256,8 @@ def _trainer(
 
     def run(gated: nn.Module, prior: Any, options: Mapping[str, Any]) -> list[dict[str, float]]:
         chosen = {name: value for name, value in options.items() if name != "gradual"}
-        if not isinstance(data, Sized):
-            chosen.setdefault("steps_per_epoch", sum(1 for _ in data))
+        if length_of(data) is None:
+            chosen.setdefault("steps_per_epoch", count_of(data))
         teacher = model if distill else None
         found = train(
             gated,
@@ -272,8 +291,8 @@ def _report(
         verification = verify(gated, after, batches)
     quality: dict[str, dict[str, float]] = {}
     with steps("evaluate"):
-        for stage, model in models.items() if evaluate is not None else ():
-            for name, value in _scores(model, evaluate).items():
+        for stage, model in models.items():
+            for name, value in ({} if evaluate is None else scores_of(model, evaluate)).items():
                 quality.setdefault(name, {})[stage] = value
     timing = None
     if rounds:
@@ -282,13 +301,3 @@ def _report(
             timing = benchmark(pair, example, rounds=rounds, batch_sizes=batch_sizes, progress=steps.say)
     costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
-
-
-def _scores(model: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
-    if evaluate is None:
-        return {}
-    if not callable(evaluate):
-        return evaluate_batches(model, evaluate)
-    with evaluating(model):
-        found = evaluate(model)
-    return {name: float(v) for name, v in found.items()} if isinstance(found, Mapping) else {"score": float(found)}

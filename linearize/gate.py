@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
+from linearize.purity import repeats
 from linearize.recompute import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ChannelGate(nn.Module):
             raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
         self.activation = out_of_place(activation)
         self._inplace = tuple(name for name, module in activation.named_modules() if getattr(module, "inplace", False))
+        self._repeats = repeats(activation)
         self.channels = channels
         self.axis = axis
         self.gated_unit = gated_unit
@@ -124,7 +126,7 @@ class ChannelGate(nn.Module):
         """The gated activation of `input`."""
         activation, x = self.activation, input
         unit = Unit(activation, Line(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
-        if torch.compiler.is_compiling() or not recomputable(activation, x):
+        if torch.compiler.is_compiling() or not self._repeats or not recomputable(activation, x):
             return mix(unit, x)
         if not torch.is_grad_enabled():
             return mix_in_pieces(unit, x)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
+from linearize.graph.capture import Inputs
+from linearize.nest import leaves_of
 from linearize.report.verification import OutputError, Verification, worst
 from linearize.running.models import batches_of, call, evaluating
 
@@ -71,8 +72,9 @@ class _Sums:
 
 
 def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Verification:
-    """Compare two models on inputs, both in eval mode, and leave both as they were.
+    """Compare two models on inputs, both in eval mode, without gradients and with them, and leave both as they were.
 
+    A model may take another path where no gradients are recorded (torch's transformer layers do), so both count.
     Every tensor in the outputs is compared, through tuples, dicts and dataclasses.
     Integers must be equal; NaN never passes; infinite values must be the same and do not count otherwise.
 
@@ -104,11 +106,24 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance
     comparison = _Comparison(tolerance, max((_tolerance(p.dtype) for p in parameters), default=0.0))
     with evaluating(reference, candidate):
         for batch in batches_of(inputs):
-            expected = dict(_leaves(call("reference", reference, batch)))
-            found = dict(_leaves(call("candidate", candidate, batch)))
-            for name in expected | found:
-                comparison.add(name, expected.get(name, _MISSING), found.get(name, _MISSING))
+            _compare(comparison, reference, candidate, batch)
+            if any(parameter.requires_grad for parameter in parameters):
+                with torch.enable_grad():
+                    _compare(comparison, reference, candidate, batch)
     return comparison.result()
+
+
+def _compare(comparison: _Comparison, reference: nn.Module, candidate: nn.Module, batch: Inputs) -> None:
+    """Compare all outputs of one batch; where only the mode with gradients cannot run the reference, nothing."""
+    try:
+        expected = _named(call("reference", reference, batch))
+    except UsageError:
+        if torch.is_grad_enabled():  # it has run without: kernels for inference, say
+            return
+        raise
+    found = _named(call("candidate", candidate, batch))
+    for name in expected | found:
+        comparison.add(name, expected.get(name, _MISSING), found.get(name, _MISSING))
 
 
 _MISSING = object()
@@ -149,19 +164,9 @@ class _Comparison:
         return Verification(tuple(s.result(name) for name, s in self.sums.items()), tuple(self.ignored))
 
 
-def _leaves(output: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and other values in an output, each with its path."""
-    if isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _leaves(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(output, (tuple, list)):
-        for position, value in enumerate(output):
-            yield from _leaves(value, f"{name}.{position}" if name else str(position))
-    elif is_dataclass(output) and not isinstance(output, type):
-        for entry in fields(output):
-            yield from _leaves(getattr(output, entry.name), f"{name}.{entry.name}" if name else entry.name)
-    else:
-        yield name or "output", output
+def _named(output: Any) -> dict[str, Any]:
+    """Tensors and other values in an output, by path."""
+    return {name or "output": value for name, value in leaves_of(output)}
 
 
 def _comparable(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from linearize.finetune import finetune
 from linearize.planning.budget import read_budget
 from linearize.planning.notes import fingerprint
 from linearize.running.models import evaluating
-from linearize.training.losses import main_output
+from linearize.running.outputs import Choice, Meaning, main_part
 
 __all__ = ["compress"]
 
@@ -53,6 +53,13 @@ def compress(
         int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
     ] = None,
     modules: Annotated[bool, typer.Option(help="Whole modules may become one linear map.")] = True,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART[=WEIGHT]",
+            help="Part of the output that counts, such as logits, 'boxes*' or depth=2; all without. May come again.",
+        ),
+    ] = None,
     search: Annotated[int, typer.Option(min=0, help="Plans around the chosen one to try with the real loss.")] = 16,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; without: 1e-3, and 3e-4 behind a budget.", show_default=False)
@@ -81,7 +88,9 @@ def compress(
     if out is None and not dry_run:
         raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
     folder = None if out is None else _folder(out)
-    network, source = _open(model, data, model_arg, pretrained, batch=batch, size=size, limit=limit, seed=seed)
+    parts = _parts(output)
+    sizes: dict[str, Any] = {"batch": batch, "size": size, "limit": limit}
+    network, source = _open(model, data, model_arg, pretrained, parts, seed=seed, **sizes)
     unfinished = None if folder is None or dry_run else folder / "unfinished"
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
     rate = _RATE if lr is None else lr
@@ -92,7 +101,9 @@ def compress(
             key = fingerprint(network, data, first, rate, batch, size, limit, seed)
             resume = {"checkpoint_dir": unfinished / f"first-{key[:12]}", "resume": True}
         torch.manual_seed(seed)
-        finetune(network, source.train, epochs=first, lr=rate, evaluate=source.test, on_epoch=_tell, **resume)
+        finetune(
+            network, source.train, epochs=first, lr=rate, output=parts, evaluate=source.test, on_epoch=_tell, **resume
+        )
     result = compress_model(
         network,
         source.train,
@@ -108,6 +119,7 @@ def compress(
         uniform=uniform,
         stock=stock,
         modules=modules,
+        output=parts,
         search=search,
         checkpoint_dir=unfinished,
         seed=seed,
@@ -131,6 +143,18 @@ def compress(
         typer.echo(f"written to {folder}: {', '.join(names)}")
 
 
+def _parts(texts: list[str] | None) -> dict[str, float | str] | None:
+    """Parts of the output, each with a weight, or with its kind."""
+    found: dict[str, float | str] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value or 1)
+        except ValueError:
+            found[name] = value  # a kind, or nothing that the choice takes
+    return found or None
+
+
 def _folder(out: Path) -> Path:
     """The folder, made before any work is done."""
     try:
@@ -142,7 +166,14 @@ def _folder(out: Path) -> Path:
 
 
 def _open(
-    spec: str, data: str, arguments: list[str] | None, pretrained: bool | None, *, seed: int, **options: Any
+    spec: str,
+    data: str,
+    arguments: list[str] | None,
+    pretrained: bool | None,
+    parts: Choice,
+    *,
+    seed: int,
+    **options: Any,
 ) -> tuple[nn.Module, DataSource]:
     """The model and its data; a new timm model gets as many classes as the data has."""
     network = common.open_model(spec, arguments, pretrained=pretrained, seed=seed)
@@ -151,16 +182,17 @@ def _open(
     if spec.startswith("timm:") and "num_classes" not in given:
         more = [*(arguments or []), f"num_classes={source.num_classes}"]
         network = common.open_model(spec, more, pretrained=pretrained, seed=seed)
-    _check_classes(network, source)
+    _check_classes(network, source, parts)
     return network, source
 
 
-def _check_classes(network: nn.Module, source: DataSource) -> None:
+def _check_classes(network: nn.Module, source: DataSource, parts: Choice) -> None:
     with evaluating(network):
         batch = next(iter(source.test))
         names = source.test.keywords
         output = network(batch[0]) if names is None else network(**{names[0]: batch[names[0]]})
-    classes = main_output(output).shape[-1]
+    Meaning.of(network, parts).parts(output)  # raises if there is no such part
+    classes = main_part(output).tensor.shape[-1]
     if classes < source.num_classes:
         found = f"found {classes} outputs for {source.num_classes} classes"
         raise UsageError(type(network).__name__, found, f"Try -a num_labels={source.num_classes}, or other data.")

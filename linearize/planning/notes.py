@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
+from linearize.nest import plain
+from linearize.running.batches import count_of, length_of
 from linearize.training.state import read_state, write_state
 
 __all__ = ["NOTHING", "Notes", "facts_of", "fingerprint"]
@@ -110,13 +112,12 @@ def facts_of(data: Iterable[Any]) -> list[Any]:
         >>> facts_of([torch.ones(2, 3)])[:3]
         [1, 1, [((2, 3), 'torch.float32')]]
     """
-    first, again = (pytree.tree_leaves(next(iter(data))) for _ in range(2))
+    first, again = (pytree.tree_leaves(plain(next(iter(data)))) for _ in range(2))
     shapes = [(tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x) for x in first]
-    length = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    samples = getattr(data, "dataset", None)
+    length, samples = count_of(data), length_of(getattr(data, "dataset", None))
     return [
         length,
-        len(samples) if isinstance(samples, Sized) else length,
+        length if samples is None else samples,
         shapes,
         first if _same(first, again) else [],
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linearize.algebra.constants import names_in
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.sites import Fold, Port, Site
@@ -145,7 +146,7 @@ def _fold_problems(model: nn.Module, fold: Fold) -> Iterator[str]:
     for child in fold.children:
         if _module(module, child) is None:
             yield f"{fold.module!r} has no {child!r}"
-    for name in (fold.weight, fold.bias, fold.mean, fold.var):
+    for name in (fold.weight, fold.bias, fold.mean, fold.var, *names_in(fold.scale), *names_in(fold.shift)):
         owner, _, attribute = (name or "").rpartition(".")
         if name is not None and not isinstance(getattr(_module(model, owner), attribute, None), Tensor):
             yield f"there is no tensor {name!r}"

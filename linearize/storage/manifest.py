@@ -18,6 +18,7 @@ from linearize.sites import Site
 from linearize.storage import schema, tensorfile
 from linearize.storage.records import EXTRA, SITE, STEP
 from linearize.storage.schema import Unfit, array, mapping, optional, path, plain, text
+from linearize.surgery.specs import IN_PLACE
 from linearize.zoo.plain import is_plain, pack, unpack
 
 FORMAT, VERSION = "linearize", 1
@@ -95,6 +96,9 @@ class Manifest:
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")
+            # What changes a model in place may change the whole of it.
+            if not all(step["path"] or step["module"]["type"] in IN_PLACE for step in found.steps):
+                raise ValueError("a step replaces the whole model")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             what = f"its metadata is damaged ({type(error).__name__}: {str(error)[:120]})"
             raise CheckpointError(str(source), what, "Copy or save the file again.") from error

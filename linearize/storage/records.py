@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from linearize.algebra.constants import expression_of
 from linearize.storage.schema import (
     Check,
     Unfit,
@@ -40,13 +41,23 @@ _PORT = struct(
     {
         "module": path, "kind": _KINDS, "start": integer(), "stop": integer(1), "total": integer(1),
         "transposed": boolean, "positions": _POSITIONS,
-    }
+    },
+    {"folds": array(each(integer(0, 1000), integer(), integer(1)), 1000), "part": integer(0, 1000)},
 )  # fmt: skip
+
+
+def _expression(value: Any, where: str) -> None:
+    """A constant that is computed from parameters; a name, a number or a known operation."""
+    plain(union(number(), path), depth=45, entries=1000)(value, where)
+    expression_of(value)
+
+
 _FOLD = struct(
     {"module": path},
     {
         "children": array(path, 100), "weight": optional(path), "bias": optional(path), "mean": optional(path),
-        "var": optional(path), "eps": number(),
+        "var": optional(path), "eps": number(), "scale": optional(_expression), "shift": optional(_expression),
+        "neutral": array(each(path, one_of(0, 1, 0.0, 1.0)), 100),
     },
 )  # fmt: skip
 _SITE = struct(
@@ -59,7 +70,8 @@ _SITE = struct(
         "options": array(each(identifier, plain(_option, depth=4, entries=1000)), 100), "gated_unit": boolean,
         "ungated": optional(text()), "reason": optional(text()), "producer": optional(_PORT), "up": optional(_PORT),
         "consumers": array(_PORT, 10_000), "folds": array(_FOLD, 1000), "up_folds": array(_FOLD, 1000),
-        "consumer_folds": array(_FOLD, 1000), "steady": boolean, "direct": boolean, "saved": number(),
+        "consumer_folds": array(_FOLD, 1000), "parts": integer(1), "bent": boolean, "steady": boolean,
+        "direct": boolean, "saved": number(),
     },
 )  # fmt: skip
 
@@ -77,7 +89,7 @@ def SITE(value: Any, where: str) -> None:  # noqa: N802 - a schema, as the other
 def _check_port(port: dict[str, Any], site: dict[str, Any], where: str) -> None:
     if not port["start"] < port["stop"] <= port["total"]:
         raise Unfit(where, f"{port['start']} to {port['stop']} of {port['total']}", "a range of features")
-    if (port["stop"] - port["start"]) % site["channels"]:
+    if (port["stop"] - port["start"]) * site.get("parts", 1) % site["channels"]:
         raise Unfit(where, f"{port['stop'] - port['start']} features", f"those of {site['channels']} channels")
 
 
@@ -97,14 +109,8 @@ def _module(value: Any, where: str) -> None:
         _VALUE(item, f"{where}.{name}")
 
 
-_STEP = struct({"path": path, "module": _module})
-
-
-def STEP(value: Any, where: str) -> None:  # noqa: N802 - a schema, as the others
-    """A change of the module tree; only a rewrite changes a model in place, and so may change the whole of it."""
-    _STEP(value, where)
-    if not value["path"] and value["module"]["type"] != "Rewrite":
-        raise Unfit(f"{where}.path", "", "the path of a part: the whole model cannot be replaced")
+STEP = struct({"path": path, "module": _module})
+"""A change of the module tree."""
 
 
 _KEY = union(integer(-(2**31), 2**31), text(200))

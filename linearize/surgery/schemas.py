@@ -66,19 +66,18 @@ def _method(value: Any, where: str) -> None:
         identifier(value, where)
 
 
-def _place(value: Any, where: str) -> None:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise Unfit(where, value, "a method and a number")
-    _method(value[0], where)
-    integer(0, 10_000)(value[1], where)
-
+# Where the call stands in a source: what does not fit that source is refused there.
+_PLACE = struct(
+    {"method": _method, "index": integer(0, 100_000), "callee": text(1000), "reads": text(100)},
+    {"child": boolean, "arguments": array(text(100), 100)},
+)
 
 _CALL = struct(
     {"child": _child, "target": path, "index": integer(0, 10_000), "of": integer(1, 10_000)},
     {
         "function": optional(one_of(*sorted(ACTIVATIONS))),
         "options": optional(_OPTIONS),
-        "place": _place,
+        "place": _PLACE,
     },
 )
 _ANY = union(optional(boolean), integer(-(2**24)), number(), identifier, array(integer(-(2**24)), 1000))
@@ -94,6 +93,9 @@ _SPECIAL: dict[str, Check] = {
         {"channels": integer(1), "axis": _FIELDS["axis"], "gated_unit": boolean},
         {"site": optional(SITE)},
     ),
+    "Held": struct({"attribute": identifier}),
+    "Neutral": struct({"values": mapping(identifier, one_of(0, 1, 0.0, 1.0), 100)}),
+    "Unfused": struct({}),
     "Rewrite": struct(
         {"calls": array(_CALL, 1000, 1)},
         {"concrete": optional(mapping(identifier, _constant, 100))},
