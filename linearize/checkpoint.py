@@ -18,18 +18,14 @@ from linearize import zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.record import record_of, set_record
-from linearize.storage import tensorfile
+from linearize.storage import atomic, tensorfile
+from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
-from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest, take_plain_weights
+from linearize.storage.restore import copy_without_weights, fill, put_rest, take_plain_weights
 from linearize.surgery.specs import all_steps, replay
-from linearize.zoo.structure import (
-    Difference,
-    Limit,
-    compare,
-    parameters_on_meta,
-    plain_tensors,
-    stored_tensors,
-)
+from linearize.zoo.building import Limit, parameters_on_meta
+from linearize.zoo.sealed import sealed
+from linearize.zoo.structure import Difference, compare, plain_tensors, stored_tensors
 
 __all__ = ["load", "save"]
 
@@ -64,9 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(again.head.weight, model.head.weight)
         True
     """
-    target = Path(path)
-    if target.is_dir():
-        raise CheckpointError(str(path), "it is a folder", "Pass the path of a file, such as model.safetensors.")
+    atomic.destination(path)  # before any work is done
     model = zoo.unwrap(model)
     record = record_of(model)
     content = Manifest(steps=all_steps(model))
@@ -87,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             key = f"extra:{path_of_module}:{'/'.join(map(str, where))}"
             tensors[key] = tensor
             content.extras.append((key, path_of_module, where))
-    tensorfile.write(target, tensors, content.to_texts())
+    tensorfile.write(Path(path), tensors, content.to_texts())
 
 
 def load(
@@ -109,18 +103,24 @@ def load(
     source = Path(path)
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
+    check_steps(str(path), content)
     try:
         loaded = _skeleton(source, content, model, header)
+        if model is not None:
+            take_plain_weights(loaded, header.shapes)
+        check_fit(str(path), loaded, content, header)
+        check_sites(str(path), loaded)
     except CheckpointError as error:
         if error.where == str(path):
             raise
         raise CheckpointError(str(path), f"its plan does not fit the model ({error})", _remedy(model)) from error
     except LinearizeError as error:
         raise CheckpointError(str(path), f"its base model cannot be built ({error})", _remedy(model)) from error
-    if model is not None:
-        take_plain_weights(loaded, header.shapes)
-    check_fit(str(path), loaded, content, header.shapes)
+    except Exception as error:  # code of a library, or of the model given, that a wrong plan has led astray
+        found = f"its plan does not fit the model ({type(error).__name__}: {error!s:.200})"
+        raise CheckpointError(str(path), found, _remedy(model)) from error
     tensors = tensorfile.read_tensors(source, device)
+    _check_same(source, header, tensors)
     fill(loaded, content, tensors)
     put_rest(str(path), loaded, content, tensors)
     if content.steps or content.sites:
@@ -198,10 +198,9 @@ def _is_finite(tensor: Tensor) -> bool:
 def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: tensorfile.Header) -> nn.Module:
     """The model of the file without its weights."""
     if model is None:
-        # Merging makes a model smaller, but not by such factors: a recipe for more is no recipe of this file.
-        limit = Limit(1000 * header.elements + 10**8, 1000 * len(header.shapes) + 10**5)
+        limit = Limit.of_file(len(header.shapes), header.elements, header.size)
         base = zoo.skeleton(_known_recipe(path, content), limit)
-        with parameters_on_meta(limit):
+        with sealed(), parameters_on_meta(limit):
             return replay(base, content.steps)
     model = zoo.unwrap(model)
     steps = all_steps(model)
@@ -213,8 +212,16 @@ def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: te
     except Exception as error:  # user modules may hold anything, also what cannot be copied
         found = f"the model given cannot be copied: {error}"
         raise CheckpointError(str(path), found, "Pass a model that copy.deepcopy can copy.") from error
-    with parameters_on_meta():
+    limit = Limit.of_file(len(header.shapes), header.elements, header.size)
+    with parameters_on_meta(limit):
         return base if steps else replay(base, content.steps)
+
+
+def _check_same(path: Path, header: tensorfile.Header, tensors: dict[str, Tensor]) -> None:
+    """The library that reads the tensors must have understood the header as we did."""
+    for name, shape in header.shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype != header.dtypes[name]:
+            raise CheckpointError(str(path), f"tensor {name!r} is described twice", "Copy or save the file again.")
 
 
 def _known_recipe(path: Path, content: Manifest) -> dict[str, Any]:

@@ -208,11 +208,15 @@ def compress(
         if dry_run:
             costs = cost(model, example)
             report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
-            return Result(model, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
+            return Result(
+                model, made.plan, replace(report, kept=_kept(report, made.plan), plan=made.plan.sha256, **made.told)
+            )
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
         notes.forget()
-        return Result(made.small, made.plan, replace(report, kept=_kept(report, made.plan), **made.told))
+        return Result(
+            made.small, made.plan, replace(report, kept=_kept(report, made.plan), plan=made.plan.sha256, **made.told)
+        )
 
 
 def _notes(

@@ -402,7 +402,7 @@ def test_damaged_metadata(good: Path, tmp_path: Path, name: str, value: str) -> 
     [
         ({"path": "blocks.9.mlp", "module": {"type": "Identity"}}, "blocks.9.mlp"),
         ({"path": "blocks.0.mlp.act", "module": {"type": "os.system", "command": "true"}}, "os.system"),
-        ({"path": "blocks.0.mlp.act", "module": {"type": ["Linear"]}}, "no layer"),
+        ({"path": "blocks.0.mlp.act", "module": {"type": ["Linear"]}}, "not a name"),
         ({"path": "blocks.0.mlp.act", "module": {"type": "ChannelGate", "channels": -1}}, "ChannelGate"),
         ({"path": "blocks.0.mlp.fc1", "module": {"type": "Linear", "in_features": "x"}}, "Linear"),
         ({"path": "", "module": {"type": "Identity"}}, "damaged"),

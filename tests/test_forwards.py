@@ -419,4 +419,4 @@ def test_a_module_that_is_nothing_but_its_function_is_one_site_under_its_own_nam
     model = nn.Sequential(nn.Linear(4, 8), OnlyAnActivation(), nn.Linear(8, 2))
     gated = linearize.convert(model, torch.randn(3, 4))
     assert list(linearize.gates(gated)) == ["1"]
-    assert isinstance(gated[1], linearize.ChannelGate)
+    assert isinstance(gated.get_submodule("1"), linearize.ChannelGate)

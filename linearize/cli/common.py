@@ -14,8 +14,8 @@ from linearize.checkpoint import load
 from linearize.data import DataSource, load_data
 from linearize.errors import CaptureError, UsageError
 from linearize.record import record_of
+from linearize.zoo.building import affordable, parameters_on_meta
 from linearize.zoo.images import image_format
-from linearize.zoo.structure import parameters_on_meta
 
 __all__ = [
     "Batch",
@@ -152,8 +152,8 @@ def _stored_inputs(stored: Any, batch: int) -> Any:
         (tensor,), kwargs = stored
         if kwargs or not tensor.is_floating_point():
             return None
-        return torch.randn(batch, *tensor.shape[1:], dtype=tensor.dtype)
-    except (TypeError, ValueError, AttributeError):
+        return torch.randn(affordable("the stored inputs", batch, *tensor.shape[1:]), dtype=tensor.dtype)
+    except (TypeError, ValueError, AttributeError, CaptureError):
         return None
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from linearize.algebra.forms import Piece
 from linearize.approximate.blocks import Block
 from linearize.approximate.editable import fold_of
 from linearize.bench import interleaved
+from linearize.errors import LinearizeError
 from linearize.gate import ChannelGate, gates
 from linearize.groups import ports_of
 from linearize.planning.in_place import Shares
@@ -32,6 +34,7 @@ from linearize.planning.price import Pricer
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
 from linearize.sites import Port, Site
+from linearize.storage import atomic, schema
 from linearize.surgery.layers import PartialActivation
 from linearize.surgery.make import layer_spec
 from linearize.surgery.specs import build
@@ -40,6 +43,7 @@ __all__ = ["LatencyTable", "cache_file", "with_latencies"]
 
 Run = Callable[[], Any]
 
+_LARGEST_FILE = 2**26  # bytes
 _LARGEST_PART = 0.95  # of the whole model's time that the layers around activations can take
 
 
@@ -63,25 +67,27 @@ class LatencyTable:
 
     @classmethod
     def open(cls, path: Path | None) -> LatencyTable:
-        """The table in a file; an empty one if there is none that can be read."""
+        """The table in a file, without entries that are no ratios; an empty one if there is none that can be read."""
         try:
-            text = path.read_text(encoding="utf-8") if path is not None else "{}"
-            entries = {str(key): float(value) for key, value in json.loads(text).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            entries = {}
-        return cls(path, entries)
+            data = schema.parse(atomic.read_file(path, limit=_LARGEST_FILE)) if path is not None else {}
+        except (LinearizeError, ValueError):
+            data = {}
+        entries = data.items() if isinstance(data, dict) else ()
+        return cls(path, {key: float(value) for key, value in entries if len(key) <= 200 and _is_ratio(value)})
 
     def save(self) -> None:
         """Write the table, if it has a file and that can be written: a cache must not stop anybody's work."""
         if self.path is None:
             return
-        try:
+        text = json.dumps({key: value for key, value in self.entries.items() if _is_ratio(value)})
+        with suppress(OSError, LinearizeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            beside.write_text(json.dumps(self.entries), encoding="utf-8")
-            beside.replace(self.path)
-        except OSError:
-            return
+            atomic.write(self.path, lambda file: file.write(text.encode()))
+
+
+def _is_ratio(value: Any) -> bool:
+    """True for a number that a ratio of latencies can be: whatever else stands in the table is measured anew."""
+    return type(value) in (int, float) and 1e-6 <= value <= 1e6
 
 
 @dataclass(frozen=True)

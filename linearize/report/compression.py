@@ -35,6 +35,7 @@ class Report:
         options: for each group of sites, its best options, as a table; empty for a share of linear channels.
         notes: what else a reader should know.
         kept: by site that stays for another reason than its loss, or that has no gate, the reason.
+        plan: SHA-256 of the plan (`Plan.sha256`): which plan this reports on.
     """
 
     quality: Mapping[str, Mapping[str, float]]
@@ -49,6 +50,7 @@ class Report:
     options: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def metric(self) -> str | None:
@@ -69,6 +71,7 @@ class Report:
             "budget": None if self.outcome is None else self.outcome.to_dict(),
             "notes": list(self.notes),
             "kept": dict(self.kept),
+            "plan_sha256": self.plan,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

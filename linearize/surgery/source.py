@@ -62,7 +62,10 @@ def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) ->
         ConvertError: a method has no source, or not that call.
     """
     found: dict[str, Method] = {}
+    known = set(_methods(type(module)))
     for name in dict.fromkeys(place.method for place, _, _ in places):
+        if name not in known:
+            raise refused(module, f"it has no method {name!r:.80} of its own")
         redirect = _Redirect({entry[0].index: entry for entry in places if entry[0].method == name})
         found[name] = compiled(module, name, redirect, {_ACTIVATE: activate, _PICK: pick})
         if redirect.waiting:

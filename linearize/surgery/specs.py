@@ -6,7 +6,7 @@ A saved model holds only such descriptions; building one runs no code from the f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,12 +17,15 @@ from linearize.record import Step, record_of
 from linearize.surgery import carriers, fused, layers
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
+from linearize.surgery.schemas import check_options
 from linearize.surgery.subclass import keep_attributes
 from linearize.tensors import held
 
 Spec = dict[str, Any]
 
 IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP)  # they change a module instead of replacing it
+_DEEPEST = 30  # activations inside activations
+_COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
 _ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
@@ -103,14 +106,21 @@ def build(spec: Spec, current: nn.Module) -> nn.Module:
     kind = spec.get("type")
     builder = _BUILDERS.get(kind) if isinstance(kind, str) else None
     if builder is None:
-        raise CheckpointError(str(kind), "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
+        raise CheckpointError(f"{kind!s:.80}", "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
     options = {name: value for name, value in spec.items() if name != "type"}
     try:
+        check_options(str(kind), options, _names(str(kind)))
         return builder(current, options)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            str(kind), f"cannot be built from {options} ({error})", "The file is damaged: save it again."
-        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        shown = f"cannot be built from {options!s:.200} ({error!s:.200})"
+        raise CheckpointError(str(kind), shown, "The file is damaged: save it again.") from error
+
+
+def _names(kind: str) -> tuple[str, ...] | None:
+    """Names of all that a plain layer's description may hold; None for layers with a schema of their own."""
+    if kind in _PLAIN:
+        return (*_PLAIN[kind][1], "bias")
+    return (*_CONV, _EXTRA[kind][1], "bias") if kind in _EXTRA else None
 
 
 def _plain(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
@@ -171,25 +181,46 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
 }
 
 
-def replay(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
+def replay(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
     """Replace modules of `model` in place, one step after the other.
 
     Raises:
-        CheckpointError: a step names a path that the model does not have, or a layer that cannot be built.
+        CheckpointError: a step names a path that the model does not have, a layer that cannot be built, or the steps
+            nest or copy layers without end.
     """
+    left = _COPIES * (len(steps) + 50)
     for step in steps:
         path = step.get("path")
         if not isinstance(path, str) or not isinstance(step.get("module"), dict):
-            raise CheckpointError(
-                str(path), f"found a step of another form: {step}", "The file is damaged: save it again."
-            )
+            found = f"found a step of another form: {step!s:.200}"
+            raise CheckpointError(str(path), found, "The file is damaged: save it again.")
         try:
             current = model.get_submodule(path)
         except AttributeError as error:
             remedy = "Load it onto the model that it was made from."
             raise CheckpointError(path, "the plan names a module that the model does not have", remedy) from error
+        left -= _copied(step["module"], current)
+        if left < 0:
+            raise CheckpointError(path, "the plan copies layers without end", "Check where the file came from.")
         replace_module(model, path, build(step["module"], current))
     return model
+
+
+def _copied(spec: Spec, current: nn.Module) -> int:
+    """How many modules a step may copy: what it wraps, or what a forward calls. Copies of copies double."""
+    calls = spec.get("calls")
+    if not isinstance(calls, list):
+        return _size(spec, current)
+    targets = [call.get("target") for call in calls if isinstance(call, dict) and not call.get("function")]
+    children = dict(current.named_modules())
+    return sum(_size(spec, children[target]) for target in targets if target in children)
+
+
+def _size(spec: Spec, module: nn.Module) -> int:
+    """Modules in a module, if they are not nested without end."""
+    if max(path.count(".") for path, _ in module.named_modules()) > _DEEPEST:
+        raise CheckpointError(str(spec.get("type")), "the plan nests layers without end", "Check where it came from.")
+    return sum(1 for _ in module.modules())
 
 
 def all_steps(model: nn.Module) -> list[Step]:

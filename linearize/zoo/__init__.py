@@ -10,19 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.errors import CaptureError, UsageError
+from linearize.errors import CaptureError, LinearizeError, UsageError
 from linearize.zoo import timm_models, transformers_inputs, transformers_models
+from linearize.zoo.building import NO_LIMIT, Limit, parameters_on_meta
 from linearize.zoo.resolve import create
 from linearize.zoo.stock import stock_copy
-from linearize.zoo.structure import (
-    NO_LIMIT,
-    Limit,
-    compare,
-    forget_parameters,
-    parameters_on_meta,
-    plain_tensors,
-    put_tensor,
-)
+from linearize.zoo.structure import compare, forget_parameters, plain_tensors, put_tensor
 
 __all__ = ["Limit", "candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "stock_copy", "unwrap"]
 
@@ -61,11 +54,15 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...]
     """
     model = unwrap(model)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if transformers_models.is_transformers(model):
-        return transformers_inputs.example_inputs(model, batch=batch, like=like)
-    if timm_models.is_timm(model):
-        return timm_models.example_inputs(model, batch=batch, like=like)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
+    try:
+        if transformers_models.is_transformers(model):
+            return transformers_inputs.example_inputs(model, batch=batch, like=like)
+        if timm_models.is_timm(model):
+            return timm_models.example_inputs(model, batch=batch, like=like)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        found = f"its inputs cannot be made from what it says of itself ({type(error).__name__}: {error!s:.120})"
+        raise CaptureError(name, found, "Pass example_inputs=.") from error
     found = "it is neither a timm nor a transformers model, so its inputs are not known"
     raise CaptureError(name, found, "Pass example_inputs= as a tensor, a tuple, or a dict of keyword arguments.")
 
@@ -109,7 +106,7 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
 
     Args:
         recipe: as `recipe` gives it.
-        limit: how many parameters may be made.
+        limit: how much may be made.
 
     Raises:
         UsageError: the recipe is not one of ours, its library cannot build it, or it goes over the limit.
@@ -118,13 +115,13 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with parameters_on_meta(limit):
-                return _build(recipe)
+                return _build(recipe, limit)
         except UsageError as error:
-            if error.__cause__ is None:
+            if error.__cause__ is None or isinstance(error.__cause__, (LinearizeError, MemoryError)):
                 raise
         # A constructor that computes with its own parameters: build it in full, then forget the values.
         with parameters_on_meta(limit, move=False):
-            model = _build(recipe)
+            model = _build(recipe, limit)
     forget_parameters(model)
     return model
 
@@ -152,10 +149,10 @@ def rebuild(recipe: Recipe, device: str | torch.device = "meta") -> nn.Module:
     return model
 
 
-def _build(recipe: Recipe) -> nn.Module:
+def _build(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     library = recipe.get("library") if isinstance(recipe, dict) else None
     if library == "timm":
         return timm_models.build(recipe).eval()
     if library == "transformers":
-        return transformers_models.build(recipe).eval()
+        return transformers_models.build(recipe, limit).eval()
     raise UsageError("recipe", f"found the library {library!r:.40}", "Known are 'timm' and 'transformers'.")

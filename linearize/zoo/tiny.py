@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import UsageError
-from linearize.zoo.structure import Limit, parameters_on_meta
+from linearize.zoo.building import Limit, parameters_on_meta
 
 LEVELS = 5
 """0 shrinks all roles; 1, 2 keep images, positions, lists, heads' widths; 3 shrinks depth and experts; 4 nothing."""
