@@ -126,6 +126,9 @@ class PlannedPath:
         if state["kind"] != self.kind or set(state["ways"]) != set(self._moves) or state["steps"] != self.steps:
             found = "found the state of another prior or of another plan"
             raise TrainingError("PlannedPath", found, "Resume with the plan and the options of that run.")
+        if any(way.shape != self._moves[name].way.shape for name, way in state["ways"].items()):
+            found = "found the ways of parameters of other shapes"
+            raise TrainingError("PlannedPath", found, "Resume with the plan and the options of that run.")
         self.steps_taken = int(state["steps_taken"])
         for name, way in state["ways"].items():
             move = self._moves[name]
