@@ -37,6 +37,7 @@ __all__ = [
     "plain",
     "refuse",
     "scores",
+    "seed",
     "share",
     "weights",
     "whole",
@@ -134,6 +135,17 @@ def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         refuse(name, value, "True or False")
     return value
+
+
+def seed(name: str, value: Any) -> int:
+    """A seed that every random generator takes.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not is_whole(value) or not 0 <= value < 2**63:
+        refuse(name, value, "a whole number of at least 0")
+    return int(value)
 
 
 def choice(name: str, value: Any, known: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def test_missing_labels_are_told_in_terms_of_compress(model: nn.Module, data: li
     [
         ({"evaluate": 3}, "evaluate: found a int"),
         ({"seed": "a"}, "seed: found 'a'"),
-        ({"finetune": {"gradual": "a"}}, "found gradual='a'"),
+        ({"finetune": {"gradual": "a"}}, "gradual: found 'a'"),
         ({"uniform": ["zzz*"]}, r"found 'zzz\*', which names no site. Sites are 1, 4"),
         ({"round_to": 0}, "round_to"),
         ({"plan": "{}", "flops": None}, "plan: found a str"),
@@ -78,7 +78,7 @@ def test_places(model: nn.Module, data: list[Tensor], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is no folder"):
         compress(model, data, flops=0.5, checkpoint_dir=tmp_path / "file", **QUIET)
-    with pytest.raises(UsageError, match="found a NoneType"):
+    with pytest.raises(UsageError, match="model: found None"):
         compress(None, data, flops=0.5, **QUIET)  # type: ignore[arg-type]
     with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode"):
         compress(model, data, flops=0.5, **QUIET)

@@ -51,7 +51,7 @@ def is_random_state(state: Any) -> bool:
     try:
         random.Random().setstate(state["python"])  # noqa: S311 - to see whether it fits
         name, keys, *rest = state["numpy"]
-        np.random.RandomState().set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - same
+        np.random.RandomState().set_state((name, np.array(keys, dtype=np.uint32), *rest))
         torch.Generator().set_state(state["torch"])
         return all(isinstance(each, torch.Tensor) for each in state["cuda"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError):

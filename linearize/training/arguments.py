@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ __all__ = ["PRECISIONS", "check_numbers", "check_training"]
 PRECISIONS = ("no", "bf16", "fp16")
 """What `mixed_precision` may be."""
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any], Any]] = {
     "epochs": lambda value: checks.whole("epochs", value, 1),
     "distill_weight": lambda value: checks.share("distill_weight", value),
     "temperature": lambda value: checks.number("temperature", value, above=0),
@@ -29,7 +29,7 @@ _CHECKS = {
     "steps_per_epoch": lambda value: value is None or checks.whole("steps_per_epoch", value, 1),
     "keep": lambda value: checks.whole("keep", value, 1),
     "resume": lambda value: checks.boolean("resume", value),
-    "seed": lambda value: value is None or checks.whole("seed", value),
+    "seed": lambda value: value is None or checks.seed("seed", value),
     "progress": lambda value: checks.boolean("progress", value),
 }
 """By name, what each number, word and switch must be; `compress` checks the options that it passes on by these."""

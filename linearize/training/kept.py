@@ -16,7 +16,7 @@ from linearize.storage.lock import alone_in
 from linearize.training.schema import flaw_in_checkpoint
 from linearize.training.state import EPOCH_FILE, Damaged, checkpoint_path, checkpoints, read_state, write_state
 
-__all__ = ["Kept", "checkpoints_in", "check_folder"]
+__all__ = ["Kept", "check_folder", "checkpoints_in"]
 
 _log = logging.getLogger(__name__)
 

@@ -115,7 +115,8 @@ class PlannedPath:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model."""
         ways = {name: move.way for name, move in self._moves.items()}
-        return {"kind": self.kind, "steps_taken": self.steps_taken, "steps": self.steps, "ways": ways}
+        plain = {"kind": self.kind, "steps_taken": self.steps_taken, "steps": self.steps}
+        return {**plain, "ways": ways, "masks": dict(self.masks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -123,7 +124,11 @@ class PlannedPath:
         Raises:
             TrainingError: the state is of another kind of prior, or of another way.
         """
-        if state["kind"] != self.kind or set(state["ways"]) != set(self._moves) or state["steps"] != self.steps:
+        same = state["kind"] == self.kind and state["steps"] == self.steps
+        masks = state["masks"].keys() == self.masks.keys() and all(
+            torch.equal(mask.cpu(), self.masks[name].cpu()) for name, mask in state["masks"].items()
+        )
+        if not same or not masks or set(state["ways"]) != set(self._moves):
             found = "found the state of another prior or of another plan"
             raise TrainingError("PlannedPath", found, "Resume with the plan and the options of that run.")
         if any(way.shape != self._moves[name].way.shape for name, way in state["ways"].items()):

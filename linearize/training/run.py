@@ -21,7 +21,7 @@ from linearize.running.randomness import random_state, set_random_state
 from linearize.training.features import Features
 from linearize.training.losses import distillation_loss, task_loss
 from linearize.training.path import PlannedPath
-from linearize.training.schema import flaw_in_run, fits_optimizer
+from linearize.training.schema import fits_optimizer, flaw_in_run
 from linearize.training.state import Damaged
 
 if TYPE_CHECKING:
