@@ -8,13 +8,14 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
@@ -96,6 +97,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
         >>> model[1].slope.tolist(), found.sites["1"].residual.tolist()
         ([1.0, 0.0], [0.0, 0.0])
     """
+    checks.boolean("progress", progress)
     fitter = _Fitter()
     stream(model, batches, fitter.watch, after_batch=fitter.check, progress=progress)
     sites = {}
@@ -134,7 +136,12 @@ def stream(
         UsageError: the model has no gates.
         DataError: there are no batches, or a batch is of no known form, or does not go through the model.
     """
-    named = gates(model)
+    named = gates(checks.module("model", model))
+    for gate in named.values():
+        gate.check()
+    if isinstance(batches, str | bytes | Mapping | Tensor) or not hasattr(batches, "__iter__"):
+        remedy = "Pass an iterable of batches, such as a list of tensors or a DataLoader."
+        raise DataError("batches", f"found a {type(batches).__name__}", remedy)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
     device, handles = device_of(model), []

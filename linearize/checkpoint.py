@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import zoo
+from linearize import checks, zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.record import record_of, set_record
@@ -64,7 +64,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(again.head.weight, model.head.weight)
         True
     """
-    target = Path(path)
+    checks.module("model", model)
+    target = checks.path("path", path)
     if target.is_dir():
         raise CheckpointError(str(path), "it is a folder", "Pass the path of a file, such as model.safetensors.")
     model = zoo.unwrap(model)
@@ -106,7 +107,9 @@ def load(
         its
             tensors do not fit the model; or the base model must be given.
     """
-    source = Path(path)
+    source = checks.path("path", path)
+    if model is not None:
+        checks.module("model", model)
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
     try:

@@ -65,8 +65,8 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def whole(name: str, value: Any, least: int = 0) -> int:
-    """A whole number of at least `least`.
+def whole(name: str, value: Any, least: int = 0, *, most: int = 2**53) -> int:
+    """A whole number of at least `least`, and at most `most`.
 
     Raises:
         UsageError: otherwise; the number 2.0 is none, nor is True.
@@ -77,6 +77,8 @@ def whole(name: str, value: Any, least: int = 0) -> int:
     """
     if not is_whole(value) or value < least:
         refuse(name, value, f"a whole number of at least {least}")
+    if value > most:
+        refuse(name, value, f"a whole number from {least} to {most}")
     return int(value)
 
 
@@ -155,7 +157,7 @@ def choice(name: str, value: Any, known: Sequence[str]) -> str:
         UsageError: otherwise.
     """
     if not isinstance(value, str) or value not in known:
-        refuse(name, value, f"one of {', '.join(map(repr, known))}")
+        refuse(name, value, "one of " + ", ".join(f'"{word}"' for word in known))
     return value
 
 
@@ -166,7 +168,7 @@ def module(name: str, value: Any) -> nn.Module:
         UsageError: otherwise.
     """
     if not isinstance(value, nn.Module):
-        refuse(name, value if isinstance(value, str | int | float | None) else type(value), "a torch.nn.Module")
+        raise UsageError(name, f"found a {type(value).__name__}", "Pass a torch.nn.Module.")
     return value
 
 

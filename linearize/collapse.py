@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
 from linearize.convert import unwrapped
 from linearize.duplicate import duplicate
@@ -67,18 +68,22 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
           (2): Identity()
         )
     """
-    model = unwrapped(model)
+    checks.choice("when", when, ("cheaper", "always"))
+    model = unwrapped(checks.module("model", model))
     found = gates(model)
     if not found:
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
     if any(gate.alpha.device.type == "meta" for gate in found.values()):
         raise CollapseError(type(model).__name__, "has no values (meta device)", "Load its weights first.")
     for name, gate in found.items():
+        gate.check()
         _check_alpha(name, gate)
     parts = converted_parts(model)
     if parts and "" not in parts:
         return _collapse_parts(model, parts, when, plan)
     if plan is not None:
+        if not isinstance(plan, Plan):
+            checks.refuse("plan", plan, "a Plan; Plan.from_json reads one from text")
         _check_plan(plan, found)
     return _collapse(model, when, plan)
 

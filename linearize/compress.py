@@ -141,6 +141,7 @@ def compress(
         LinearizeError: by any of the steps; the model is left as it was.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
         >>> result = compress(net, [torch.randn(64, 8) for _ in range(8)], flops=0.5, rounds=0, progress=False)
         >>> result.report.outcome.met, result.report.after.flops <= 0.5 * result.report.before.flops

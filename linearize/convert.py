@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from linearize import checks
 from linearize.algebra.finite import all_finite
 from linearize.duplicate import duplicate
 from linearize.errors import CaptureError, ConvertError, UsageError
@@ -66,7 +67,10 @@ def convert(
           (activation): ReLU()
         )
     """
-    model = unwrapped(model)
+    checks.boolean("inplace", inplace)
+    model = unwrapped(checks.module("model", model))
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        checks.normal_mode("convert")
     if gates(model):
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
     _check_finite(model)

@@ -53,8 +53,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove unfinished files, as a killed process leaves them, of files whose names match a pattern."""
-    wanted = re.compile(rf"\.(?:{name})\.[0-9a-f]+\.tmp")
+    """Remove unfinished files, as a killed process leaves them, of files whose names match a pattern.
+
+    Nobody else may be writing in the folder: see `storage.lock`.
+    """
+    wanted = re.compile(rf"\.(?:{name})\.[0-9a-f]+\.tmp|\.linearize-[0-9a-f]+-[0-9]+-[0-9a-f]+\.tmp")
     for path in folder.glob(".*.tmp"):
         if wanted.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.errors import TrainingError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.training.compete import SCHEDULES
@@ -64,10 +65,8 @@ class PlannedPath:
         steps: int,
         schedule: str = "cosine",
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise UsageError("PlannedPath", f"found schedule={schedule!r}", f"Pass one of {', '.join(SCHEDULES)}.")
-        if steps < 1:
-            raise UsageError("PlannedPath", f"found steps={steps}", "Pass at least 1.")
+        checks.choice("schedule", schedule, tuple(SCHEDULES))
+        checks.whole("steps", steps, 1)
         named, parameters = gates(model), dict(model.named_parameters())
         unknown = [*(set(masks) - set(named)), *(set(ways) - set(parameters))]
         if unknown:
