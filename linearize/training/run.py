@@ -201,9 +201,14 @@ class Run:
         set_random_state(state["random"])
 
     def _load_model(self, state: dict[str, Any]) -> None:
+        own, stored = self.optimizer.state_dict(), state["optimizer"]
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (own, stored)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"groups of {sizes[1]} parameters instead of {sizes[0]}")
+            # Rates and the like are those of this call, which are the checkpoint's: see the options beside it.
+            self.optimizer.load_state_dict({"state": stored["state"], "param_groups": own["param_groups"]})
         except (RuntimeError, ValueError) as error:
             found = f"found a checkpoint of another model or optimizer ({str(error).splitlines()[0]})"
             raise TrainingError("finetune", found, "Resume with the model of that run.") from error
