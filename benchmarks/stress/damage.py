@@ -46,7 +46,7 @@ def _insert(raw: bytearray, rng: random.Random) -> bytearray:
 
 
 def _noise(raw: bytearray, rng: random.Random) -> bytearray:
-    return bytearray(rng.randbytes(rng.choice((0, 7, 8, 200))))
+    return bytearray(rng.randbytes(min(len(raw), rng.choice((0, 7, 8, 200)))))
 
 
 def _digit(raw: bytearray, rng: random.Random) -> bytearray:
@@ -113,8 +113,7 @@ def _places(nest: Any) -> list[tuple[Any, Any]]:
 def _spoiled(value: Any, rng: random.Random) -> list[Any]:
     """Things of the same type that cannot be meant."""
     if isinstance(value, Tensor):
-        shapes = [value.flatten()[: max(0, value.numel() - 1)], value[None], value.to(torch.int8)]
-        return shapes
+        return [value.flatten()[: max(0, value.numel() - 1)], value[None], value.to(torch.int8)]
     if isinstance(value, str):
         return [json.dumps({value: rng.random()})]
     return [type(value)()] if isinstance(value, dict | list | tuple) else []

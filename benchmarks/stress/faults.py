@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "faults.json"
 COUNTS = {**{f"kill: {name}": 40 for name in kills.TARGETS}, "interrupt": 200, "checkpoint": 1000, "notes": 1000}
 """How many cases of each part there are in all; beside them stand all wrong calls."""
 
+_SOME = 10
 _BAD = ("another result", "foreign error")
 
 
@@ -46,6 +48,7 @@ class Tally:
     done: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
+    clean: list[str] = field(default_factory=list)  # the first errors of linearize
     seconds: float = 0.0
 
     def add(self, outcome: str, told: str = "") -> None:
@@ -54,6 +57,8 @@ class Tally:
         self.outcomes[outcome] += 1
         if outcome in _BAD:
             self.bad.append(told[-600:])
+        elif outcome == "clean error" and len(self.clean) < _SOME:
+            self.clean.append(told[-600:])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -61,13 +66,20 @@ class Tally:
             "cases": self.done,
             "outcomes": dict(sorted(self.outcomes.items())),
             "bad": self.bad,
+            "clean errors": self.clean,
             "seconds": round(self.seconds),
         }
 
     @classmethod
     def of(cls, held: dict[str, Any]) -> Tally:
         """What `to_dict` gave."""
-        return cls(held["cases"], Counter(held["outcomes"]), list(held["bad"]), float(held["seconds"]))
+        return cls(
+            held["cases"],
+            Counter(held["outcomes"]),
+            list(held["bad"]),
+            list(held["clean errors"]),
+            float(held["seconds"]),
+        )
 
 
 def run(part: str, count: int, tally: Tally, folder: Path, save: Callable[[], None] = lambda: None) -> Tally:
@@ -94,7 +106,7 @@ def _case(part: str, folder: Path) -> Callable[[random.Random], tuple[str, str]]
         return lambda rng: _killed(part.removeprefix("kill: "), folder / "kill", rng)
     if part == "interrupt":
         kills.warm(folder / "warm", ["compress"])
-        return lambda rng: _interrupted(rng)
+        return _interrupted
     return _Damaged(part, folder).case
 
 
@@ -125,10 +137,8 @@ class _Damaged:
         self.job = toys.finetune_job if part == "checkpoint" else _compress
         self.expected = self.job(folder / f"whole {part}")
         shutil.rmtree(self.kept, ignore_errors=True)
-        try:
+        with suppress(KeyboardInterrupt):
             self.job(self.kept, **_stopping(part))
-        except KeyboardInterrupt:
-            pass
         self.files = [path.relative_to(self.kept) for path in sorted(self.kept.rglob("*")) if path.is_file()]
         if len(self.files) < 2:
             raise RuntimeError(f"found {self.files} of an interrupted run")
@@ -177,8 +187,8 @@ def wrong_calls(folder: Path, every: int = 1) -> Tally:
             continue
         try:
             call()
-        except linearize.LinearizeError:
-            tally.add("clean error")
+        except linearize.LinearizeError as error:
+            tally.add("clean error", f"{name}: {error}")
         except Exception as error:
             tally.add("foreign error", f"{name}: {type(error).__name__}: {error}")
         else:

@@ -133,7 +133,7 @@ def calls(folder: Path) -> Iterator[Call]:
             for value in values:
                 yield _told(name, argument, value), _with(function, argument, value)
     yield from _modules(x, folder)
-    yield from _rest(x, folder)
+    yield from _rest(x)
 
 
 def _with(function: Callable[..., object], argument: str, value: Any) -> Callable[[], object]:
@@ -176,7 +176,7 @@ def _called(function: Callable[[Any], object], value: Any) -> Callable[[], objec
     return lambda: function(value)
 
 
-def _rest(x: Tensor, folder: Path) -> Iterator[Call]:
+def _rest(x: Tensor) -> Iterator[Call]:
     for value in _PATHS:
         yield _told("save", "path", value), _called(lambda path: linearize.save(toys.network(), path), value)
         yield _told("load", "path", value), _called(lambda path: linearize.load(path, model=toys.network()), value)

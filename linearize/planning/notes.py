@@ -28,7 +28,7 @@ __all__ = ["NOTHING", "Notes", "facts_of", "fingerprint"]
 _log = logging.getLogger(__name__)
 
 _STATISTICS = r"[A-Za-z0-9.-]+-[0-9a-f]{12}\.safetensors"
-_OF_A_REQUEST = ("training-", "planned-")  # folders, by how their names begin
+_OF_A_REQUEST = ("training-*/epoch-*.safetensors", f"planned-*/{DECISION_FILE}")
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,11 @@ class Notes:
         clear(self.folder / f"planned-{self.request[:12]}", [re.escape(DECISION_FILE)])
         for place in self.folder.glob(f"training-{self.request[:12]}-*"):
             clear(place, [EPOCH_FILE])
+        if any(path for pattern in _OF_A_REQUEST for path in self.folder.glob(pattern)):
+            return
+        clear(self.folder, [_STATISTICS])
         with suppress(OSError):
-            if not any(path.name.startswith(_OF_A_REQUEST) for path in self.folder.iterdir()):
-                clear(self.folder, [_STATISTICS])
-                self.folder.parent.rmdir()
+            self.folder.parent.rmdir()
 
     @property
     def _decision_file(self) -> Path | None:

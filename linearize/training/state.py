@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -72,18 +73,26 @@ def read_state(path: Path) -> Any:
     metadata = _read(path, tensorfile.read_header).metadata
     if metadata.get("format") != _FORMAT:
         raise Damaged(str(path), "found no training state in it", "Pass a checkpoint of finetune.")
-    if metadata.get("version") != str(_VERSION):
-        found = f"found version {metadata.get('version')!r:.20} of the format, not {_VERSION}"
-        raise CheckpointError(str(path), found, "Resume with the linearize that wrote it.")
     mapped = _read(path, lambda file: tensorfile.read_tensors(file, "cpu"))
     # In memory of their own: what is mapped changes, or is gone, if another process writes into the file.
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    if metadata.get("version") != str(_VERSION):
+        _refuse_version(path, metadata, tensors)
     try:
         if metadata["sha256"] != _checksum(metadata["state"], tensors):
             raise Damaged(str(path), "its checksum is not that of its content", "Resume from another.")
         return _put_together(json.loads(metadata["state"]), tensors)
     except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
         raise Damaged(str(path), "its description is damaged", "Resume from another.") from error
+
+
+def _refuse_version(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> NoReturn:
+    """Another version; but if the content has our checksum, it is the version that is damaged."""
+    found = f"found version {metadata.get('version')!r:.20} of the format, not {_VERSION}"
+    with suppress(KeyError, ValueError):
+        if metadata["sha256"] == _checksum(metadata["state"], tensors):
+            raise Damaged(str(path), found, "Resume from another.")
+    raise CheckpointError(str(path), found, "Resume with the linearize that wrote it.")
 
 
 def _read(path: Path, how: Callable[[Path], Thing]) -> Thing:
