@@ -8,7 +8,7 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ from linearize import checks
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
-from linearize.running.batches import Batch, read_batch, to_device
-from linearize.running.models import device_of, evaluating
+from linearize.running.batches import length_of, read_batches
+from linearize.running.models import evaluating
 from linearize.running.progress import progress_bar
 
 __all__ = ["Calibration", "SiteCalibration", "calibrate", "padding_mask", "stream"]
@@ -77,8 +77,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
 
     Args:
         model: a model with gates. It runs in eval mode, and is left in the mode it was in.
-        batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where a dict
-            holds an `attention_mask` (B, T) that fits a site's input (B, T, C), padding is left out.
+        batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where they hold an
+            `attention_mask` (B, T) that fits a site's input (B, T, C), in a nested dict, too, padding is left out; a
+            decoder's mask is its own, or follows from labels that are not -100 where these are its input.
         progress: show a bar, if standard error is a terminal.
 
     Returns:
@@ -144,8 +145,8 @@ def stream(
         raise DataError("batches", f"found a {type(batches).__name__}", remedy)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
-    device, handles = device_of(model), []
-    current: dict[str, Any] = {}
+    handles = []
+    current: dict[str, Tensor] = {}
 
     def hook(name: str, gate: ChannelGate) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
@@ -154,15 +155,13 @@ def stream(
         return see
 
     count = 0
-    total = len(batches) if isinstance(batches, Sized) else None
     try:
         handles = [gate.activation.register_forward_hook(hook(name, gate)) for name, gate in named.items()]
-        with evaluating(model), progress_bar("calibrate", total, enabled=progress) as advance:
-            for raw in batches:
-                batch = read_batch(model, to_device(raw, device))
+        with evaluating(model), progress_bar("calibrate", length_of(batches), enabled=progress) as advance:
+            for batch in read_batches(model, batches):
                 current.clear()
-                current.update(batch.kwargs)
-                _run(model, batch, count)
+                current.update(batch.masks or {})
+                batch.checked(model, count)
                 after_batch(count)
                 count += 1
                 advance("")
@@ -174,24 +173,13 @@ def stream(
     return count
 
 
-def _run(model: nn.Module, batch: Batch, index: int) -> None:
-    try:
-        model(*batch.args, **batch.kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
-        found = f"batch {index} does not go through the model ({type(error).__name__}: {line})"
-        raise DataError("data", found, "Give it shapes and dtypes that the model's forward takes.") from error
-
-
-def padding_mask(model: nn.Module, name: str, kwargs: dict[str, Any]) -> Tensor | None:
-    """The padding mask that belongs to a site, if the batch has one."""
-    key = "attention_mask"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in name.split("."):
+def padding_mask(model: nn.Module, name: str, masks: Mapping[str, Tensor] | None) -> Tensor | None:
+    """The padding mask, of those of a batch, that belongs to a site."""
+    masks, key = masks or {}, "attention_mask"
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_attention_mask" in masks
+    if both and any("decoder" in part for part in name.split(".")):
         key = "decoder_attention_mask"  # the two sequences may be of the same length by chance
-    mask = kwargs.get(key)
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return masks.get(key)
 
 
 def _rows(x: Tensor, h: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,6 @@ __all__ = [
     "patterns",
     "plain",
     "refuse",
-    "scores",
     "seed",
     "share",
     "weights",
@@ -290,28 +289,6 @@ def normal_mode(name: str) -> None:
     if torch.get_default_device().type == "meta":
         found = "found the meta device as torch's default, on which tensors have no values"
         raise UsageError(name, found, "Call it outside of torch.device('meta').")
-
-
-def scores(name: str, found: Any) -> dict[str, float]:
-    """What an evaluation gave: a number is the score of that name.
-
-    Raises:
-        UsageError: it is neither a number nor a dict of numbers.
-
-    Example:
-        >>> scores("evaluate", 0.5), scores("evaluate", {"accuracy": 1})
-        ({'score': 0.5}, {'accuracy': 1.0})
-    """
-    entries = dict(found) if isinstance(found, Mapping) else {"score": found}
-    told: dict[str, float] = {}
-    for key, value in entries.items():
-        single = isinstance(value, Tensor) and value.numel() == 1
-        if not single and not is_number(value) and not isinstance(value, bool):
-            kind = type(value).__name__
-            remedy = "Return a number or a dict of numbers from it."
-            raise UsageError(name, f"gave a {kind}" + (f" for {key!r}" if isinstance(found, Mapping) else ""), remedy)
-        told[str(key)] = float(value)
-    return told
 
 
 def evaluation(name: str, value: Any) -> None:

@@ -11,27 +11,27 @@ from typing import Any
 
 from torch import nn
 
-from linearize import checks
 from linearize.bench import benchmark
 from linearize.convert import convert
 from linearize.cost import cost
-from linearize.finetune import Evaluate
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job
 from linearize.planning.notes import NOTHING, Notes, facts_of, fingerprint
-from linearize.planning.request import Request, check_inputs, check_training, some_batches
+from linearize.planning.request import Request, check_inputs, check_output, check_training, some_batches
 from linearize.report.compression import Report
-from linearize.running.models import device_of, evaluating
+from linearize.running.batches import Reading
+from linearize.running.models import device_of
 from linearize.running.order import Repeated
+from linearize.running.outputs import Choice
 from linearize.running.randomness import randomness_kept, seed_everything
 from linearize.running.steps import Steps
 from linearize.storage.folders import make_folder
 from linearize.storage.lock import alone_in
 from linearize.summary import summary
-from linearize.training.losses import evaluate_batches
+from linearize.training.losses import Evaluate, scores_of
 from linearize.verify import verify
 
 __all__ = ["Result", "compress"]
@@ -66,6 +66,7 @@ def compress(
     finetune: int | Mapping[str, Any] | None = None,
     evaluate: Evaluate | None = None,
     distill: bool = True,
+    output: Choice = None,
     example_inputs: Any = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -108,6 +109,9 @@ def compress(
             budget or a plan the learning rate is 3e-4 if none is given.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: imitate the original model in fine-tuning, besides the labels.
+        output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
+            ["boxes*"], or a dict of these with weights, or with kinds ("classes", "multilabel", "values"); None takes
+            every floating tensor, in equal shares (docs/compress.md).
         example_inputs: as for `linearize.convert`, and what costs are counted for; None takes the first batch.
         include: as for `linearize.convert`: glob patterns of the sites that may be changed.
         exclude: likewise, of those that may not.
@@ -151,8 +155,8 @@ def compress(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
         finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
         exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
-        modules=modules, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds, cache=cache,
-        checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
+        modules=modules, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds,
+        cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)
     notes.forget()
@@ -172,18 +176,21 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         around.callback(model.to, home)
         around.enter_context(randomness_kept())
         around.callback(repeated.restore)
-        batches = some_batches(model, repeated)
+        reading = Reading(model, repeated, request.output)
+        batches = some_batches(model, reading)
+        if request.output is not None:
+            check_output(model, reading)
         if request.training["epochs"] and not request.dry_run:
-            check_training(model, repeated, request.training, request.distill)
+            check_training(model, reading, request.training, request.distill)
         with steps("convert"):
             example = batches[0] if request.example_inputs is None else request.example_inputs
             gated = convert(model, example, include=request.include, exclude=request.exclude)
-        notes = _notes(request, gated, repeated, steps)
+        notes = _notes(request, gated, reading, steps)
         if notes.folder is not None:
             make_folder(notes.folder)
             around.enter_context(alone_in(notes.folder, "checkpoint_dir"))
         trainer = _trainer(repeated, steps, request, model)
-        job = Job(model, gated, repeated, example, steps, request.training, trainer, notes)
+        job = Job(model, gated, reading, example, steps, request.training, trainer, notes)
         made = to_budget(job, request) if request.linear is None else to_share(job, request.linear, request.when)
         if request.dry_run:
             costs = cost(model, example)
@@ -195,12 +202,13 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         return Result(made.small, made.plan, replace(report, **made.told)), notes
 
 
-def _notes(request: Request, gated: nn.Module, data: Repeated, steps: Steps) -> Notes:
+def _notes(request: Request, gated: nn.Module, reading: Reading, steps: Steps) -> Notes:
     """Where an interrupted run goes on. Statistics are good for any request; plan and training are for the same one."""
     trained_in = request.training.get("checkpoint_dir") if request.training["epochs"] else None
     if request.checkpoint_dir is None and trained_in is None:
         return NOTHING
-    facts = facts_of(data)
+    # What errors cost depends on the parts of the output that count.
+    facts = [*facts_of(reading.data), reading.meaning.weights, reading.meaning.kinds]
     key = fingerprint(gated, facts, request.seed)
     whole = fingerprint(gated, facts, request.key)
     beside = None if trained_in is None else Path(trained_in)
@@ -250,8 +258,8 @@ def _report(
         verification = verify(gated, after, batches)
     quality: dict[str, dict[str, float]] = {}
     with steps("evaluate"):
-        for stage, model in models.items() if request.evaluate is not None else ():
-            for name, value in _scores(model, request.evaluate).items():
+        for stage, model in models.items():
+            for name, value in ({} if request.evaluate is None else scores_of(model, request.evaluate)).items():
                 quality.setdefault(name, {})[stage] = value
     timing = None
     if request.rounds:
@@ -262,11 +270,3 @@ def _report(
             )
     costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
-
-
-def _scores(model: nn.Module, evaluate: Any) -> dict[str, float]:
-    if not callable(evaluate):
-        return evaluate_batches(model, evaluate)
-    with evaluating(model):
-        found = evaluate(model)
-    return checks.scores("evaluate", found)

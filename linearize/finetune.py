@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,14 +14,15 @@ from torch import nn
 from linearize import checks
 from linearize.errors import DataError, UsageError
 from linearize.prior import SparsityPrior, param_groups
-from linearize.running.models import evaluating
+from linearize.running.batches import length_of
 from linearize.running.order import set_epoch
+from linearize.running.outputs import Choice, Meaning
 from linearize.running.progress import progress_bar
 from linearize.running.randomness import seed_everything
 from linearize.training.arguments import check_numbers, check_training
 from linearize.training.features import Features
 from linearize.training.kept import checkpoints_in
-from linearize.training.losses import evaluate_batches
+from linearize.training.losses import Evaluate, scores_of
 from linearize.training.path import PlannedPath
 from linearize.training.run import Loss, Objective, Run
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneResult", "finetune"]
 
-Evaluate = Callable[[nn.Module], float | Mapping[str, float]] | Iterable[Any]
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -64,6 +64,7 @@ def finetune(
     temperature: float = 2.0,
     features: str | Sequence[str] | None = None,
     feature_weight: float = 1.0,
+    output: Choice = None,
     evaluate: Evaluate | None = None,
     lr: float = 1e-3,
     gate_lr: float = 1e-2,
@@ -88,7 +89,8 @@ def finetune(
             or a sampler of it, has `set_epoch`, that is called before each epoch, and once more at the end.
         epochs: passes over the data.
         loss: a function of (the model's output, the labels or None) that gives a scalar. By default the output's own
-            `loss`, or the cross entropy of its logits.
+            `loss`, or by what the labels are: cross entropy for classes (whole numbers, or rows that sum to 1), binary
+            cross entropy for zeros and ones of the output's shape, else the relative squared error.
         prior: added to the loss; its `step` follows each optimizer step. Without one, gates are not trained.
         teacher: the model to imitate, for instance the original; it is used in eval mode and not changed.
         distill_weight: share in [0, 1] of the distillation in (task loss, distillation); 1 needs no labels.
@@ -96,6 +98,8 @@ def finetune(
         features: glob patterns of modules, such as "blocks.*", whose outputs are to be like those of the teacher's
             modules of the same names.
         feature_weight: of that in the loss: times the squared error, relative to the teacher's mean square.
+        output: the parts of the output that the teacher's are compared with, such as "logits" or ["boxes*"], or a dict
+            of these with weights, or with kinds ("classes", "multilabel", "values"); None takes all, in equal shares.
         evaluate: after each epoch: a function of the model that gives a number or a dict of numbers, or batches
             on which `evaluate_batches` runs.
         lr: learning rate of all but the gates, at the end of the warm-up.
@@ -150,6 +154,8 @@ def finetune(
     }  # fmt: skip
     options = {name: checks.plain(value) for name, value in options.items()}
     inside = None if features is None or teacher is None else Features(model, teacher, features)
+    if output is not None:
+        options |= {"output": repr(output)}
     if inside is not None:
         options |= {"features": list(inside.paths), "feature_weight": checks.plain(feature_weight)}
     _check_prior(prior, model, epochs * length)
@@ -170,6 +176,7 @@ def finetune(
             total=epochs * length,
             warmup=round(warmup * epochs * length),
             clip=clip,
+            meaning=Meaning.of(model, output),
         )
         kept.restore(lambda state: run.load_state_dict(state, data))
         done = len(run.history)
@@ -198,11 +205,7 @@ def _evaluated(run: Run, evaluate: Evaluate | None) -> dict[str, float]:
     if evaluate is None:
         return {}
     with run.accelerator.autocast():
-        if not callable(evaluate):
-            return evaluate_batches(run.model, evaluate)
-        with evaluating(run.model):
-            found = evaluate(run.model)
-    return checks.scores("evaluate", found)
+        return scores_of(run.model, evaluate)
 
 
 def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, total: int) -> None:
@@ -220,10 +223,9 @@ def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, to
 def _length(data: Iterable[Any], steps_per_epoch: int | None) -> int:
     if steps_per_epoch is not None:
         return steps_per_epoch
-    try:
-        length = len(data)  # type: ignore[arg-type]
-    except TypeError as error:  # none, or a loader of a stream, whose length raises
-        raise UsageError("finetune", "found data without a length", "Pass steps_per_epoch=.") from error
+    length = length_of(data)
+    if length is None:
+        raise UsageError("finetune", "found data without a length", "Pass steps_per_epoch=.")
     if not length:
         raise DataError("data", "found no batches", "Pass at least one.")
     return length

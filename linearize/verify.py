@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize import checks
+from linearize.nest import leaves_of
 from linearize.report.verification import OutputError, Verification, worst
 from linearize.running.models import batches_of, call, evaluating
 
@@ -103,8 +103,8 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance
     comparison = _Comparison(tolerance, max((_tolerance(p.dtype) for p in parameters), default=0.0))
     with evaluating(reference, candidate):
         for batch in batches_of(inputs):
-            expected = dict(_leaves(call("reference", reference, batch)))
-            found = dict(_leaves(call("candidate", candidate, batch)))
+            expected = _named(call("reference", reference, batch))
+            found = _named(call("candidate", candidate, batch))
             for name in expected | found:
                 comparison.add(name, expected.get(name, _MISSING), found.get(name, _MISSING))
     return comparison.result()
@@ -148,19 +148,9 @@ class _Comparison:
         return Verification(tuple(s.result(name) for name, s in self.sums.items()), tuple(self.ignored))
 
 
-def _leaves(output: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and other values in an output, each with its path."""
-    if isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _leaves(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(output, (tuple, list)):
-        for position, value in enumerate(output):
-            yield from _leaves(value, f"{name}.{position}" if name else str(position))
-    elif is_dataclass(output) and not isinstance(output, type):
-        for entry in fields(output):
-            yield from _leaves(getattr(output, entry.name), f"{name}.{entry.name}" if name else entry.name)
-    else:
-        yield name or "output", output
+def _named(output: Any) -> dict[str, Any]:
+    """Tensors and other values in an output, by path."""
+    return {name or "output": value for name, value in leaves_of(output)}
 
 
 def _comparable(tensor: Tensor) -> Tensor:

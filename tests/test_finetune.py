@@ -19,8 +19,8 @@ from linearize.gate import ChannelGate, gates
 from linearize.prior import SparsityPrior
 from linearize.running.batches import Batch
 from linearize.storage import tensorfile
+from linearize.training.divergence import distillation_loss
 from linearize.training.features import Features
-from linearize.training.losses import distillation_loss
 from linearize.training.state import read_state, write_state
 
 X = torch.randn(192, 6, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.peers.subject import Candidate, Method, Subject, labelled_loss
 from linearize.running.batches import read_batch
-from linearize.training.losses import main_output
+from linearize.running.outputs import main_part
 
 __all__ = ["torch_pruning"]
 
@@ -99,7 +99,7 @@ def _loss(model: nn.Module, raw: Any, seed: int) -> torch.Tensor:
     batch = read_batch(model, raw)
     if batch.labels is not None:
         return labelled_loss(model, raw)
-    output = main_output(model(*batch.args, **batch.kwargs))
+    output = main_part(model(*batch.args, **batch.kwargs)).tensor
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
     return (output * probe).sum() / len(output)
 

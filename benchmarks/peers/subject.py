@@ -16,7 +16,9 @@ from benchmarks.runs import Plain
 from linearize.cost import cost
 from linearize.running.batches import Batch, read_batch
 from linearize.running.models import evaluating
-from linearize.training.losses import distillation_loss, is_logits, main_output, task_loss
+from linearize.running.outputs import main_part
+from linearize.training.divergence import distillation_loss
+from linearize.training.losses import task_loss
 
 __all__ = ["Candidate", "Method", "Subject", "labelled_loss"]
 
@@ -102,22 +104,23 @@ class Subject:
         with evaluating(model):
             for raw in self.held:
                 batch = read_batch(model, raw)
-                losses.append(float(self._loss(model, batch, main_output(self.model(*batch.args, **batch.kwargs)))))
+                taught = main_part(self.model(*batch.args, **batch.kwargs)).tensor
+                losses.append(float(self._loss(model, batch, taught)))
         return sum(losses) / len(losses) if losses else math.nan
 
     def _loss(self, model: nn.Module, batch: Batch, taught: Tensor) -> Tensor:
         output = model(*batch.args, **batch.kwargs)
-        said: Any = {"logits": taught} if is_logits(output, batch.labels) else taught
-        imitate = distillation_loss(output, said, batch)
+        part = main_part(output)
+        imitate = distillation_loss({part.name: part.tensor}, {part.name: taught}, batch)
         if self.distill == 1:
             return imitate
-        return (1 - self.distill) * task_loss(output, batch.labels) + self.distill * imitate
+        return (1 - self.distill) * task_loss(output, batch.labels, batch.meaning) + self.distill * imitate
 
     def _teach(self, batch: Batch, step: int) -> Tensor:
         if step in self._taught:
             return self._taught[step]
         with torch.no_grad():
-            found = main_output(self.model(*batch.args, **batch.kwargs)).detach()
+            found = main_part(self.model(*batch.args, **batch.kwargs)).tensor.detach()
         if self.remember:
             self._taught[step] = found
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -90,10 +91,10 @@ def _command(folder: Path) -> None:
         code = run([*_CLI, "--out", str(folder / "out")])
     if code:
         raise RuntimeError(shown.getvalue()[-500:])
-    told = {"plan": (folder / "out" / "plan.json").read_text()}
+    told: dict[str, Any] = {"plan": (folder / "out" / "plan.json").read_text()}
     for name in ("original", "compressed"):
         tensors = read_tensors(folder / "out" / f"{name}.safetensors", "cpu")
-        summed = toys.hashlib.sha256()
+        summed = hashlib.sha256()
         for key in sorted(tensors):
             take_in(summed, tensors[key])
         told[name] = summed.hexdigest()

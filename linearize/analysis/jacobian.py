@@ -72,8 +72,8 @@ class Differentiable:
         return made
 
     def sample(self, start: int, stop: int) -> Inputs:
-        """Some of the samples."""
-        part: Inputs = pytree.tree_map_only(Tensor, lambda t: t[start:stop], self.inputs)
+        """Some of the samples, for one run: a model may overwrite them."""
+        part: Inputs = pytree.tree_map_only(Tensor, lambda t: t[start:stop].clone(), self.inputs)
         return part
 
     @torch.no_grad()

@@ -24,11 +24,11 @@ from linearize.algebra.forms import Infeasible
 from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.probes import projection
 from linearize.approximate.removal import regularised
-from linearize.approximate.rows import positions_for
+from linearize.approximate.rows import batched, positions_for
 from linearize.gate import gates
 from linearize.record import Record, Step, record_of, set_record
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, watching
+from linearize.running.batches import read_batches
+from linearize.running.models import watching
 from linearize.sites import Port, Site
 from linearize.surgery.specs import Spec, build, replace_module
 
@@ -207,12 +207,11 @@ def _features(block: Block) -> list[int]:
 
 
 def _observe(model: nn.Module, batches: Iterable[Any], blocks: Sequence[Block], seed: int) -> None:
-    generator, device = torch.Generator().manual_seed(seed), device_of(model)
+    generator = torch.Generator().manual_seed(seed)
     seen: dict[str, dict[str, Tensor]] = {block.name: {} for block in blocks}
     with watching(model, lambda source: _hooks(model, blocks, seen, source)) as source:
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device))
-            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+        for batch in read_batches(model, batches):
+            scalar, positions = projection(batch.run(model), batch, generator)
             if scalar.requires_grad:
                 torch.autograd.grad(scalar, source, allow_unused=True)
             for block in blocks:
@@ -262,16 +261,16 @@ def _hooks(
 ) -> Iterator[Any]:
     def begin(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[name]["x"] = inputs[0].detach()
+            seen[name]["x"] = batched(inputs[0].detach(), 2)
 
         return see
 
     def end(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def see(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            seen[name]["y"] = output.detach()
+            seen[name]["y"] = batched(output.detach(), 2)
             output = output + source.to(output.dtype)
             if output.requires_grad:
-                output.register_hook(lambda gradient: seen[name].__setitem__("g", gradient.detach()))
+                output.register_hook(lambda gradient: seen[name].__setitem__("g", batched(gradient.detach(), 2)))
             return output
 
         return see

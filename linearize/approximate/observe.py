@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +28,12 @@ from linearize.approximate.editable import (
     obstacle_to_refit,
 )
 from linearize.approximate.probes import projection
-from linearize.approximate.rows import gradient_rows, patches_of, positions_for, row_weights, rows_of
+from linearize.approximate.rows import batched, gradient_rows, patches_of, positions_for, row_weights, rows_of
 from linearize.approximate.skip import Source, skip_source
 from linearize.calibrate import padding_mask
 from linearize.errors import DataError
 from linearize.gate import gates
-from linearize.running.batches import read_batch, to_device
+from linearize.running.batches import length_of, read_batches
 from linearize.running.models import device_of, watching
 from linearize.running.progress import progress_bar
 from linearize.sites import Site
@@ -242,17 +242,14 @@ def _pass(
     progress: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
     watches = {name: _Watch(seen, skip_source(model, seen.site)) for name, seen in found.items()}
-    total = len(batches) if isinstance(batches, Sized) else None
     count = 0
     hooks = functools.partial(_hooks, model, watches)
     attach = hooks if sensitivity else lambda _: hooks(None)
-    bar = progress_bar("observe", total, enabled=progress)
+    bar = progress_bar("observe", length_of(batches), enabled=progress)
     with watching(model, attach, gradients=sensitivity) as handle, bar as advance:
-        for index, raw in enumerate(batches):
-            batch = read_batch(model, to_device(raw, device))
-            output = model(*batch.args, **batch.kwargs)
+        for index, batch in enumerate(read_batches(model, batches)):
+            output = batch.run(model)
             if sensitivity:
                 scalar, positions = projection(output, batch, generator)
                 if scalar.requires_grad:
@@ -260,7 +257,7 @@ def _pass(
                 for observation in found.values():
                     observation.samples += positions
             for name, watch in watches.items():
-                watch.take(padding_mask(model, name, batch.kwargs), generator)
+                watch.take(padding_mask(model, name, batch.masks), generator)
                 if not watch.found.rows.finite:
                     remedy = "Check this batch, and the weights before this site."
                     raise DataError(name, f"found NaN or infinity at this activation in batch {index}", remedy)
@@ -285,8 +282,10 @@ def _hooks(model: nn.Module, watches: dict[str, _Watch], source: Tensor | None) 
 def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         start = watch.start if watch.found.inputs else None
-        watch.x = None if start is None else start.at_outputs(inputs[0].detach())
-        watch.found.shape = watch.found.shape or tuple(inputs[0].shape)
+        producer = watch.found.site.producer
+        x = batched(inputs[0].detach(), producer.dims if producer is not None else 0)
+        watch.x = None if start is None else start.at_outputs(x)
+        watch.found.shape = watch.found.shape or tuple(x.shape)
 
     return see
 
@@ -294,7 +293,7 @@ def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
 def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if index == 0:
-            watch.h = inputs[0].detach()
+            watch.h = batched(inputs[0].detach(), watch.found.consumers[0].port.dims)
         if source is None or not output.is_floating_point():
             return None
         output = output + source.to(output.dtype)

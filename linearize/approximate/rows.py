@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from linearize.approximate.editable import Consumer
 
-__all__ = ["gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
+__all__ = ["batched", "gradient_rows", "patches_of", "positions_for", "row_weights", "rows_of"]
 
 _MANY, _FEW = 64, 8  # positions sampled per image where patches are read: neighbours tell the same
 _PER_FEATURE = 20  # rows that are enough, but for
@@ -31,6 +31,16 @@ def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
         if x.shape[:-1] == (mask.numel(),):
             return x[mask.flatten().bool()]
     return x.reshape(-1, x.shape[-1])
+
+
+def batched(x: Tensor, dims: int) -> Tensor:
+    """(B, C, *positions): an image without a batch axis, which convolutions take, too, is a batch of one.
+
+    Example:
+        >>> batched(torch.zeros(3, 8, 8), 2).shape, batched(torch.zeros(5, 3), 0).shape
+        (torch.Size([1, 3, 8, 8]), torch.Size([5, 3]))
+    """
+    return x[None] if dims and x.dim() == dims + 1 else x
 
 
 def gradient_rows(consumers: Sequence[Consumer], gradients: Mapping[int, Tensor], mask: Tensor | None) -> Tensor | None:

@@ -27,8 +27,8 @@ from linearize.approximate.rows import positions_for, rows_of
 from linearize.calibrate import padding_mask
 from linearize.gate import ChannelGate
 from linearize.record import Record, Step, record_of, set_record
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, watching
+from linearize.running.batches import read_batches
+from linearize.running.models import watching
 from linearize.surgery.specs import Spec, build, replace_module
 
 __all__ = ["Whole", "WholeFit", "layer_of", "observe_wholes", "replace_wholes"]
@@ -149,14 +149,13 @@ def observe_wholes(
 
 
 def _observe(model: nn.Module, batches: Iterable[Any], wholes: Sequence[Whole], seed: int) -> None:
-    generator, device = torch.Generator().manual_seed(seed), device_of(model)
+    generator = torch.Generator().manual_seed(seed)
     watches = [_Watch(whole, generator) for whole in wholes]
     with watching(model, lambda source: _hooks(model, watches, source)) as source:
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device))
+        for batch in read_batches(model, batches):
             for watch in watches:
-                watch.mask = padding_mask(model, watch.whole.path, batch.kwargs)
-            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+                watch.mask = padding_mask(model, watch.whole.path, batch.masks)
+            scalar, positions = projection(batch.run(model), batch, generator)
             if scalar.requires_grad:
                 torch.autograd.grad(scalar, source, allow_unused=True)
             for watch in watches:

@@ -21,8 +21,8 @@ from linearize.planning.notes import facts_of, fingerprint
 from linearize.planning.request import Request
 from linearize.running.models import evaluating
 from linearize.running.order import Repeated
+from linearize.running.outputs import Choice, Meaning, main_part
 from linearize.storage.folders import clear, write_text
-from linearize.training.losses import main_output
 from linearize.training.state import EPOCH_FILE
 
 __all__ = ["compress"]
@@ -55,6 +55,13 @@ def compress(
         int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
     ] = None,
     modules: Annotated[bool, typer.Option(help="Whole modules may become one linear map.")] = True,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART[=WEIGHT]",
+            help="Part of the output that counts, such as logits, 'boxes*' or depth=2; all without. May come again.",
+        ),
+    ] = None,
     search: Annotated[int, typer.Option(min=0, help="Plans around the chosen one to try with the real loss.")] = 16,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; without: 1e-3, and 3e-4 behind a budget.", show_default=False)
@@ -85,26 +92,31 @@ def compress(
     if linear is not None and dry_run:
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
     unfinished = None if out is None or dry_run else out / "unfinished"
+    parts = _parts(output)
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules, search=search,
+            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules, output=parts,
+            search=search,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip
     if out is None and not dry_run:
         raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
     folder = None if out is None else _folder(out)
-    network, source = _open(model, data, model_arg, pretrained, batch=batch, size=size, limit=limit, seed=seed)
+    sizes: dict[str, Any] = {"batch": batch, "size": size, "limit": limit}
+    network, source = _open(model, data, model_arg, pretrained, parts, seed=seed, **sizes)
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
     trained_in: Path | None = None
     if first:
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
         rate = _RATE if lr is None else lr
-        key = fingerprint(network, facts_of(Repeated(source.train, seed)), data, first, rate, batch, size, limit, seed)
+        key = fingerprint(
+            network, facts_of(Repeated(source.train, seed)), seed, data, first, rate, parts, *sizes.values()
+        )
         trained_in = None if unfinished is None else unfinished / f"first-{key[:12]}"
         torch.manual_seed(seed)
         finetune(
-            network, source.train, epochs=first, lr=rate, evaluate=source.test, on_epoch=_tell,
+            network, source.train, epochs=first, lr=rate, output=parts, evaluate=source.test, on_epoch=_tell,
             checkpoint_dir=trained_in, resume=trained_in is not None,
         )  # fmt: skip
     result, notes = carried_out(
@@ -129,6 +141,18 @@ def compress(
         typer.echo(f"written to {folder}: {', '.join(names)}")
 
 
+def _parts(texts: list[str] | None) -> dict[str, float | str] | None:
+    """Parts of the output, each with a weight, or with its kind."""
+    found: dict[str, float | str] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value or 1)
+        except ValueError:
+            found[name] = value  # a kind, or nothing that the choice takes
+    return found or None
+
+
 def _folder(out: Path) -> Path:
     """The folder, made before any work is done."""
     try:
@@ -140,7 +164,14 @@ def _folder(out: Path) -> Path:
 
 
 def _open(
-    spec: str, data: str, arguments: list[str] | None, pretrained: bool | None, *, seed: int, **options: Any
+    spec: str,
+    data: str,
+    arguments: list[str] | None,
+    pretrained: bool | None,
+    parts: Choice,
+    *,
+    seed: int,
+    **options: Any,
 ) -> tuple[nn.Module, DataSource]:
     """The model and its data; a new timm model gets as many classes as the data has."""
     network = common.open_model(spec, arguments, pretrained=pretrained, seed=seed)
@@ -149,16 +180,17 @@ def _open(
     if spec.startswith("timm:") and "num_classes" not in given:
         more = [*(arguments or []), f"num_classes={source.num_classes}"]
         network = common.open_model(spec, more, pretrained=pretrained, seed=seed)
-    _check_classes(network, source)
+    _check_classes(network, source, parts)
     return network, source
 
 
-def _check_classes(network: nn.Module, source: DataSource) -> None:
+def _check_classes(network: nn.Module, source: DataSource, parts: Choice) -> None:
     with evaluating(network):
         batch = next(iter(source.test))
         names = source.test.keywords
         output = network(batch[0]) if names is None else network(**{names[0]: batch[names[0]]})
-    classes = main_output(output).shape[-1]
+    Meaning.of(network, parts).parts(output)  # raises if there is no such part
+    classes = main_part(output).tensor.shape[-1]
     if classes < source.num_classes:
         found = f"found {classes} outputs for {source.num_classes} classes"
         raise UsageError(type(network).__name__, found, f"Try -a num_labels={source.num_classes}, or other data.")

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
 from linearize.graph.opaque import opaque_layers
+from linearize.nest import copied, plain
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -114,12 +115,16 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def normalize_inputs(example_inputs: Any) -> Inputs:
-    """Positional and keyword arguments from a tensor, a tuple (or list) of them, or a dict of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+    """Positional and keyword arguments from a tensor, a tuple (or list) of them, or a dict of keyword arguments.
+
+    In containers of their own, mappings of other classes as dicts, nested ones, too.
+    """
+    inputs = plain(example_inputs)
+    if isinstance(inputs, dict):
+        return (), inputs
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def fake_inputs(inputs: Inputs, device: str | torch.device = "meta") -> Inputs:
@@ -143,7 +148,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
     try:
         with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), _silent():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_TensorsOnly(model), *inputs, strict=False)
+            program = torch.export.export(_TensorsOnly(model), *copied(inputs), strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
         raise CaptureError(*_explain(model, inputs, error)) from error
     return _index(program)
@@ -240,7 +245,8 @@ def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, s
         return scripted or name, "is a scripted module, which has no Python left to rewrite", "Put the eager one there."
     try:
         with untouched(model), torch.no_grad():
-            model(*inputs[0], **inputs[1])
+            args, kwargs = copied(inputs)
+            model(*args, **kwargs)
     except Exception as failure:  # same reason as above
         line = next((text for text in str(failure).strip().splitlines() if text.strip()), "")
         shapes = [tuple(t.shape) for t in tensors_of([inputs[0], inputs[1]])]

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import Inputs, fake_inputs, tensors_of, untouched
+from linearize.nest import copied
 
 _log = logging.getLogger(__name__)
 
@@ -130,9 +131,10 @@ def dry_run(
     ):
         if real:
             with _Noter(trace, silent) as noter:
-                out = model(*inputs[0], **inputs[1])
+                args, kwargs = copied(inputs)
+                out = model(*args, **kwargs)
             return _finished(trace, noter, out)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), inputs)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), copied(inputs))
         with _Noter(trace, silent) as noter:
             out = torch.func.functional_call(model, fake, args, kwargs)
     return _finished(trace, noter, out)
@@ -175,11 +177,11 @@ def run_once(
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     hollow = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    fake = fake_inputs(inputs)
+    fake = fake_inputs(copied(inputs))  # objects of other kinds, such as caches, would keep what is written into them
     attempts: tuple[Callable[[], object], ...] = (
         lambda: torch.func.functional_call(model, hollow, *fake),
         lambda: dry_run(model, inputs, training=training),
-        lambda: model(*inputs[0], **inputs[1]),
+        lambda: _run(model, copied(inputs)),
     )
     attempts = attempts[:2] if training else attempts
     for number, attempt in enumerate(attempts, 1):
@@ -193,6 +195,10 @@ def run_once(
             _log.debug("attempt %d does not run: %s", number, error)
         else:
             return
+
+
+def _run(model: nn.Module, inputs: Inputs) -> None:
+    model(*inputs[0], **inputs[1])
 
 
 @contextmanager

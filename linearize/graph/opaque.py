@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from linearize.nest import copied
+
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -75,7 +77,8 @@ def _shapes(
     hooks = [module.register_forward_hook(note(path)) for path, module in model.named_modules() if path]
     try:
         with torch.no_grad():
-            model(*inputs[0], **inputs[1])
+            args, kwargs = copied(inputs)
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,6 +16,7 @@ from torch import nn
 from linearize.errors import CaptureError
 from linearize.graph.capture import Inputs, untouched
 from linearize.graph.discover import discover
+from linearize.nest import copied
 from linearize.sites import Site
 
 
@@ -89,7 +90,8 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     hooks += [module.register_forward_hook(leave, always_call=True) for _, module in named]
     try:
         with untouched(model), torch.no_grad(), torch.random.fork_rng([]):
-            model(*inputs[0], **inputs[1])
+            args, kwargs = copied(inputs)
+            model(*args, **kwargs)
     except Exception as error:  # whatever the model's own code raises
         name = type(model).__name__
         raise CaptureError(name, f"does not run ({type(error).__name__}: {error})", "Pass other inputs.") from error

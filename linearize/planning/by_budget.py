@@ -16,7 +16,7 @@ from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan, mask_of
 from linearize.planning.budget import Budget
 from linearize.planning.choose import choose, uniform
 from linearize.planning.decision import Decision
-from linearize.planning.distance import real_loss, some_of
+from linearize.planning.distance import check_seen, real_loss, some_of
 from linearize.planning.job import Job, Made
 from linearize.planning.options import BLOCKS, WHOLE, SiteChoice
 from linearize.planning.request import Request
@@ -160,6 +160,7 @@ def _trained(
     job: Job, found: Survey, choices: Mapping[str, SiteChoice], goal: nn.Module, plan: Plan, small: nn.Module
 ) -> tuple[nn.Module, nn.Module, list[dict[str, float]]]:
     """The planned model after fine-tuning, collapsed; as it is if none is asked for."""
+    check_seen(job.original, small, job.data, sum(site.loss or 0.0 for site in plan.sites))
     total = job.training_steps
     if not total:
         return goal, small, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from linearize.calibrate import calibrate
 from linearize.collapse import collapse
 from linearize.plan import When, make_plan
+from linearize.planning.distance import check_seen
 from linearize.planning.job import Job, Made
 from linearize.prior import SparsityPrior
 
@@ -31,4 +32,5 @@ def to_share(job: Job, linear: float, when: When) -> Made:
     with steps("collapse"):
         plan = make_plan(gated, when=when)
         small = collapse(gated, when=when).eval()
+    check_seen(job.original, small, job.data)
     return Made(gated, small, plan, history)

@@ -3,39 +3,78 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Sized
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, evaluating
+from linearize.errors import UsageError
+from linearize.running.batches import count_of, read_batches
+from linearize.running.models import evaluating
+from linearize.running.outputs import tensors_in
 from linearize.running.progress import progress_bar
 from linearize.surgery.specs import replace_module
-from linearize.training.losses import distillation_loss
+from linearize.training.divergence import distillation_loss
 
-__all__ = ["losses_with", "real_loss", "some_of"]
+_SEEN = 1e-3  # relative difference of outputs that no loss may overlook; less may be rounding
+_PREDICTED = 1e-6  # loss
+
+__all__ = ["check_seen", "losses_with", "real_loss", "some_of"]
 
 
 def some_of(data: Iterable[Any], count: int) -> list[Any]:
     """Some batches, spread over the data."""
-    total = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    step = max(1, total // count)
+    step = max(1, count_of(data) // count)
     return list(itertools.islice(itertools.islice(data, step - 1, None, step), count))
 
 
 def real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> float:
-    """Mean distance of a model's output to another's: relative squared error, or divergence of logits."""
+    """Mean distance of a model's output to another's: relative squared error, or divergence of classes."""
     total, count = 0.0, 0
-    device = device_of(reference)
     with evaluating(reference, candidate):
-        for raw in batches:
-            batch = read_batch(reference, to_device(raw, device))
-            taught = reference(*batch.args, **batch.kwargs)
-            output = candidate(*batch.args, **batch.kwargs)
+        for batch in read_batches(reference, batches):
+            taught, output = batch.run(reference), batch.run(candidate)
             total += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
             count += batch.size
-    return total / max(1, count)
+    return math.inf if math.isnan(total) else total / max(1, count)
+
+
+def check_seen(reference: nn.Module, candidate: nn.Module, data: Iterable[Any], predicted: float = 0.0) -> None:
+    """Whether the loss sees what was done to a model: it is not exactly 0 if the output, or what was predicted, is not.
+
+    Channels that never matter may go without any loss. But a loss of which nothing was to be seen (classes of which
+    there is one, a part of the output that does not depend on what is changed) would let everything go.
+
+    Raises:
+        UsageError: the measured loss is 0, and it should not be.
+    """
+    some = some_of(data, 4)
+    if real_loss(reference, candidate, some) != 0:
+        return
+    apart = _apart(reference, candidate, some)
+    if apart > _SEEN:
+        found = f"found a measured loss of exactly 0 for a changed model, with outputs that are {apart:.2g} apart"
+    elif predicted > _PREDICTED and real_loss(reference, candidate, data) == 0:
+        found = f"found a measured loss of exactly 0 for a changed model; {predicted:.2g} was predicted"
+    else:
+        return
+    remedy = 'Pass output= with the parts that count, or what they are, such as output={"logits": "values"}; '
+    raise UsageError("output", found, remedy + "or exclude= what the output does not depend on.")
+
+
+def _apart(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> float:
+    """The largest relative error, RMS, of any floating tensor in the outputs, whether it counts or not."""
+    found = 0.0
+    with evaluating(reference, candidate):
+        for batch in read_batches(reference, batches):
+            taught, output = (tensors_in(batch.run(model)) for model in (reference, candidate))
+            for name in taught.keys() & output.keys():
+                for a, b in zip(taught[name], output[name], strict=False):
+                    if a.shape == b.shape and a.numel():
+                        error = (b - a).abs().double().square().mean() / a.abs().double().square().mean()
+                        found = max(found, float(error.sqrt().nan_to_num(0.0)))
+    return found
 
 
 def losses_with(
@@ -51,13 +90,12 @@ def losses_with(
         evaluating(model, *modules.values()),
         progress_bar("modules", len(batches) * len(modules), enabled=progress) as advance,
     ):
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device_of(model)))
-            taught = model(*batch.args, **batch.kwargs)
+        for batch in read_batches(model, batches):
+            taught = batch.run(model)
             for path, module in modules.items():
                 try:
                     replace_module(model, path, module)
-                    output = model(*batch.args, **batch.kwargs)
+                    output = batch.run(model)
                     totals[path] += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
                 except Exception:  # the code around it wants something of the module that only the original has
                     totals[path] = float("inf")

@@ -45,9 +45,10 @@ def shares_in_place(
         handles = clock.watch(model, {path for paths in parts.values() for path in paths})
         try:
             for size in sizes:
-                args, kwargs = move(resized(batches_of(batch)[0], size), device_of(model))
+                sized = resized(batches_of(batch)[0], size)
                 runs: dict[str, list[float]] = {name: [] for name in parts}
                 for run in range(_WARMUP + _RUNS_PER_ROUND * rounds):
+                    args, kwargs = move(sized, device_of(model))  # anew: a model may overwrite it
                     whole = clock.run(lambda: model(*args, **kwargs))  # noqa: B023 - called at once
                     for name, paths in parts.items() if run >= _WARMUP else ():
                         if paths and all(len(clock.starts.get(path, ())) == 1 for path in paths):

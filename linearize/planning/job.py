@@ -10,7 +10,7 @@ from torch import nn
 
 from linearize.plan import Plan
 from linearize.planning.notes import NOTHING, Notes
-from linearize.running.order import Repeated
+from linearize.running.batches import Reading
 from linearize.running.steps import Steps
 
 __all__ = ["Job", "Made"]
@@ -23,7 +23,7 @@ class Job:
     Attributes:
         original: the model as it came.
         gated: the same, converted.
-        data: batches, each pass over which begins alike.
+        data: batches as they are read, each pass over which begins alike.
         batch: one of them, without labels.
         steps: tells and times.
         options: of fine-tuning; 0 epochs for none.
@@ -33,7 +33,7 @@ class Job:
 
     original: nn.Module
     gated: nn.Module
-    data: Repeated
+    data: Reading
     batch: Any
     steps: Steps
     options: Mapping[str, Any]

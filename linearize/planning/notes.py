@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
+from linearize.nest import plain
 from linearize.planning.decision import DECISION_FILE, Decision
 from linearize.planning.records import flaw_in
-from linearize.running.order import length_of
+from linearize.running.batches import count_of, length_of
 from linearize.storage.digest import take_in
 from linearize.storage.folders import clear
 from linearize.training.state import EPOCH_FILE, read_state, write_state
@@ -188,16 +189,12 @@ def facts_of(data: Iterable[Any]) -> list[Any]:
         >>> facts_of([torch.ones(2, 3)])[:3]
         [1, 1, [((2, 3), 'torch.float32')]]
     """
-    first, again = (pytree.tree_leaves(next(iter(data))) for _ in range(2))
+    first, again = (pytree.tree_leaves(plain(next(iter(data)))) for _ in range(2))
     shapes = [(tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x) for x in first]
-    length = length_of(data)
-    try:
-        samples = len(data.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        samples = length
+    length, samples = count_of(data), length_of(getattr(data, "dataset", None))
     return [
         length,
-        samples,
+        length if samples is None else samples,
         shapes,
         first if _same(first, again) else [],
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,14 +19,17 @@ from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import Budget, read_budget
 from linearize.planning.latency import cache_file
-from linearize.running.batches import read_batch, to_device
+from linearize.running.batches import Batch, labels_are_inputs, read_batch, to_device
 from linearize.running.models import device_of, evaluating
+from linearize.running.outputs import Choice
 from linearize.training.arguments import check_numbers
 from linearize.training.kept import check_folder
 from linearize.training.losses import has_loss
 from linearize.training.run import Objective
 
-__all__ = ["Request", "check_inputs", "check_training", "some_batches"]
+__all__ = ["Request", "check_inputs", "check_output", "check_training", "some_batches"]
+
+_log = logging.getLogger(__name__)
 
 _GENTLE = 3e-4  # learning rate behind a plan: the model is close already, and a large rate takes it away
 
@@ -64,6 +68,7 @@ class Request:
     uniform: bool | Sequence[str] = False
     stock: bool = False
     modules: bool = True
+    output: Choice = None
     round_to: int | None = None
     when: When = "cheaper"
     batch_sizes: Sequence[int] | None = None
@@ -135,6 +140,8 @@ class Request:
         options: dict[str, Any] = {"epochs": 10, **given} if isinstance(given, Mapping) else {"epochs": given}
         if self.linear is None:
             options.setdefault("lr", _GENTLE)
+        if self.output is not None:
+            options.setdefault("output", self.output)
         _check_options(options)
         return options
 
@@ -188,15 +195,17 @@ def check_inputs(model: Any, data: Any) -> None:
 
 
 def some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[Any]:
-    """The first batches without their labels, as `verify` and `benchmark` take them.
+    """The first batches without their labels, but where the model makes inputs of them; as `verify` takes them.
 
     Raises:
         DataError: there are none.
     """
     found: list[Any] = []
+    kept: bool | None = None
     for raw in islice(data, count):
         batch = read_batch(model, raw)
-        kwargs = {name: value for name, value in batch.kwargs.items() if name != "labels"}
+        kept = _needs_labels(model, batch) if kept is None else kept
+        kwargs = {name: value for name, value in batch.kwargs.items() if name != "labels" or kept}
         if batch.args and kwargs:
             raise DataError("data", "found positional and keyword inputs in one batch", "Pass one kind only.")
         if not batch.size:
@@ -205,6 +214,34 @@ def some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[
     if not found:
         raise DataError("data", "found no batches", "Pass at least one; a generator can be used only once.")
     return found
+
+
+def check_output(model: nn.Module, data: Iterable[Any]) -> None:
+    """Whether the output has the parts that are to count, before minutes are spent on the plan.
+
+    Raises:
+        UsageError: it has no such part.
+    """
+    batch = to_device(read_batch(model, next(iter(data))), device_of(model))
+    with evaluating(model):
+        batch.meaning.parts(batch.checked(model, 0), batch.labels)
+
+
+def _needs_labels(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model makes inputs of its labels: as its forward says, or because it does not run without them."""
+    if "labels" not in batch.kwargs or labels_are_inputs(model, batch.kwargs):
+        return "labels" in batch.kwargs
+    here = to_device(batch, device_of(model))
+    without = replace(here, kwargs={name: value for name, value in here.kwargs.items() if name != "labels"})
+    with evaluating(model):
+        for attempt, needed in ((without, False), (here, True)):
+            try:
+                attempt.run(model)
+            except Exception as error:  # whatever the model's own code raises: what comes next says it better
+                _log.debug("no run with labels=%s: %s", needed, error)
+            else:
+                return needed
+    return False
 
 
 def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], distill: bool) -> None:
@@ -222,7 +259,7 @@ def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, 
         return
     with evaluating(model):
         batch = read_batch(model, to_device(next(iter(data)), device_of(model)))
-        output = model(*batch.args, **batch.kwargs)
+        output = batch.checked(model, 0)
         if batch.labels is None and options.get("loss") is None and not has_loss(output):
             remedy = "Yield (inputs, labels) or a dict with 'labels', or pass finetune={'distill_weight': 1.0}"
             remedy += " to learn from the original alone." if distill else " and distill=True."

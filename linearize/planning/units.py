@@ -24,8 +24,8 @@ from linearize.approximate.rows import rows_of
 from linearize.calibrate import padding_mask
 from linearize.gate import ChannelGate, gates
 from linearize.planning.options import Group, Option, SiteChoice, frontier
-from linearize.running.batches import read_batch, to_device
-from linearize.running.models import device_of, watching
+from linearize.running.batches import read_batches
+from linearize.running.models import watching
 
 __all__ = ["sensitivities", "unit_costs", "unit_groups", "with_lines"]
 
@@ -36,18 +36,17 @@ def sensitivities(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) ->
     """For every gate, what an error in each channel costs, summed over rows, per sample: (C,) float64, on the CPU."""
     named = gates(model)
     sums = {name: torch.zeros(gate.channels, dtype=torch.float64) for name, gate in named.items()}
-    generator, samples, device = torch.Generator().manual_seed(seed), 0, device_of(model)
+    generator, samples = torch.Generator().manual_seed(seed), 0
     seen: dict[str, list[Tensor]] = {}
     with watching(model, lambda source: _hooks(model, seen, source)) as source:
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device))
+        for batch in read_batches(model, batches):
             seen.clear()
-            scalar, positions = projection(model(*batch.args, **batch.kwargs), batch, generator)
+            scalar, positions = projection(batch.run(model), batch, generator)
             if scalar.requires_grad:
                 torch.autograd.grad(scalar, source, allow_unused=True)
             samples += positions
             for name, gradients in seen.items():
-                mask = padding_mask(model, name, batch.kwargs)
+                mask = padding_mask(model, name, batch.masks)
                 for gradient in gradients:
                     g = rows_of(gradient, -named[name].axis - 1, mask)
                     sums[name] += g.float().square().sum(0).double().cpu()

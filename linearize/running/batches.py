@@ -1,74 +1,245 @@
-"""One convention for batches, wherever linearize runs a model over data.
+"""One convention for batches, and one place where they enter, wherever linearize runs a model over data.
 
 A batch is a tensor (the input), a tuple or list of positional inputs whose last entry may be the labels, or a
 dict of keyword arguments, of which "labels" may be one. The last entry of a tuple is taken as labels if there
 are at least two entries and more than `forward` requires; a dict's labels are passed on to a `forward` that
 takes them.
+
+Batches belong to the user: every call of a model gets containers and tensors of its own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from linearize.errors import DataError
+from linearize.errors import DataError, LinearizeError
+from linearize.nest import copied, leaves_of, mapped, plain
+from linearize.running.models import device_of
+from linearize.running.outputs import UNKNOWN, Choice, Meaning
 
-__all__ = ["Batch", "read_batch", "to_device"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Reading",
+    "count_of",
+    "labels_are_inputs",
+    "length_of",
+    "read_batch",
+    "read_batches",
+    "to_device",
+]
+
+IGNORED = -100  # the label of positions that count for nothing, in PyTorch and transformers alike
+_MOST = 10_000  # batches of data without a length: what has more is taken for endless
 
 
 @dataclass
 class Batch:
-    """What a model is called with, and the labels to compare its output with (None: there are none)."""
+    """What a model is called with, and what its output is compared with.
+
+    Attributes:
+        args, kwargs: of the call.
+        labels: to compare the output with; None: there are none.
+        masks: by name, those of positions that count, (B, T), wherever in the inputs they are.
+        meaning: what is known about the output.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     labels: Any = None
+    masks: dict[str, Tensor] | None = None
+    meaning: Meaning = UNKNOWN
+
+    def __post_init__(self) -> None:
+        if self.masks is None:
+            self.masks = _masks((self.args, self.kwargs))
 
     @property
     def size(self) -> int:
         """Number of samples: the length of the first tensor."""
-        tensors = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]
-        return int(tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
+        leaves = (value for _, value in leaves_of((self.args, self.kwargs)))
+        first = next((value for value in leaves if isinstance(value, Tensor)), None)
+        return int(first.shape[0]) if first is not None and first.dim() else 1
+
+    def run(self, model: nn.Module) -> Any:
+        """The output of a model, which gets copies: it may write into a dict, or overwrite a tensor."""
+        args, kwargs = copied((self.args, self.kwargs))
+        return model(*args, **kwargs)
+
+    def checked(self, model: nn.Module, index: int) -> Any:
+        """The same, and what the model's code says about a batch that it cannot take is told as such.
+
+        Raises:
+            DataError: the batch does not go through the model.
+        """
+        try:
+            return self.run(model)
+        except (LinearizeError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            line = next((text.strip() for text in str(error).splitlines() if text.strip()), "no message")
+            found = f"batch {index} does not go through the model ({type(error).__name__}: {line})"
+            raise DataError(
+                "data", found, "Give it shapes, dtypes and labels that the model's forward takes."
+            ) from error
 
 
-def read_batch(model: nn.Module, batch: Any) -> Batch:
+def read_batch(model: nn.Module, batch: Any, meaning: Meaning | None = None) -> Batch:
     """Sort a batch into inputs and labels.
 
     Raises:
-        DataError: the batch is none of the forms above.
+        DataError: the batch is none of the forms above, or holds what no model can be given here: arrays of NumPy,
+            sparse or nested tensors, tensors without values.
 
     Example:
         >>> read_batch(nn.Linear(2, 2), (torch.zeros(3, 2), torch.zeros(3))).labels
         tensor([0., 0., 0.])
     """
-    if isinstance(batch, torch.Tensor):
-        return Batch((batch,))
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Batch):
+        return batch
+    _check(batch)
+    meaning = meaning or Meaning.of(model)
+    if isinstance(batch, Tensor):
+        return Batch((batch,), meaning=meaning)
+    batch = plain(batch)
+    if isinstance(batch, dict):
         labels = batch.get("labels")
-        takes_labels = "labels" in batch and _takes(model, "labels")
-        return Batch((), {key: batch[key] for key in batch if key != "labels" or takes_labels}, labels)
+        kwargs = batch if _takes(model, "labels") else {key: batch[key] for key in batch if key != "labels"}
+        masks = _masks(kwargs)
+        if isinstance(labels, Tensor) and labels_are_inputs(model, batch):
+            masks.setdefault("decoder_attention_mask", labels.ne(IGNORED))
+        return Batch((), kwargs, labels, masks, meaning)
     if isinstance(batch, tuple | list) and batch:
         if len(batch) > 1 and len(batch) > _required(model):
-            return Batch(tuple(batch[:-1]), {}, batch[-1])
-        return Batch(tuple(batch))
-    found = f"found a batch of type {type(batch).__name__}" + (" without entries" if batch == () else "")
+            return Batch(tuple(batch[:-1]), {}, batch[-1], meaning=meaning)
+        return Batch(tuple(batch), meaning=meaning)
+    found = f"found a batch of type {type(batch).__name__}" + (" without entries" if batch in ((), []) else "")
     raise DataError("data", found, "Yield tensors, tuples (inputs, labels), or dicts of keyword arguments.")
 
 
+def read_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Batch]:
+    """The batches of data, where the model is."""
+    device = device_of(model)
+    return (to_device(read_batch(model, raw), device) for raw in data)
+
+
+class Reading:
+    """A user's data as a model is given it: `Batch`es, in every pass anew. It has a length, counted if need be.
+
+    Args:
+        model: whose forward tells inputs from labels.
+        data: re-iterable batches.
+        output: parts of the output that count, as `linearize.compress` takes them.
+
+    Raises:
+        DataError: there is no end to the data.
+
+    Example:
+        >>> data = Reading(nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))])
+        >>> len(data), next(iter(data)).size
+        (1, 3)
+    """
+
+    def __init__(self, model: nn.Module, data: Iterable[Any], output: Choice = None) -> None:
+        self.model, self.data, self.length = model, data, count_of(data)
+        self.meaning = Meaning.of(model, output)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (read_batch(self.model, raw, self.meaning) for raw in self.data)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def length_of(data: Any) -> int | None:
+    """Number of batches, or None if the data does not tell: a loader of an iterable data set raises a TypeError.
+
+    Example:
+        >>> length_of([1, 2]), length_of(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def count_of(data: Iterable[Any]) -> int:
+    """Number of batches; those of data without a length are counted.
+
+    Raises:
+        DataError: there is no end to them.
+    """
+    known = length_of(data)
+    if known is not None:
+        return known
+    count = sum(1 for _ in islice(data, _MOST + 1))
+    if count > _MOST:
+        remedy = "Give the data a __len__, or pass so many of its batches as shall count: list(islice(data, 500))."
+        raise DataError("data", f"found no length, and more than {_MOST} batches", remedy)
+    return count
+
+
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same nest of tuples, lists and dicts with its tensors on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(entry, device) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(entry, device) for entry in value)
-    return value
+    """The same nest of tuples, lists and dicts, or the same batch, with its tensors on `device`."""
+    if isinstance(value, Batch):
+        args, kwargs, labels, masks = (
+            to_device(v, device) for v in (value.args, value.kwargs, value.labels, value.masks)
+        )
+        return replace(value, args=args, kwargs=kwargs, labels=labels, masks=masks)
+    return mapped(value, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+
+def labels_are_inputs(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a model makes its decoder's input from a batch's labels: its forward takes both, the batch has none."""
+    if not _are_classes(batch.get("labels")) or not _takes(model, "labels"):
+        return False
+    if any(batch.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return False
+    names = {parameter.name for parameter in _parameters(model)}
+    told = hasattr(model, "prepare_decoder_input_ids_from_labels") or "decoder_input_ids" in names
+    return told or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _are_classes(labels: Any) -> bool:
+    """Whether labels are class indices of positions, (B, T)."""
+    return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def _masks(inputs: Any) -> dict[str, Tensor]:
+    """The masks (B, T) in a nest of inputs, by name; the first of each name counts."""
+    found: dict[str, Tensor] = {}
+    for path, value in leaves_of(inputs):
+        name = path.rsplit(".", 1)[-1]
+        if name in {"attention_mask", "decoder_attention_mask"} and isinstance(value, Tensor) and value.dim() == 2:
+            found.setdefault(name, value)
+    return found
+
+
+def _check(batch: Any) -> None:
+    for path, value in leaves_of(batch):
+        where = f"a batch, at {path}" if path else "a batch"
+        if type(value).__module__ == "numpy" and getattr(value, "shape", ()) != ():
+            raise DataError("data", f"found an array of NumPy in {where}", "Yield tensors: torch.from_numpy(array).")
+        if not isinstance(value, Tensor):
+            continue
+        kind, remedy = "", "Yield dense tensors: tensor.to_dense()."
+        if value.is_nested:
+            kind, remedy = "a nested tensor", "Yield dense tensors, padded, with a mask."
+        elif value.layout != torch.strided:
+            kind = f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+        elif value.is_meta or isinstance(value, FakeTensor):
+            kind, remedy = "a tensor without values (on the meta device, or a fake one)", "Yield tensors with values."
+        if kind:
+            raise DataError("data", f"found {kind} in {where}", remedy)
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:

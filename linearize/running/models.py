@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
+from linearize.nest import copied, leaves_of, mapped
 
 __all__ = ["batches_of", "call", "device_of", "evaluating", "move", "watching"]
 
@@ -30,7 +30,7 @@ def batches_of(inputs: Any) -> list[Inputs]:
     if not found:
         raise UsageError("inputs", "found an empty list", "Pass at least one batch.")
     for position, batch in enumerate(found):
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(batch)):
+        if not any(isinstance(leaf, Tensor) for _, leaf in leaves_of(batch)):
             raise UsageError(
                 f"inputs[{position}]",
                 "found no tensor",
@@ -52,11 +52,12 @@ def move(batch: Inputs, device: torch.device, dtype: torch.dtype | None = None) 
     A copy always, since a model may change its input in place.
     """
 
-    def one(tensor: Tensor) -> Tensor:
-        kind = dtype if tensor.is_floating_point() else None
-        return tensor.detach().to(device=device, dtype=kind, copy=True)
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
-    moved: Inputs = pytree.tree_map_only(Tensor, one, batch)
+    moved: Inputs = mapped(copied(batch), one)
     return moved
 
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from linearize.errors import DataError
+from linearize.running.batches import count_of
 from linearize.running.randomness import seed_everything
 
-__all__ = ["Repeated", "generators_of", "length_of", "set_epoch"]
-
-_ENDLESS = 100_000  # batches; data that tells no length and has more than these has no end, or needs one that is told
+__all__ = ["Repeated", "generators_of", "set_epoch"]
 
 
 def _holders(data: Any) -> list[Any]:
@@ -34,29 +32,6 @@ def generators_of(data: Any) -> list[torch.Generator]:
     """The random generators that a loader and its samplers own; the global ones are kept elsewhere."""
     found = {id(g): g for g in (getattr(holder, "generator", None) for holder in _holders(data)) if g is not None}
     return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
-
-
-def length_of(data: Iterable[Any]) -> int:
-    """The number of batches: as told, else counted.
-
-    Raises:
-        DataError: it tells no length and does not end.
-
-    Example:
-        >>> length_of([1, 2, 3]), length_of({1, 2})
-        (3, 2)
-    """
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:  # no length, or a loader of a stream, whose length raises
-        pass
-    count = 0
-    for _ in data:
-        count += 1
-        if count > _ENDLESS:
-            found = f"found no length, and no end after {_ENDLESS} batches"
-            raise DataError("data", found, "Pass a list of some batches, or give the data a __len__.")
-    return count
 
 
 class Repeated:
@@ -95,7 +70,7 @@ class Repeated:
 
     def __len__(self) -> int:
         if self._length is None:
-            self._length = length_of(self.data)
+            self._length = count_of(self.data)
         return self._length
 
     def __iter__(self) -> Iterator[Any]:

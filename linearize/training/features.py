@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
 from linearize.running.batches import Batch
-from linearize.training.losses import main_output, relative_error, without_padding
+from linearize.running.outputs import UNKNOWN, Part
+from linearize.training.divergence import counted, relative_error
 
 __all__ = ["Features"]
 
@@ -49,7 +50,7 @@ class Features:
                 raise UsageError("features", f"found {pattern!r}, which names no module of model and teacher", remedy)
             found |= dict.fromkeys(some)
         self.paths = tuple(found)
-        self._seen: dict[tuple[str, bool], Tensor] = {}
+        self._seen: dict[tuple[str, bool], list[Part]] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -68,12 +69,14 @@ class Features:
 
     def _note(self, path: str, *, taught: bool) -> Any:
         def see(_: nn.Module, __: Any, output: Any) -> None:
-            self._seen[path, taught] = main_output(output)
+            self._seen[path, taught] = UNKNOWN.parts(output)
 
         return see
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean over modules of the squared error, relative to the mean square of the teacher's; padding left out.
+
+        Of a module that gives several tensors, it is the mean over these.
 
         Raises:
             TrainingError: a module was not called, or gave another shape than the teacher's.
@@ -82,9 +85,17 @@ class Features:
         for path in self.paths:
             if (path, False) not in self._seen or (path, True) not in self._seen:
                 raise TrainingError("features", f"{path} was not called", "Leave it out of features=.")
-            student, teacher = (self._seen[path, taught].float() for taught in (False, True))
-            if student.shape != teacher.shape:
-                found = f"{path} gives {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
+            students, teachers = ([part.tensor for part in self._seen[path, taught]] for taught in (False, True))
+            shapes, wanted = ([tuple(z.shape) for z in some] for some in (students, teachers))
+            if shapes != wanted:
+                found = f"{path} gives {_told(shapes)}, the teacher's {_told(wanted)}"
                 raise TrainingError("features", found, "Leave it out of features=.")
-            terms.append(relative_error(*without_padding(student, teacher, batch)))
+            keep = [counted(teacher, batch, path) for teacher in teachers]
+            pairs = zip(students, teachers, keep, strict=True)
+            errors = [relative_error(s, t) if k is None else relative_error(s[k], t[k]) for s, t, k in pairs]
+            terms.append(torch.stack(errors).mean())
         return torch.stack(terms).mean()
+
+
+def _told(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))

@@ -1,67 +1,44 @@
-"""What fine-tuning minimises when the user names nothing else: a task loss, and distillation from a teacher.
+"""What is minimised when the user names nothing else: the loss of the parts of an output that have labels.
 
 Shape letters: B samples, T positions, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
-from linearize.errors import DataError, TrainingError
-from linearize.running.batches import Batch, read_batch, to_device
-from linearize.running.models import device_of, evaluating
+from linearize.errors import DataError, UsageError
+from linearize.nest import leaves_of
+from linearize.running.batches import IGNORED, read_batches
+from linearize.running.models import evaluating
+from linearize.running.outputs import UNKNOWN, Meaning, Part, real, tensors_in
+from linearize.running.targets import fitted
+from linearize.training.divergence import relative_error
 
-__all__ = [
-    "IGNORED",
-    "counted",
-    "distillation_loss",
-    "evaluate_batches",
-    "has_loss",
-    "is_logits",
-    "main_output",
-    "relative_error",
-    "task_loss",
-    "without_padding",
-]
+__all__ = ["evaluate_batches", "has_loss", "scores_of", "task_loss"]
 
-IGNORED = -100  # the label of positions that count for nothing, in PyTorch and transformers alike
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]] | Iterable[Any]
 
 
-def main_output(output: Any) -> Tensor:
-    """The tensor that matters of what a model returned: the logits, else the first floating tensor with axes.
+def task_loss(output: Any, labels: Any, meaning: Meaning = UNKNOWN) -> Tensor:
+    """The output's own `loss` if it has one, else that of the part that the labels belong to.
+
+    Classes: cross entropy; multi-label: binary cross entropy; values: squared error relative to the mean square of the
+    labels. Labels in a nest like that of the output belong to several parts: then it is their weighted mean.
 
     Raises:
-        TrainingError: there is no such tensor.
+        DataError: there are no labels, they do not fit, or they name a class that there is not.
 
     Example:
-        >>> import torch
-        >>> main_output({"loss": torch.tensor(1.0), "logits": torch.zeros(2, 3)}).shape
-        torch.Size([2, 3])
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        values = [output["logits"]] if "logits" in output else list(output.values())
-    elif isinstance(output, tuple | list):
-        values = list(output)
-    else:
-        values = [output.logits] if hasattr(output, "logits") else list(getattr(output, "__dict__", {}).values())
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() and value.is_floating_point():
-            return value
-    found = f"found no tensor in an output of type {type(output).__name__}"
-    raise TrainingError("finetune", found, "Pass loss=, a function of (output, labels).")
-
-
-def task_loss(output: Any, labels: Any) -> Tensor:
-    """The output's own `loss` if it has one, else the cross entropy of its logits (..., K) and labels (...).
-
-    Raises:
-        DataError: there are no labels, or they do not fit.
+        >>> float(task_loss(torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)))  # log 4
+        1.38629...
+        >>> float(task_loss(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8) / 2))
+        1.0
     """
     if has_loss(output):
         own: Tensor = output["loss"] if isinstance(output, Mapping) else output.loss
@@ -69,49 +46,62 @@ def task_loss(output: Any, labels: Any) -> Tensor:
     if labels is None:
         remedy = "Yield (inputs, labels) or a dict with 'labels'; or pass loss=, or teacher= with distill_weight=1."
         raise DataError("data", "found no labels in a batch", remedy)
-    logits = main_output(output)
-    if not isinstance(labels, Tensor) or not (logits.dim() > 1 and labels.shape in {logits.shape, logits.shape[:-1]}):
-        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        found = f"found labels {shape} for an output {tuple(logits.shape)}"
-        raise DataError("data", found, "Pass loss=, a function of (output, labels).")
-    if labels.shape == logits.shape:  # probabilities of the classes, as mixup makes them
-        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(0, -2).float())
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+    parts = meaning.parts(output, labels)
+    labelled = _labelled(parts, labels)
+    known = {part.name for part in parts} | set(tensors_in(output))
+    if not labelled or any(isinstance(y, Tensor) and name and name not in known for name, y in leaves_of(labels)):
+        raise _unfitting(parts, labels)
+    total = sum(part.weight for part in labelled)
+    return torch.stack([_loss(part) * (part.weight / total) for part in labelled]).sum()
+
+
+def _labelled(parts: Sequence[Part], labels: Any) -> list[Part]:
+    """The parts that have labels; of a single tensor of labels only the logits, or else the first."""
+    found = [part for part in parts if part.labels is not None]
+    found.sort(key=lambda part: part.name.rsplit(".", 1)[-1] != "logits")
+    return found[:1] if isinstance(labels, Tensor) else found
+
+
+def _loss(part: Part) -> Tensor:
+    """Of a part with labels."""
+    z, y = part.tensor, part.labels
+    if y is None or fitted(part.tensors[0], y) is None:
+        raise _unfitting([part], y)
+    if part.kind == "classes" and y.shape != part.tensors[0].shape:
+        rows, classes = z.reshape(-1, z.shape[-1]), y.flatten().long()
+        _check_range(classes, rows.shape[1])
+        return F.cross_entropy(rows, classes, ignore_index=IGNORED)
+    if part.kind == "classes":  # distributions, as mixup makes them
+        rows, shares = z.reshape(-1, z.shape[-1]), real(y).movedim(part.axis, -1)
+        return F.cross_entropy(rows, shares.reshape(rows.shape))
+    if y.numel() != part.tensors[0].numel():  # class indices, for what the configuration says is something else
+        raise _unfitting([part], y)
+    y = real(y).reshape(z.shape)
+    return F.binary_cross_entropy_with_logits(z, y) if part.kind == "multilabel" else relative_error(z, y)
+
+
+def _check_range(labels: Tensor, classes: int) -> None:
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+    if len(wrong):
+        remedy = f"Classes are 0 to {classes - 1}; {IGNORED} marks what shall count for nothing."
+        raise DataError("data", f"found the label {int(wrong[0])} for {classes} classes", remedy)
+
+
+def _unfitting(parts: Sequence[Part], labels: Any) -> DataError:
+    shapes = ", ".join(f"{part.name} {tuple(part.tensors[0].shape)}" for part in parts)
+    if not isinstance(labels, Tensor):
+        names = ", ".join(name for name, _ in leaves_of(labels)) or "nothing"
+        found = f"found labels of type {type(labels).__name__} ({names}) for an output of {shapes}"
+        return DataError("data", found, "Yield a tensor, or tensors by name of the part; or pass loss=.")
+    floats = labels.is_floating_point() and any(labels.shape == part.tensors[0].shape[:-1] for part in parts)
+    remedy = "If they are classes, pass labels.long(); else pass" if floats else "Pass"
+    found = f"found {str(labels.dtype).removeprefix('torch.')} labels {tuple(labels.shape)} for an output of {shapes}"
+    return DataError("data", found, f"{remedy} loss=, a function of (output, labels).")
 
 
 def has_loss(output: Any) -> bool:
     """Whether a model's output holds a loss of its own, as that of transformers does if it is given labels."""
     return isinstance(output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None), Tensor)
-
-
-def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float = 2.0) -> Tensor:
-    """How far a model's output is from its teacher's, padding left out.
-
-    Logits (the output has some by name, or the labels are class indices): `temperature ** 2` times the
-    Kullback-Leibler divergence of the softened distributions (Hinton, Vinyals and Dean, 2015), mean over positions.
-    Anything else: mean squared error, relative to the mean square of the teacher's output, so that its unit does not
-    matter.
-    """
-    student, teacher = main_output(output).float(), main_output(taught).float()
-    if student.shape != teacher.shape:
-        found = f"found an output {tuple(student.shape)} and a teacher's output {tuple(teacher.shape)}"
-        raise TrainingError("finetune", found, "Pass a teacher with the model's outputs.")
-    student, teacher = without_padding(student, teacher, batch)
-    if is_logits(output, batch.labels):
-        log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
-    return relative_error(student, teacher)
-
-
-def without_padding(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What a model and its teacher gave at the positions that count."""
-    keep = counted(student, batch)
-    return (student, teacher) if keep is None else (student[keep], teacher[keep])
-
-
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error over the mean square of the teacher's."""
-    return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
 
 
 def evaluate_batches(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
@@ -126,36 +116,46 @@ def evaluate_batches(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
         ['accuracy', 'eval_loss']
     """
     losses, counts, hits, seen = 0.0, 0, 0, 0
-    device = device_of(model)
     with evaluating(model):
-        for raw in batches:
-            batch = read_batch(model, to_device(raw, device))
-            output = model(*batch.args, **batch.kwargs)
+        for index, batch in enumerate(read_batches(model, batches)):
+            output = batch.checked(model, index)
             if batch.labels is None and not has_loss(output):
                 remedy = "Yield (inputs, labels) or a dict with 'labels', or pass a function of the model."
                 raise DataError("evaluate", "found no labels in a batch", remedy)
-            losses += float(task_loss(output, batch.labels)) * batch.size
+            losses += float(task_loss(output, batch.labels, batch.meaning)) * batch.size
             counts += batch.size
-            logits, labels = main_output(output), batch.labels
-            if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == logits.shape[:-1]:
-                counted = labels != IGNORED
-                hits += int(((logits.argmax(-1) == labels) & counted).sum())
-                seen += int(counted.sum())
+            for part in _labelled(batch.meaning.parts(output, batch.labels), batch.labels):
+                z, labels = part.tensor, part.labels
+                if part.kind == "classes" and labels is not None and labels.shape == z.shape[:-1]:
+                    known = labels != IGNORED
+                    hits += int(((z.argmax(-1) == labels) & known).sum())
+                    seen += int(known.sum())
     if not counts:
         raise DataError("evaluate", "found no batches", "Pass at least one.")
     return {"eval_loss": losses / counts} | ({"accuracy": hits / seen} if seen else {})
 
 
-def is_logits(output: Any, labels: Any) -> bool:
-    """Whether the main output holds logits: it is called so, or the labels are class indices."""
-    if hasattr(output, "logits") or (isinstance(output, Mapping) and "logits" in output):
-        return True
-    return isinstance(labels, Tensor) and not labels.is_floating_point()
+def scores_of(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+    """What an evaluation says of a model, in eval mode: by name, or as the "score".
 
+    Args:
+        model: it is left in the mode it was in.
+        evaluate: batches, for `evaluate_batches`, or a function of the model that gives a number or a dict of numbers.
 
-def counted(output: Tensor, batch: Batch) -> Tensor | None:
-    """Bool (B, T): positions of an output (B, T, ...) that are not padding; None if all count."""
-    for mask in (batch.labels, batch.kwargs.get("attention_mask")):
-        if isinstance(mask, Tensor) and mask.dim() == 2 and output.dim() > 2 and output.shape[:2] == mask.shape:
-            return mask != IGNORED if mask is batch.labels else mask.bool()
-    return None
+    Raises:
+        UsageError: the function gives something else.
+
+    Example:
+        >>> scores_of(nn.Linear(2, 2), lambda model: 0.5)
+        {'score': 0.5}
+    """
+    if not callable(evaluate):
+        return evaluate_batches(model, evaluate)
+    with evaluating(model):
+        found = evaluate(model)
+    named = {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {"score": found}
+    try:
+        return {name: float(value) for name, value in named.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        wrong = f"found a function that gives {found!r:.80}"
+        raise UsageError("evaluate", wrong, "Return a number, or a dict of names and numbers.") from error

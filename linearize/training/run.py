@@ -17,9 +17,11 @@ from linearize.gate import gates
 from linearize.prior import SparsityPrior
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.order import generators_of, set_epoch
+from linearize.running.outputs import Meaning
 from linearize.running.randomness import random_state, set_random_state
+from linearize.training.divergence import distillation_loss
 from linearize.training.features import Features
-from linearize.training.losses import distillation_loss, task_loss
+from linearize.training.losses import task_loss
 from linearize.training.path import PlannedPath
 from linearize.training.schema import fits_optimizer, flaw_in_run
 from linearize.training.state import Damaged
@@ -49,11 +51,11 @@ class Objective:
         terms = {}
         weight = self.distill_weight if self.teacher is not None else 0.0
         if weight < 1:
-            loss = self.loss(output, batch.labels) if self.loss else task_loss(output, batch.labels)
+            loss = self.loss(output, batch.labels) if self.loss else task_loss(output, batch.labels, batch.meaning)
             terms["task"] = (1 - weight) * _scalar(loss)
         if self.teacher is not None and (weight > 0 or self.features is not None):
             with torch.no_grad():
-                taught = self.teacher(*batch.args, **batch.kwargs)
+                taught = batch.run(self.teacher)
             if weight > 0:
                 terms["distill"] = weight * distillation_loss(output, taught, batch, self.temperature)
         if self.features is not None:
@@ -75,6 +77,7 @@ class Run:
     total: int
     warmup: int
     clip: float | None
+    meaning: Meaning | None = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -96,7 +99,8 @@ class Run:
         sums: dict[str, float] = {"loss": 0.0}
         count = 0
         for raw in islice(data, length):
-            terms = self.update(read_batch(self.model, to_device(raw, self.accelerator.device)))
+            batch = read_batch(self.model, raw, self.meaning)
+            terms = self.update(to_device(batch, self.accelerator.device), count)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
@@ -107,7 +111,7 @@ class Run:
         record = {"epoch": float(number + 1)} | {name: value / count for name, value in sums.items()}
         return record | {"lr": self._rates[0] * self._pace(self.step - 1), "seconds": time.perf_counter() - start}
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch, index: int = 0) -> dict[str, float]:
         """One optimizer step.
 
         Raises:
@@ -116,7 +120,7 @@ class Run:
         """
         self.model.zero_grad()
         with self.accelerator.autocast():
-            terms = self.objective(self.wrapped(*batch.args, **batch.kwargs), batch)
+            terms = self.objective(batch.checked(self.wrapped, index), batch)
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         names = ["loss", *terms]
         values = dict(zip(names, torch.stack([loss.detach(), *map(_plain, terms.values())]).tolist(), strict=True))
