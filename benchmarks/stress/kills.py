@@ -30,6 +30,9 @@ from linearize.storage.tensorfile import read_tensors
 
 __all__ = ["TARGETS", "Target", "interrupt", "kill", "warm"]
 
+# Now and then torch ends a forked process itself ("Invalid thread pool"): that is one kill more.
+_ABORTED = "aborted"
+_ATTEMPTS = 4
 _ENTRIES = 40  # that each write adds to the latency table
 _CLI = [
     "compress", "timm:test_vit", "-a", "img_size=8", "-a", "patch_size=4", "-a", "depth=1", "-a", "in_chans=1",
@@ -135,7 +138,10 @@ def _judge(job: Callable[[Path], None]) -> Callable[[Path], str]:
             forked(lambda: job(whole), None)
             _WHOLE[name] = (whole / "told.json").read_text()
         (folder / "told.json").unlink(missing_ok=True)
-        status = forked(lambda: job(folder), None)
+        for _ in range(_ATTEMPTS):
+            status = forked(lambda: job(folder), None)
+            if status != _ABORTED:
+                break
         if status:
             return status
         return "" if (folder / "told.json").read_text() == _WHOLE[name] else "another result"
@@ -192,7 +198,7 @@ def forked(work: Callable[[], object], kill_after: float | None) -> str:
     with os.fdopen(reading, "rb") as pipe:
         told = pipe.read().decode(errors="replace")
     if os.WIFSIGNALED(status):
-        return "killed"
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else _ABORTED
     return told.strip() or ("" if status == 0 else f"status {status}")
 
 
@@ -215,7 +221,7 @@ def kill(name: str, folder: Path, rng: random.Random) -> tuple[bool, str]:
         _SECONDS[name] = time.perf_counter() - start
         anew()
     status = forked(lambda: target.job(folder), rng.uniform(0, _SECONDS[name]))
-    if status != "killed":
+    if status not in ("killed", _ABORTED):
         return False, status
     return True, target.judge(folder)
 

@@ -110,9 +110,8 @@ def compress(
     if first:
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
         rate = _RATE if lr is None else lr
-        key = fingerprint(
-            network, facts_of(Repeated(source.train, seed)), seed, data, first, rate, parts, *sizes.values()
-        )
+        facts = facts_of(Repeated(source.train, seed))
+        key = fingerprint(network, facts, seed, data, first, rate, parts, *sizes.values())
         trained_in = None if unfinished is None else unfinished / f"first-{key[:12]}"
         torch.manual_seed(seed)
         finetune(
