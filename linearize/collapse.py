@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from linearize import checks
-from linearize.algebra.forms import FORMS, Infeasible, Piece, Pieces
+from linearize.algebra.forms import FORMS, Infeasible, Pieces
+from linearize.algebra.parts import made
 from linearize.convert import unwrapped
 from linearize.duplicate import duplicate
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate, gates
-from linearize.graph.dryrun import dry_run, first_line
+from linearize.graph.dryrun import Trace, dry_run, first_line
+from linearize.graph.protect import ALONE
 from linearize.plan import (
     MASKED,
     NARROWED,
@@ -28,7 +31,9 @@ from linearize.plan import (
 )
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
-from linearize.surgery.layers import BlendedActivation, MaskedActivation
+from linearize.surgery.folds import what_is_left
+from linearize.surgery.fused import fuse_again
+from linearize.surgery.leftover import keep_activation, shrink_activation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
@@ -85,7 +90,8 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
         if not isinstance(plan, Plan):
             checks.refuse("plan", plan, "a Plan; Plan.from_json reads one from text")
         _check_plan(plan, found)
-    return _collapse(model, when, plan)
+    with ALONE:
+        return _collapse(model, when, plan)
 
 
 def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
@@ -152,7 +158,11 @@ def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
     except Infeasible as why:  # the weights showed what the shapes did not
         return None, str(why)
     failure = _difference(model, result)
-    return (result, None) if failure is None else (None, failure)
+    if failure is not None:
+        return None, failure
+    record = record_of(result) or Record()
+    record.steps = fuse_again(result, record.steps)
+    return result, None
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -174,16 +184,26 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
         elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
-            reader.pieces.update(FORMS[planned.form](maps))
+            reader.pieces.update(reader.settled(site, made(planned.form, maps)))
             carries = maps.linear.numel() > 0  # else all others were dropped: an ordinary activation remains
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
             )
             steps += unfold(result, site)
-        steps += _settle_activation(result, planned, gate, carries=carries)
+        linear = mask_of(planned, gate.channels)
+        if planned.form in _WHOLE:
+            steps += keep_activation(result, gate, linear, torch.zeros_like(linear))
+        elif planned.form == NARROWED:
+            gone = torch.zeros_like(linear)
+            gone[list(planned.dropped)] = True
+            steps += keep_activation(result, gate, linear, gone)
+        else:
+            width = _width(reader.pieces, site)
+            steps += shrink_activation(result, gate, linear, carries=carries, width=width)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
-    set_record(result, Record((), [*record.steps, *sorted(steps, key=_depth)], record.inputs))
+    steps.sort(key=_depth)
+    set_record(result, Record((), [*record.steps, *steps], record.inputs))
     return result
 
 
@@ -207,6 +227,12 @@ def _depth(step: Step) -> int:
     return 0 if step["module"]["type"] == "Children" else 1
 
 
+def _width(pieces: Pieces, site: Site | None) -> int:
+    """How many features the producer of a site puts out."""
+    piece = pieces[site.producer.module] if site is not None and site.producer is not None else None
+    return 0 if piece is None or piece.affine is None else piece.affine.weight.shape[0]
+
+
 def _last_use(found: dict[str, ChannelGate]) -> dict[str, str]:
     """For every linear map, the first site (the last to be handled) that it belongs to: then its weights are final."""
     last: dict[str, str] = {}
@@ -218,50 +244,18 @@ def _last_use(found: dict[str, ChannelGate]) -> dict[str, str]:
 
 
 def unfold(model: nn.Module, site: Site) -> list[Step]:
-    """Take away the constant maps that now live in their neighbours; their children stay."""
+    """Take away the constant maps that now live in their neighbours; their children stay.
+
+    A map behind a concatenation belongs to several sites: it may be gone already.
+    """
     steps: list[Step] = []
     for fold in (*site.folds, *site.up_folds, *site.consumer_folds):
-        spec: Spec = {"type": "Children", "names": list(fold.children)} if fold.children else {"type": "Identity"}
-        replace_module(model, fold.module, build(spec, model.get_submodule(fold.module)))
-        steps.append({"path": fold.module, "module": spec})
+        spec: Spec = what_is_left(fold)
+        step: Step = {"path": fold.module, "module": spec}
+        if step not in steps:  # a module of several maps goes once
+            replace_module(model, fold.module, build(spec, model.get_submodule(fold.module)))
+            steps.append(step)
     return steps
-
-
-def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate, *, carries: bool) -> list[Step]:
-    """The activation of a site after collapsing: whole, on the first channels only, masked, or gone."""
-    path, linear = _path_of(model, gate), mask_of(plan, gate.channels).to(gate.frozen.device)
-    whole = plan.form in (*_WHOLE, NARROWED)
-    kept = torch.ones_like(linear) if whole else ~linear
-    kept[list(plan.dropped if plan.form == NARROWED else ())] = False
-    moved = torch.where(gate.frozen, 1.0, gate.alpha.detach())
-    activation, steps, keep = gate.activation, list[Step](), int(kept.sum())
-
-    def put(layer: BlendedActivation | MaskedActivation, **values: Tensor) -> None:
-        layer.to(gate.slope.device, gate.slope.dtype)
-        for name, value in {**values, "slope": gate.slope, "intercept": gate.intercept}.items():
-            getattr(layer, name).copy_(value[kept])
-        steps.append({"path": path, "module": spec_of(layer)})
-
-    if bool(((moved != 0) & kept & ~linear).any()):
-        activation = BlendedActivation(activation, keep, gate.axis)
-        put(activation, alpha=moved)
-    elif whole and bool((linear & kept).any()):
-        activation = MaskedActivation(activation, keep, gate.axis)
-        put(activation, linear=linear)
-    if not whole:
-        # What lies directly between two maps that only this site reads is nobody else's memory.
-        inplace = gate.site is not None and gate.site.direct
-        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
-        spec = spec if keep else {"type": "Identity"}
-        if carries or not keep:
-            activation = build(spec, activation)
-            steps.append({"path": path, "module": spec})
-    replace_module(model, path, gate.released() if activation is gate.activation else activation)
-    return steps
-
-
-def _path_of(model: nn.Module, gate: ChannelGate) -> str:
-    return next(str(path) for path, module in model.named_modules() if module is gate)
 
 
 def _settle_maps(model: nn.Module, pieces: Pieces, at: dict[str, int], final: set[str]) -> list[Step]:
@@ -273,7 +267,7 @@ def _settle_maps(model: nn.Module, pieces: Pieces, at: dict[str, int], final: se
         replace_module(model, path, layer)
         steps.append({"path": path, "module": spec})
         piece = pieces[path]
-        pieces[path] = Piece(piece.layer, None, piece.number, piece.at)
+        pieces[path] = replace(piece, affine=None, border=None)
     return steps
 
 
@@ -285,17 +279,28 @@ def _difference(model: nn.Module, result: nn.Module) -> str | None:
     record, after = record_of(model), record_of(result)
     if record is None or record.inputs is None or after is None:
         return None
-    changed = {step["path"] for step in after.steps[len(record.steps) :]}
+    new = after.steps[len(record.steps) :]
+    changed = {step["path"] for step in new if step["module"]["type"] != "Neutral"}
     skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
-    try:
-        expected = dry_run(model, record.inputs, skip=skip)
-    except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
-        _log.debug("no dry run: %s", error)
-        return None
-    try:
-        found = dry_run(result, record.inputs, skip=skip)
-    except Exception as error:  # whatever the model's own code raises
-        return first_line(error)
+    modes = (False, True) if any(parameter.requires_grad for parameter in model.parameters()) else (False,)
+    for gradients in modes:
+        try:
+            expected = dry_run(model, record.inputs, skip=skip, gradients=gradients)
+        except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
+            _log.debug("no dry run: %s", error)
+            continue
+        try:
+            found = dry_run(result, record.inputs, skip=skip, gradients=gradients)
+        except Exception as error:  # whatever the model's own code raises
+            return first_line(error)
+        why = _difference_of(expected, found, changed)
+        if why is not None:
+            return why
+    return None
+
+
+def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | None:
+    """What two runs in the same mode show."""
     missed = (changed & expected.called) - found.called
     if missed:
         return f"it calls {min(missed)} from another place that holds it, too"

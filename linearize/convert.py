@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from linearize.errors import CaptureError, ConvertError, UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
-from linearize.graph.dryrun import called_modules
 from linearize.graph.parts import discover_parts
+from linearize.graph.protect import ALONE
 from linearize.record import Record, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.modes import settle_modes
 from linearize.surgery.owners import read_after_write, rewrite_owners
 from linearize.surgery.specs import replace_module
 
@@ -69,12 +70,23 @@ def convert(
     """
     checks.boolean("inplace", inplace)
     model = unwrapped(checks.module("model", model))
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        checks.normal_mode("convert")
+    with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
+        return _convert(model, example_inputs, include, exclude, inplace)
+
+
+def _convert(
+    model: nn.Module,
+    example_inputs: Any,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    inplace: bool,
+) -> nn.Module:
     if gates(model):
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
     _check_finite(model)
     inputs = on_device(_inputs(model, example_inputs), model)
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+    model = _trainable(model, inplace=inplace)
     sites = _sites(model, inputs)
     if not sites:
         remedy = "Convert a model (or the submodule) that has elementwise activations such as nn.ReLU or F.gelu."
@@ -84,6 +96,32 @@ def convert(
         with unchanged_on_error(model):
             return _put_gates(model, sites, inputs)
     return _put_gates(duplicate(model, ConvertError), sites, inputs)
+
+
+def _trainable(model: nn.Module, *, inplace: bool) -> nn.Module:
+    """The model, or an ordinary copy of one that was built under torch.inference_mode: no gradient may go through that.
+
+    Raises:
+        ConvertError: it is to be changed in place.
+    """
+    if not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    if inplace:
+        found = "was built under torch.inference_mode, so that it can never be trained"
+        raise ConvertError(type(model).__name__, found, "Build it outside, or convert a copy: inplace=False.")
+    return duplicate(model, ConvertError)
+
+
+@contextmanager
+def _plain_default_device(model: nn.Module) -> Iterator[None]:
+    """Where models are just being built on the meta device, a model with values is still run where its values are."""
+    tensors = (*model.parameters(), *model.buffers())
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+    if device is None or torch.get_default_device().type != "meta":
+        yield
+        return
+    with device:
+        yield
 
 
 def _sites(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
@@ -104,35 +142,26 @@ def _sites(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
 def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn.Module:
     """Rewrite what must be rewritten, and put the gates in, all in place."""
     known = record_of(target) or Record()
-    sites, rewrites = rewrite_owners(target, sites, inputs)
+    sites, steps = rewrite_owners(target, sites, inputs)
     sites = read_after_write(target, sites, inputs)
     replaced = {site.name: target.get_submodule(site.name) for site in sites if site.ungated is None}
     for site in sites:
         if site.ungated is None:
             _put_gate(target, site)
-    sites = _take_back(target, sites, replaced, inputs)
+    sites, unfused = settle_modes(target, sites, replaced, inputs)
+    for site in sites:
+        gate = target.get_submodule(site.name) if site.ungated is None else None
+        if isinstance(gate, ChannelGate):
+            gate.site = site
     left = sum(site.ungated is not None for site in sites)
     if left == len(sites):
         reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
         found = f"none of its {len(sites)} activations can get a gate ({reasons})"
         raise ConvertError(type(target).__name__, found, "Change include= or exclude=, or mend what is named.")
-    set_record(target, Record(sites, [*known.steps, *rewrites], fake_inputs(inputs)))
+    set_record(target, Record(sites, [*known.steps, *steps, *unfused], fake_inputs(inputs)))
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
     return target
-
-
-def _take_back(
-    model: nn.Module, sites: tuple[Site, ...], replaced: dict[str, nn.Module], inputs: Inputs
-) -> tuple[Site, ...]:
-    """Take back the gates that the model does not call: it may hold an activation in a list or a closure, too."""
-    called = called_modules(model, inputs) if replaced else set()
-    for name in replaced.keys() - called:
-        replace_module(model, name, replaced[name])
-    why = "the model holds it in another place, too, and calls it from there"
-    return tuple(
-        replace(site, ungated=why) if site.ungated is None and site.name not in called else site for site in sites
-    )
 
 
 @contextmanager
@@ -233,7 +262,8 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _put_gate(model: nn.Module, site: Site) -> None:
     activation = model.get_submodule(site.name)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    gate = ChannelGate(activation, site.channels, site.axis, gated_unit=site.gated_unit, site=site)
+    with like.device if like is not None else nullcontext():
+        gate = ChannelGate(activation, site.channels, site.axis, gated_unit=site.gated_unit, site=site)
     if like is not None:
         gate = gate.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
     replace_module(model, site.name, gate)

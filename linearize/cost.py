@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from linearize import checks
 from linearize.errors import UsageError
-from linearize.graph.capture import Inputs, untouched
+from linearize.graph.capture import Inputs
+from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, call, evaluating
 
 __all__ = ["Cost", "cost", "flops_of_modules"]

@@ -27,8 +27,13 @@ def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as failure:  # an attribute may be anything: a lock, a file, a generator
         found = f"cannot be copied ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
         remedy = "Take away the attribute that copy.deepcopy refuses, or convert with inplace=True."
         raise error(type(model).__name__, found, remedy) from failure
+    for old, new in zip(model.modules(), copied.modules(), strict=False):
+        for name in new._modules:
+            if name in vars(new) and name not in vars(old):
+                del vars(new)[name]  # `nn.TransformerDecoderLayer` hides a child `activation` of every copy
+    return copied

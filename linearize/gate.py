@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linearize import checks
 from linearize.errors import UsageError
+from linearize.purity import repeats
 from linearize.recompute import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class ChannelGate(nn.Module):
             checks.refuse("axis", axis, "a channel axis counted from the end: -1 is the last")
         self.activation = out_of_place(activation)
         self._inplace = tuple(name for name, module in activation.named_modules() if getattr(module, "inplace", False))
+        self._repeats = repeats(activation)
         self.channels = channels
         self.axis = axis
         self.gated_unit = gated_unit
@@ -137,7 +139,7 @@ class ChannelGate(nn.Module):
         """The gated activation of `input`."""
         activation, x = self.activation, input
         unit = Unit(activation, Line(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
-        if torch.compiler.is_compiling() or not recomputable(activation, x):
+        if torch.compiler.is_compiling() or not self._repeats or not recomputable(activation, x):
             return mix(unit, x)
         if not torch.is_grad_enabled():
             return mix_in_pieces(unit, x)

@@ -18,6 +18,9 @@ def ports_of(site: Site) -> list[Port]:
 def groups_of(model: nn.Module) -> list[list[str]]:
     """Names of sites that share a map, and so must be decided together; in order of execution.
 
+    A consumer behind a concatenation is not shared: each of its branches has columns of its own. Nor is one of a site
+    whose channels are taken apart: it keeps them.
+
     Example:
         >>> import linearize, torch
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
@@ -26,7 +29,10 @@ def groups_of(model: nn.Module) -> list[list[str]]:
     """
     groups: list[tuple[list[str], set[str]]] = []
     for name, gate in gates(model).items():
-        maps = {port.module for port in ports_of(gate.site)} if gate.site is not None else set()
+        site = gate.site
+        ports = [] if site is None or site.parts > 1 else ports_of(site)
+        others = {port.module for port in ports if site is not None and port in site.consumers and not port.whole}
+        maps = {port.module for port in ports} - others
         names = [name]
         for group in [g for g in groups if g[1] & maps]:
             groups.remove(group)

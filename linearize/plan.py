@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.forms import FORMS, Infeasible, Maps, Pieces, cost
+from linearize.algebra.parts import made
 from linearize.errors import UsageError
 from linearize.gate import ChannelGate, gates
 from linearize.report.table import render
@@ -288,7 +289,7 @@ class _Choice:
             other = gate.site
             if other is None or other.reason is not None or site.producer is None:
                 continue
-            if [port.module for port in other.consumers] == [site.producer.module]:
+            if [port.key for port in other.consumers] == [site.producer.module]:
                 return other
         return None
 
@@ -303,7 +304,7 @@ class _Choice:
             maps = self.reader.maps(site, self.found[site.name], self.masks[site.name], fixed)
         except Infeasible as why:
             return {}, str(why)
-        options, reasons = options_of(maps)
+        options, reasons = options_of(maps, lambda made: self.reader.settled(site, made))
         return options, "; ".join(f"{form}: {why}" for form, why in reasons.items())
 
     def _settle(self, site: Site, options: dict[str, Pieces], allowed: list[str], before: float, why: str) -> SitePlan:
@@ -316,13 +317,13 @@ class _Choice:
         return SitePlan(site.name, form, chosen, before, prices[form])
 
 
-def options_of(maps: Maps) -> tuple[dict[str, Pieces], dict[str, str]]:
-    """Every form that can express a site, and why the others cannot."""
+def options_of(maps: Maps, settled: Callable[[Pieces], Pieces]) -> tuple[dict[str, Pieces], dict[str, str]]:
+    """Every form that can express a site, as whole layers, and why the others cannot."""
     options: dict[str, Pieces] = {}
     reasons: dict[str, str] = {}
-    for form, make in FORMS.items():
+    for form in FORMS:
         try:
-            options[form] = make(maps)
+            options[form] = settled(made(form, maps))
         except Infeasible as why:
             reasons[form] = str(why)
     return options, reasons

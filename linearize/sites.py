@@ -5,8 +5,11 @@ Plain data throughout, so that a site can be printed, pickled with its model and
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from linearize.algebra.constants import Expression, expression_of, renamed
 
 
 @dataclass(frozen=True)
@@ -16,10 +19,14 @@ class Port:
     Attributes:
         module: path of the module that holds it.
         kind: "linear", "conv1d", "conv2d" or "conv3d".
-        start, stop: the features of that module which are the site's channels: all, except for a packed gated unit.
+        start, stop: the features of that module which are the site's channels: all, except for a packed gated unit, and
+            for a consumer behind a concatenation.
         total: how many features the module has on this side.
         transposed: True if the weight is stored (inputs, outputs), as in transformers' ``Conv1D``.
         positions: where the map is evaluated, in the example inputs: tokens or pixels, times the batch.
+        folds: for a consumer, which of the site's `consumer_folds` lie before it, and the inputs that each acts on:
+            index, start and stop.
+        part: for a consumer, which of the site's `parts` it reads.
     """
 
     module: str
@@ -29,6 +36,23 @@ class Port:
     total: int
     transposed: bool
     positions: int
+    folds: tuple[tuple[int, int, int], ...] = ()
+    part: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """True if all features of the module on this side are the site's channels."""
+        return self.start == 0 and self.stop == self.total
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other ports of its module.
+
+        Example:
+            >>> Port("fuse", "conv2d", 4, 8, 12, False, 1).key
+            'fuse[4:8]'
+        """
+        return self.module if self.whole else f"{self.module}[{self.start}:{self.stop}]"
 
     @property
     def dims(self) -> int:
@@ -38,12 +62,18 @@ class Port:
 
 @dataclass(frozen=True)
 class Fold:
-    """A constant affine map per channel that can be folded away: `weight * (x - mean) / sqrt(var + eps) + bias`.
+    """A constant affine map per channel that can be folded away.
+
+    Either a norm, `weight * (x - mean) / sqrt(var + eps) + bias`, or `scale * x + shift`.
 
     Attributes:
-        module: path of the module that computes it and nothing else besides what its children do.
+        module: path of the module that computes it and nothing else besides what its children do; or that holds the
+            parameters in `neutral`.
         children: names of the children that run after it, in order (the activation of a norm-act layer, for one).
         weight, bias, mean, var: names of its parameters and buffers in the model.
+        scale, shift: expressions of parameters and buffers, by their names in the model; None for 1 and 0.
+        neutral: names of parameters with the value that makes the map the identity, for a map in the middle of
+            somebody's forward: they are set to it, and the module stays. Empty if the module goes.
     """
 
     module: str
@@ -53,6 +83,34 @@ class Fold:
     mean: str | None = None
     var: str | None = None
     eps: float = 0.0
+    scale: Expression | None = None
+    shift: Expression | None = None
+    neutral: tuple[tuple[str, float], ...] = ()
+
+    def renamed(self, rename: Callable[[str], str]) -> Fold:
+        """The same map in a model where every path and name is another."""
+
+        def name(value: str | None) -> str | None:
+            return None if value is None else rename(value)
+
+        return replace(
+            self,
+            module=rename(self.module),
+            weight=name(self.weight),
+            bias=name(self.bias),
+            mean=name(self.mean),
+            var=name(self.var),
+            scale=renamed(self.scale, rename),
+            shift=renamed(self.shift, rename),
+            neutral=tuple((rename(parameter), value) for parameter, value in self.neutral),
+        )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Fold:
+        """The map from plain data, as JSON gives it."""
+        parts = {key: expression_of(data[key]) for key in ("scale", "shift") if data.get(key) is not None}
+        neutral = tuple((str(name), float(value)) for name, value in data.get("neutral", ()))
+        return cls(**{**data, **parts, "children": tuple(data["children"]), "neutral": neutral})
 
 
 @dataclass(frozen=True)
@@ -74,6 +132,8 @@ class Site:
         reason: why its linear channels cannot be collapsed; None if they can.
         producer, up, consumers: the linear maps around it; `up` is the other factor of a gated unit.
         folds, up_folds, consumer_folds: constant maps per channel between them.
+        parts: into how many parts of equal width the channels are taken apart, as by a chunk; 1 for none.
+        bent: True if something nonlinear that treats each channel by itself lies before a consumer: a max-pool.
         steady: False if something before the consumers does not keep a constant constant (zero padding, a scale).
         direct: True if nothing but the identity lies between producer, activation and consumers.
         saved: multiply-adds per linear channel and example batch that go if the channel vanishes without a trace.
@@ -99,6 +159,8 @@ class Site:
     folds: tuple[Fold, ...] = ()
     up_folds: tuple[Fold, ...] = ()
     consumer_folds: tuple[Fold, ...] = ()
+    parts: int = 1
+    bent: bool = False
     steady: bool = True
     direct: bool = True
     saved: float = 0.0
@@ -117,10 +179,19 @@ class Site:
             True
         """
         fields = dict(data)
+        folds = {
+            key: tuple(Fold.from_dict(fold) for fold in fields.get(key, ()))
+            for key in ("folds", "up_folds", "consumer_folds")
+        }
         for key in ("producer", "up"):
-            fields[key] = Port(**fields[key]) if fields.get(key) else None
+            fields[key] = _port(fields[key], 0) if fields.get(key) else None
         fields["options"] = tuple((name, value) for name, value in fields.get("options", ()))
-        fields["consumers"] = tuple(Port(**port) for port in fields.get("consumers", ()))
-        for key in ("folds", "up_folds", "consumer_folds"):
-            fields[key] = tuple(Fold(**{**fold, "children": tuple(fold["children"])}) for fold in fields.get(key, ()))
-        return cls(**fields)
+        fields["consumers"] = tuple(_port(port, len(folds["consumer_folds"])) for port in fields.get("consumers", ()))
+        return cls(**{**fields, **folds})
+
+
+def _port(data: dict[str, Any], before: int) -> Port:
+    """A port from plain data; where it does not say which constant maps lie before it, all `before` of them do."""
+    every = [(index, 0, data["total"]) for index in range(before)]
+    folds = tuple((int(index), int(start), int(stop)) for index, start, stop in data.get("folds", every))
+    return Port(**{**data, "folds": folds})

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize import checks
+from linearize.errors import UsageError
+from linearize.graph.capture import Inputs
 from linearize.nest import leaves_of
 from linearize.report.verification import OutputError, Verification, worst
 from linearize.running.models import batches_of, call, evaluating
@@ -71,8 +73,9 @@ class _Sums:
 
 
 def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Verification:
-    """Compare two models on inputs, both in eval mode, and leave both as they were.
+    """Compare two models on inputs, both in eval mode, without gradients and with them, and leave both as they were.
 
+    A model may take another path where no gradients are recorded (torch's transformer layers do), so both count.
     Every tensor in the outputs is compared, through tuples, dicts and dataclasses.
     Integers must be equal; NaN never passes; infinite values must be the same and do not count otherwise.
 
@@ -103,11 +106,24 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance
     comparison = _Comparison(tolerance, max((_tolerance(p.dtype) for p in parameters), default=0.0))
     with evaluating(reference, candidate):
         for batch in batches_of(inputs):
-            expected = _named(call("reference", reference, batch))
-            found = _named(call("candidate", candidate, batch))
-            for name in expected | found:
-                comparison.add(name, expected.get(name, _MISSING), found.get(name, _MISSING))
+            _compare(comparison, reference, candidate, batch)
+            if any(parameter.requires_grad for parameter in parameters):
+                with torch.enable_grad():
+                    _compare(comparison, reference, candidate, batch)
     return comparison.result()
+
+
+def _compare(comparison: _Comparison, reference: nn.Module, candidate: nn.Module, batch: Inputs) -> None:
+    """Compare all outputs of one batch; where only the mode with gradients cannot run the reference, nothing."""
+    try:
+        expected = _named(call("reference", reference, batch))
+    except UsageError:
+        if torch.is_grad_enabled():  # it has run without: kernels for inference, say
+            return
+        raise
+    found = _named(call("candidate", candidate, batch))
+    for name in expected | found:
+        comparison.add(name, expected.get(name, _MISSING), found.get(name, _MISSING))
 
 
 _MISSING = object()

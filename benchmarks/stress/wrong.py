@@ -204,8 +204,8 @@ def _rest(x: Tensor) -> Iterator[Call]:
         for shape in ((1,), (32, 1), (31,), ()):
             for step in (linearize.collapse, linearize.SparsityPrior, linearize.summary):
                 yield f"{step.__name__} with {name} of shape {shape}", _reshaped(step, x, name, shape)
-    yield "convert in inference_mode", lambda: _in_mode(torch.inference_mode(), x)
-    yield "convert on the meta device", lambda: _in_mode(torch.device("meta"), x)
+    yield "compress in inference_mode", lambda: _in_mode(torch.inference_mode())
+    yield "compress on the meta device", lambda: _in_mode(torch.device("meta"))
     yield (
         "compress a model without values",
         lambda: linearize.compress(toys.network().to("meta"), toys.data(), flops=0.5, progress=False),
@@ -243,7 +243,7 @@ def _reshaped(
     return call
 
 
-def _in_mode(mode: Any, x: Tensor) -> object:
-    model = toys.network()
+def _in_mode(mode: Any) -> object:
+    model, data = toys.network(), toys.data()
     with mode:
-        return linearize.convert(model, x)
+        return linearize.compress(model, data, flops=0.5, rounds=0, progress=False)

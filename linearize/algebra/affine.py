@@ -99,6 +99,24 @@ def scaled(affine: Affine, scale: Tensor, shift: Tensor) -> Affine:
     return replace(affine, weight=weight, bias=affine.bias * scale + shift)
 
 
+def behind(affine: Affine, first: int, scale: Tensor, shift: Tensor) -> Affine:
+    """The map of `x`, given that of `scale * x + shift`, for the inputs from `first` on that scale and shift speak of.
+
+    The shift must reach every position alike: there is no padding in between.
+
+    Example:
+        >>> outer = Affine(torch.ones(1, 3), torch.zeros(1))
+        >>> found = behind(outer, 1, torch.tensor([2.0]), torch.tensor([5.0]))
+        >>> found.weight.tolist(), found.bias.tolist()
+        ([[1.0, 2.0, 1.0]], [5.0])
+    """
+    weight, inputs = affine.weight.clone(), slice(first, first + scale.numel())
+    part = affine.weight[:, inputs]
+    total = part.flatten(2).sum(2) if affine.dims else part
+    weight[:, inputs] = part * scale.view(1, -1, *(1,) * affine.dims)
+    return replace(affine, weight=weight, bias=affine.bias + total @ shift)
+
+
 def stacked(first: Affine, second: Affine) -> Affine:
     """Both maps of the same input, one's outputs after the other's; their geometry must be the same."""
     return replace(first, weight=torch.cat((first.weight, second.weight)), bias=torch.cat((first.bias, second.bias)))

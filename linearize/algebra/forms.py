@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Piece:
         number: the one number that the layer takes: where the carried part starts, how many ones, and so on.
         at: for "ones", the place of the ones.
         border: for "border", the kernel of the constant-one channel.
+        beside: for "carry", how many features the site carries in all, for all of its consumers.
+        branches: for a consumer behind a concatenation, the inputs of each branch that has been changed: where they
+            began and ended, and how many columns they have now.
+        folded: the constant maps before it that are in it, each with the first input that it acts on.
     """
 
     layer: str
@@ -41,6 +46,9 @@ class Piece:
     number: int = 0
     at: int = 0
     border: Tensor | None = None
+    beside: int = 0
+    branches: tuple[tuple[int, int, int], ...] = ()
+    folded: tuple[tuple[Any, int], ...] = ()
 
 
 IDENTITY = Piece("identity")
@@ -58,9 +66,13 @@ class Maps:
         slope, intercept: the surrogate of every channel (C,).
         keep, linear, dropped: index of the channels that stay, become linear, or only leave a constant.
         steady, direct: as of the site.
+        bent: a maximum over positions lies before a consumer: nothing can be merged over it.
         grouped: a map was grouped, so that its channels cannot be reordered without making it dense.
         packed: for a gated unit whose two maps are one layer: "gate_first" or "up_first".
         fixed_producer: the producer must stay a plain layer, because a site before it will fold into it.
+        branches: for each consumer, whether it also reads other channels, behind a concatenation.
+        parts: for each consumer, which part of the channels it reads, if they are taken apart.
+        apart: keep, linear and dropped of each of these parts, counted from its first channel; empty if they are not.
     """
 
     producer: Affine
@@ -76,9 +88,13 @@ class Maps:
     up_at: tuple[str, int] = ("", 0)
     steady: bool = True
     direct: bool = True
+    bent: bool = False
     grouped: bool = False
     packed: str | None = None
     fixed_producer: bool = False
+    branches: tuple[bool, ...] = ()
+    parts: tuple[int, ...] = ()
+    apart: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
     @property
     def constant_bias(self) -> bool:
@@ -114,12 +130,20 @@ def _merge(consumer: Affine, inner: Affine, linear: Tensor) -> Affine:
     return compose(replace(outer, bias=torch.zeros_like(outer.bias)), inner)
 
 
+def _check_linear(maps: Maps) -> None:
+    if maps.bent:
+        raise Infeasible("a maximum over positions lies between the maps")
+
+
 def vanished(maps: Maps) -> Pieces:
     """No channel stays: one map from the site's input to its output, and nothing else."""
+    _check_linear(maps)
     if maps.keep.numel():
         raise Infeasible("some channels stay nonlinear")
     if len(maps.consumers) != 1:
         raise Infeasible("it has more than one consumer")
+    if any(maps.branches):
+        raise Infeasible("its consumer also reads other channels")
     consumer, inner = _constants(maps)[0], linear_part(maps)
     why = obstacle(consumer, inner)
     if why is not None:
@@ -160,8 +184,13 @@ def _open_gate(maps: Maps, pieces: Pieces, width: int) -> None:
 
 
 def merged(maps: Maps) -> Pieces:
-    """Carry the output: the producer puts out the nonlinear channels and the merged term, which passes by them."""
-    if maps.linear.numel() == 0 or maps.keep.numel() == 0:
+    """Carry the output: the producer puts out the nonlinear channels and the merged term, which passes by them.
+
+    Of a branch of a concatenation no channel has to stay: its consumer reads the other branches still.
+    """
+    _check_linear(maps)
+    branch = bool(maps.branches) and all(maps.branches) and maps.up is None
+    if maps.linear.numel() == 0 or (maps.keep.numel() == 0 and not branch):
         raise Infeasible("there is nothing to carry past the activation")
     inner, consumers = linear_part(maps), _constants(maps)
     if not all(consumer.pointwise for consumer in consumers):
@@ -183,6 +212,7 @@ def merged(maps: Maps) -> Pieces:
         start += term.weight.shape[0]
     if carried is None:
         raise Infeasible("it has no consumer")
+    pieces = {path: replace(piece, beside=start) for path, piece in pieces.items()}
     _produce(maps, pieces, carried)
     return pieces
 
@@ -196,9 +226,13 @@ def factored(maps: Maps) -> Pieces:
     """The linear channels stay channels, behind the others, and pass the activation; dropped ones go."""
     if maps.grouped:
         raise Infeasible("its channels are grouped and cannot be reordered")
-    order = torch.cat((maps.keep, maps.linear))
-    if order.numel() == 0:
+    if maps.keep.numel() == 0 and maps.linear.numel() == 0:
         raise Infeasible("no channel is left")
+    return _reordered(maps)
+
+
+def _reordered(maps: Maps) -> Pieces:
+    order = torch.cat((maps.keep, maps.linear))
     pieces: Pieces = {}
     for consumer, (path, dims) in zip(_constants(maps), maps.consumers_at, strict=True):
         pieces[path] = Piece("plain", as_dims(columns(consumer, order), dims))
@@ -241,6 +275,7 @@ def merged_input(maps: Maps) -> Pieces:
     Right where something that is linear per channel lies between (pooling), and for 1x1 before k x k: a channel of
     ones, padded like the others, makes the bias exact at the border.
     """
+    _check_linear(maps)
     if maps.up is not None or maps.fixed_producer or maps.producer_at[1] == 0:
         raise Infeasible("its input cannot be carried")
     if maps.linear.numel() == 0 or maps.keep.numel() == 0:

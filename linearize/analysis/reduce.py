@@ -112,7 +112,7 @@ def merge_parallel(model: nn.Module, record: Symmetry, gate: ChannelGate) -> Non
 
 def _columns(model: nn.Module, site: Site) -> list[Tensor] | None:
     """The weights of all consumers of a site as (O, C, ...), views of parameters; None if they cannot be changed."""
-    if site.reason is not None or site.consumer_folds or not site.consumers or site.gated_unit:
+    if site.reason is not None or site.consumer_folds or not site.consumers or site.gated_unit or site.bent:
         return None
     held = [weight_of(model, port) for port in site.consumers]
     found = [weight for weight in held if weight is not None and weight.shape[1] == site.channels]

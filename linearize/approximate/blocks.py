@@ -156,6 +156,8 @@ def _block(model: nn.Module, sites: list[Site]) -> Block:
     for site in sites:
         if site.reason is not None or site.producer is None or site.up is not None or len(site.consumers) != 1:
             raise Infeasible("no chain of plain maps")
+        if site.parts > 1 or site.bent or not site.consumers[0].whole:
+            raise Infeasible("a concatenation, channels that are taken apart, or a maximum")
         if not ports:
             ports.append(site.producer)
         if site.producer.module != ports[-1].module:

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from linearize.approximate.editable import bias_of, fold_of, matrix, write_bias, write_matrix
+from linearize.approximate.editable import (
+    bias_of,
+    consumers_of,
+    fold_of,
+    matrix,
+    write_bias,
+    write_columns,
+    write_matrix,
+)
 from linearize.approximate.observe import Observation
 from linearize.approximate.regression import Fit
 from linearize.approximate.skip import skip_source
@@ -32,7 +40,8 @@ class Edit:
         site: its name.
         keep: indices of the channels that stay nonlinear, ascending.
         carriers: indices of the channels that carry the skip, (r,).
-        weights, biases: of each consumer, (O_j, C * g) and (O_j,).
+        weights, biases: of each consumer, (O_j, C * g) and (O_j,); the weights for the site's channels.
+        before: the biases that these replace.
         source: the whole weight (outputs, I * taps) of the producer, with the skip's rows in it; None without a skip.
         slope, intercept: of the gate, (C,).
     """
@@ -46,6 +55,7 @@ class Edit:
     slope: Tensor
     intercept: Tensor
     loss: float = field(default=0.0)
+    before: tuple[Tensor, ...] = ()
 
     def linear(self) -> Tensor:
         """Which channels are not nonlinear any more: bool (C,)."""
@@ -94,7 +104,8 @@ def edit_for(model: nn.Module, observation: Observation, keep: Tensor, found: Fi
             intercept[carriers] = -(scale * own + shift)[carriers]
     sizes = [consumer.outputs for consumer in observation.consumers]
     parts = weight.split(sizes), bias.split(sizes)
-    return Edit(site.name, keep, carriers, *parts, source, slope, intercept, found.loss)
+    before = observation.bias(model).split(sizes)
+    return Edit(site.name, keep, carriers, *parts, source, slope, intercept, found.loss, before)
 
 
 def _features(channels: Tensor, group: int) -> Tensor:
@@ -109,9 +120,12 @@ def carry_out(model: nn.Module, edit: Edit) -> None:
     site = gate.site
     if site is None:
         return
-    for port, weight, bias in zip(site.consumers, edit.weights, edit.biases, strict=True):
-        write_matrix(model, port, weight)
-        write_bias(model, port, bias)
+    values = zip(consumers_of(model, site), edit.weights, edit.biases, edit.before, strict=True)
+    for consumer, weight, bias, before in values:
+        write_columns(model, consumer, weight)
+        # Other branches of a concatenation may have changed the bias since.
+        moved = bias_of(model, consumer.port, consumer.outputs) - before
+        write_bias(model, consumer.port, bias if consumer.port.whole else bias + moved)
     start = skip_source(model, site)
     if edit.source is not None and start is not None:
         write_matrix(model, start.port, edit.source)

@@ -14,10 +14,21 @@ from torch import Tensor, nn
 
 from linearize.algebra.forms import Infeasible
 from linearize.sites import Fold, Port, Site
+from linearize.surgery.folds import scale_shift
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.probe import has_own_forward, probed
 
-__all__ = ["Consumer", "consumers_of", "conv_groups", "fold_of", "matrix", "obstacle_to_refit", "write_matrix"]
+__all__ = [
+    "Consumer",
+    "columns_of",
+    "consumers_of",
+    "conv_groups",
+    "fold_of",
+    "matrix",
+    "obstacle_to_refit",
+    "write_columns",
+    "write_matrix",
+]
 
 # Features of a spatial consumer beyond which the covariance would not fit a sensible memory or time.
 _WIDEST = 5000
@@ -31,6 +42,17 @@ class Consumer:
     module: nn.Module
     outputs: int
     group: int
+
+    @property
+    def columns(self) -> slice:
+        """Its columns that read the site's channels: all, but behind a concatenation."""
+        return slice(self.port.start * self.group, self.port.stop * self.group)
+
+    def reads(self, x: Tensor) -> Tensor:
+        """The site's channels in its input."""
+        return (
+            x if self.port.whole else x.narrow(-1 - self.port.dims, self.port.start, self.port.stop - self.port.start)
+        )
 
     @property
     def spatial(self) -> bool:
@@ -51,6 +73,18 @@ def write_matrix(model: nn.Module, port: Port, value: Tensor) -> None:
     weight: Any = model.get_submodule(port.module).weight
     value = value.t() if port.transposed else value
     weight.copy_(value.reshape(weight.shape))
+
+
+def columns_of(model: nn.Module, consumer: Consumer) -> Tensor:
+    """The weight of a consumer for a site's channels, (O, C * g), in float64."""
+    return matrix(model, consumer.port)[:, consumer.columns]
+
+
+def write_columns(model: nn.Module, consumer: Consumer, value: Tensor) -> None:
+    """Write the weight of a consumer for a site's channels (O, C * g)."""
+    whole = matrix(model, consumer.port)
+    whole[:, consumer.columns] = value
+    write_matrix(model, consumer.port, whole)
 
 
 def bias_of(model: nn.Module, port: Port, outputs: int) -> Tensor:
@@ -93,6 +127,9 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
         grouped = port is not None and conv_groups(model, port) > 1
         if port is not None and grouped and not (port == site.producer and _narrows(model, site)):
             return f"{port.module} has groups"
+    why = _obstacle_between(site)
+    if why is not None:
+        return why
     kinds = consumers_of(model, site)
     if len({consumer.group for consumer in kinds}) > 1:
         return "its consumers look at different numbers of positions"
@@ -102,6 +139,19 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
         return "the padding of its consumer depends on the size, or is given in words"
     if kinds[0].group * site.channels > _WIDEST:
         return f"its consumer reads {kinds[0].group * site.channels} features, more than {_WIDEST}"
+    return None
+
+
+def _obstacle_between(site: Site) -> str | None:
+    """Why what lies between the activation and its consumers forbids a fit: not all of them read the same."""
+    if site.parts > 1:
+        return "its channels are taken apart behind the activation"
+    if site.bent and len(site.consumers) > 1:
+        return "a maximum over positions lies before one of several consumers"
+    if len({port.module for port in site.consumers}) < len(site.consumers):
+        return "one of its consumers reads it at two places of a concatenation"
+    if len({frozenset(index for index, *_ in port.folds) for port in site.consumers}) > 1:
+        return "a constant map per channel lies before one of several consumers"
     return None
 
 
@@ -140,21 +190,16 @@ def _plain(model: nn.Module, port: Port) -> bool:
 
 def fold_of(model: nn.Module, folds: tuple[Fold, ...], channels: int) -> tuple[Tensor, Tensor]:
     """Scale and shift of the constant maps between a producer and its activation, in float64, both (C,)."""
-    from linearize.algebra.affine import norm_scale_shift
-
     like: Any = next(model.parameters())
     scale = torch.ones(channels, dtype=torch.float64, device=like.device)
     shift = torch.zeros_like(scale)
     for fold in folds:
-        weight, bias, mean, var = (_tensor(model, name) for name in (fold.weight, fold.bias, fold.mean, fold.var))
-        s, t = norm_scale_shift(weight, bias, mean, var, fold.eps, channels)
+        s, t = (value.to(like.device) for value in scale_shift(fold, lambda name: _tensor(model, name), channels))
         scale, shift = scale * s, shift * s + t
     return scale, shift
 
 
-def _tensor(model: nn.Module, name: str | None) -> Tensor | None:
-    if name is None:
-        return None
+def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     found: Tensor = getattr(model.get_submodule(path), attribute).detach()
     return found

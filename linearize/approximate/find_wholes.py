@@ -14,7 +14,7 @@ from linearize.approximate.wholes import Whole
 from linearize.convert import UNSELECTED
 from linearize.cost import flops_of_modules
 from linearize.gate import ChannelGate, gates
-from linearize.graph.capture import untouched
+from linearize.graph.protect import untouched
 from linearize.groups import ports_of
 from linearize.record import record_of
 from linearize.running.models import batches_of, call, evaluating

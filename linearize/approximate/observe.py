@@ -23,8 +23,8 @@ from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.editable import (
     Consumer,
     bias_of,
+    columns_of,
     consumers_of,
-    matrix,
     obstacle_to_refit,
 )
 from linearize.approximate.probes import projection
@@ -89,7 +89,7 @@ class Observation:
 
     def weight(self, model: nn.Module) -> Tensor:
         """The consumers' weights under one another, (O, C * g), float64."""
-        return torch.cat([matrix(model, consumer.port) for consumer in self.consumers])
+        return torch.cat([columns_of(model, consumer) for consumer in self.consumers])
 
     def bias(self, model: nn.Module) -> Tensor:
         """The consumers' biases, (O,), float64."""
@@ -293,7 +293,8 @@ def _see_input(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
 def _see_output(watch: _Watch, index: int, source: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if index == 0:
-            watch.h = batched(inputs[0].detach(), watch.found.consumers[0].port.dims)
+            consumer = watch.found.consumers[0]
+            watch.h = batched(consumer.reads(inputs[0].detach()), consumer.port.dims)
         if source is None or not output.is_floating_point():
             return None
         output = output + source.to(output.dtype)

@@ -56,7 +56,9 @@ def skip_source(model: nn.Module, site: Site) -> Source | None:
     Of convolutions the middle taps alone: a skip of kernel 1x1 beside channels that look around.
     """
     port = site.producer if site.up is None else site.up
-    if port is None or site.producer is None or not site.steady or site.up_folds or conv_groups(model, port) > 1:
+    if port is None or site.producer is None or not site.steady or conv_groups(model, port) > 1:
+        return None
+    if site.up_folds or site.consumer_folds or site.bent:
         return None
     readers = [site.producer, *site.consumers] if site.up is not None else list(site.consumers)
     if len({p.dims for p in (port, *readers)}) != 1:

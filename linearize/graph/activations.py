@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from linearize.graph.capture import CONSTANT, Call, Capture, shape, users
-from linearize.graph.ops import ACTIVATIONS, ARITHMETIC, constant, op_name
+from linearize.graph.ops import ACTIVATIONS, ARITHMETIC, is_constant, op_name
 
 # What may stand inside an activation module besides arithmetic: it moves no value.
 _CASTS = frozenset(("to _to_copy clone contiguous alias detach type_as lift_fresh empty_like expand_as").split())
@@ -73,6 +74,8 @@ def _module_activation(model: nn.Module, captured: Capture, call: Call, ops: lis
         return None
     module = model.get_submodule(call.path)
     members = set(ops)
+    if len({captured.calls[node] for node in ops}) > 1 and any(_differs(node) for node in captured.ops[call]):
+        return None  # a constant map per channel, and the activation is a child
     outside = {
         source
         for node in ops
@@ -80,12 +83,19 @@ def _module_activation(model: nn.Module, captured: Capture, call: Call, ops: lis
         if source not in members and CONSTANT not in source.meta
     }
     results = [node for node in ops if any(user not in members for user in users(node))]
-    if len(outside) != 1 or len(results) != 1 or not (set(names) & _BENDING or _squares(ops)):
+    bent = {op_name(node) for node in ops if CONSTANT not in node.meta} & _BENDING
+    if len(outside) != 1 or len(results) != 1 or not (bent or _squares(ops)):
         return None
     source, output = outside.pop(), results[0]
     if shape(source) is None or shape(source) != shape(output):
         return None
     return Activation(type(module).__name__.lower(), source, output, tuple(ops), call, captured.stacks[ops[0]][-2])
+
+
+def _differs(node: fx.Node) -> bool:
+    """True if an op works with a constant that is not one number for all."""
+    constants = [source for source in node.all_input_nodes if CONSTANT in source.meta]
+    return CONSTANT not in node.meta and any(math.prod(shape(source) or ()) > 1 for source in constants)
 
 
 def _below(captured: Capture) -> dict[Call, list[fx.Node]]:
@@ -101,6 +111,6 @@ def _squares(ops: list[fx.Node]) -> bool:
     """X * x is nonlinear although no op in it is."""
     return any(
         op_name(node) in ("mul", "div")
-        and all(isinstance(value, fx.Node) and constant(value) is None for value in node.args[:2])
+        and all(isinstance(value, fx.Node) and not is_constant(value) for value in node.args[:2])
         for node in ops
     )

@@ -5,18 +5,13 @@ The graph is for analysis only; what the user gets back is always the eager modu
 
 from __future__ import annotations
 
-import copy
-import functools
-import gc
 import io
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
 from linearize.graph.opaque import opaque_layers
+from linearize.graph.protect import untouched
 from linearize.nest import copied, plain
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -151,7 +147,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
             program = torch.export.export(_TensorsOnly(model), *copied(inputs), strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
         raise CaptureError(*_explain(model, inputs, error)) from error
-    return _index(program)
+    return _index(program, model)
 
 
 @contextmanager
@@ -169,101 +165,56 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextmanager
-def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """A model in eval mode (or in training mode); afterwards its modules have the modes and attributes they had.
-
-    Whatever a forward leaves on its module (a feature map, a cache, a buffer put anew) would be a fake tensor here. So
-    would tensors that a function remembers (`functools.lru_cache`): those are forgotten before and after.
-
-    Example:
-        >>> layer = nn.Dropout()
-        >>> with untouched(layer):
-        ...     layer.seen = layer.training
-        >>> layer.training, hasattr(layer, "seen")
-        (True, False)
-    """
-    held = [(module, module.training, dict(vars(module)), _contents(module)) for module in model.modules()]
-    memories = _memories(model)
-    _forget_tensors(memories)
-    try:
-        for module, *_ in held:
-            module.training = training
-        yield
-    finally:
-        for module, mode, attributes, contents in held:
-            module.training = mode  # a scripted module does not keep it among its attributes
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, content in contents:
-                container.clear()
-                container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
-        _forget_tensors(memories)
-
-
-def _memories(model: nn.Module) -> list[Any]:
-    """What a model's methods, and functions beside its classes, remember results in; also inside a wrapper."""
-    kinds = {cls for module in model.modules() for cls in type(module).__mro__}
-    files = {id(file): vars(file) for cls in kinds if (file := sys.modules.get(cls.__module__)) is not None}
-    places = [*map(vars, model.modules()), *map(vars, kinds), *files.values()]
-    held = [getattr(value, "__func__", value) for place in places for value in list(place.values())]
-    held += [c.cell_contents for v in held if isinstance(v, FunctionType) for c in v.__closure__ or () if _full(c)]
-    return [value for value in held if isinstance(value, functools._lru_cache_wrapper)]
-
-
-def _forget_tensors(memories: list[Any]) -> None:
-    """Clear the caches that hold a tensor; a tokenizer or a configuration that a function remembers stays."""
-    for memory in memories:
-        held, seen = gc.get_referents(memory), 0
-        while seen < len(held):
-            if isinstance(held[seen], Tensor):
-                memory.cache_clear()
-                break
-            if isinstance(held[seen], (dict, list, tuple)) or "lru_list" in type(held[seen]).__name__:
-                held += gc.get_referents(held[seen])
-            seen += 1
-
-
-def _full(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that has no value yet
-        return False
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dicts, lists and sets that a module holds (its parameters, its caches), each with a copy of what is in it."""
-    return [(value, copy.copy(value)) for value in vars(module).values() if isinstance(value, (dict, list, set))]
-
-
 def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, str, str]:
-    """Whether the inputs or the capture failed: only a plain run can tell."""
-    first = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+    """Whether the inputs, the capture or our own machinery failed: only a plain run can tell."""
     name = type(model).__name__
     scripted = next((path for path, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
     if scripted is not None:
         return scripted or name, "is a scripted module, which has no Python left to rewrite", "Put the eager one there."
+    why = f"{type(error).__name__}: {_line(error) or type(error).__name__}"
     try:
         with untouched(model), torch.no_grad():
             args, kwargs = copied(inputs)
             model(*args, **kwargs)
-    except Exception as failure:  # same reason as above
-        line = next((text for text in str(failure).strip().splitlines() if text.strip()), "")
-        shapes = [tuple(t.shape) for t in tensors_of([inputs[0], inputs[1]])]
-        return (
-            name,
-            f"does not run on the example inputs of shapes {shapes} ({type(failure).__name__}: {line})",
-            "Pass example_inputs= that the model's forward takes.",
-        )
+    except Exception as failure:  # of the model, or of what protects it
+        if not _runs(model, inputs):
+            shapes = [tuple(t.shape) for t in tensors_of([inputs[0], inputs[1]])]
+            found = (
+                f"does not run on the example inputs of shapes {shapes} ({type(failure).__name__}: {_line(failure)})"
+            )
+            return name, found, "Pass example_inputs= that the model's forward takes."
+        why = f"{type(failure).__name__}: {_line(failure)}"
+        remedy = "Please report this model; convert the submodule that holds the activations until then."
+        return name, f"runs by itself, but not where linearize watches it ({why})", remedy
     return (
         name,
-        f"runs, but torch.export cannot capture it ({type(error).__name__}: {first})",
+        f"runs, but torch.export cannot capture it ({why})",
         "Make the control flow independent of the data, or convert the submodule that holds the activations.",
     )
 
 
-def _index(program: torch.export.ExportedProgram) -> Capture:
+def _line(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line.strip()), "")
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model runs without any of our protection, but for its modes and what it keeps on its modules."""
+    held = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs[0], **inputs[1])
+    except Exception:  # whatever the model's own code raises
+        return False
+    finally:
+        for module, attributes in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+    return True
+
+
+def _index(program: torch.export.ExportedProgram, model: nn.Module) -> Capture:
     captured = Capture(program.graph)
+    kinds = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     called: dict[str, set[str]] = {}
@@ -279,25 +230,54 @@ def _index(program: torch.export.ExportedProgram) -> Capture:
             and all(CONSTANT in n.meta for n in node.all_input_nodes)
         ):
             node.meta[CONSTANT] = True
-        stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-        for key, (path, _) in stack.items():
-            called.setdefault(_strip(path), set()).add(key)
+        stack = _stack(node, kinds)
+        for key, path in stack:
+            called.setdefault(path, set()).add(key)
         if stack and node.op == "call_function" and not is_check(node):
-            captured.stacks[node] = tuple(_call(key, path) for key, (path, _) in stack.items())
+            captured.stacks[node] = tuple(_call(key, path) for key, path in stack)
             captured.calls[node] = captured.stacks[node][-1]
             captured.ops.setdefault(captured.calls[node], []).append(node)
     for inner in program.graph_module.modules():  # regions under autocast or another grad mode are graphs of their own
         if isinstance(inner, fx.GraphModule) and inner is not program.graph_module:
             for node in inner.graph.nodes:
-                for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-                    called.setdefault(_strip(path), set()).add(key)
+                for key, path in _stack(node, kinds):
+                    called.setdefault(path, set()).add(key)
     captured.times = {path: len(keys) for path, keys in called.items()}
     return captured
 
 
+def _stack(node: fx.Node, kinds: dict[str, type]) -> list[tuple[str, str]]:
+    """The module calls around an op, outermost first: torch.export's key of each call, and the module's path.
+
+    Some calls are told by the path from their caller alone (a forward that was put on an object). A path that leads to
+    no module of the class that was called is left out: its ops then belong to the caller, as a function's do.
+    """
+    found: list[tuple[str, str]] = []
+    for key, (told, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        caller = found[-1][1] if found else ""
+        below = re.sub(r"@\d+", "", told)
+        places = [_strip(told)] if _is_whole(told) else []
+        places += [f"{caller}.{below}" if caller else below]
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        path = next((p for p in places if p in kinds and _named(kinds[p]) == name), None)
+        if path is None and not found:
+            path = ""  # the outermost call, of the wrapper that `capture` puts around the model
+        if path is not None:
+            found.append((key, path))
+    return found
+
+
+def _is_whole(told: str) -> bool:
+    return told in ("", _WRAPPED) or told.startswith((f"{_WRAPPED}.", f"{_WRAPPED}@"))
+
+
+def _named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _call(key: str, path: str) -> Call:
     repeat = re.search(r"@(\d+)$", key)
-    return Call(_strip(path), int(repeat.group(1)) if repeat else 0)
+    return Call(path, int(repeat.group(1)) if repeat else 0)
 
 
 def _strip(path: str) -> str:

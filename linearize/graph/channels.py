@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -30,8 +30,8 @@ _MAX_POOLS = frozenset(
 # These read any operand's values; every other op reads the first one's, and from others at most shape or type.
 _ANY_OPERAND = frozenset(
     (
-        "mul div add sub rsub cat concat stack linear addmm mm matmul bmm baddbmm maximum minimum where masked_fill "
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+        "mul div add sub rsub addcmul cat concat stack linear addmm mm matmul bmm baddbmm maximum minimum where "
+        "masked_fill conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
     ).split()
 )
 _CONVOLUTIONS = {f"{name}{n}d": n for name in ("conv", "conv_transpose") for n in (1, 2, 3)}
@@ -48,16 +48,19 @@ class Motion:
         axis: where the channels are in the result, counted from the front; None if they are lost.
         reason: why linear channels cannot be followed through it; None if it is linear and treats all channels alike.
         steady: a value that is constant over positions stays that constant (not so with zero padding or scaling).
-        factor: index of the argument that scales each channel by a constant of its own, if that is what the op does.
-        norm: True if the op is a batch norm with fixed statistics, an affine map per channel.
+        fold: True if the op is a constant affine map per channel: it can be folded into a linear map beside it.
+        uniform: True if it multiplies all channels by the same number: it can as well stay where it is.
+        each: True for what `reason` speaks of, if it treats every channel by itself, and all alike: a maximum over
+            positions. Channels can be put in another order in front of it, and left out, but not merged.
         rows: the part of the channels that is kept, if the op takes a slice of them.
     """
 
     axis: int | None
     reason: str | None = None
     steady: bool = True
-    factor: int | None = None
-    norm: bool = False
+    fold: bool = False
+    uniform: bool = False
+    each: bool = False
     rows: tuple[int, int] | None = None
 
 
@@ -281,33 +284,53 @@ def _positions(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...
     return Motion(axis, steady=name != "cumsum")
 
 
+def _constants(
+    node: fx.Node, source: fx.Node, axis: int, after: tuple[int, ...], operands: int
+) -> Literal["one", "each"] | None:
+    """Whether the other operands are constants: "one" for all channels, or one for "each"; None if neither."""
+    kind: Literal["one", "each"] = "one"
+    others = [value for value in node.args[:operands] if value is not source]
+    if len(others) != operands - 1:
+        return None
+    for other in others:
+        sizes = shape(other) if isinstance(other, fx.Node) else ()
+        if sizes is None or (isinstance(other, fx.Node) and not is_constant(other)):
+            return None
+        if math.prod(sizes) == 1:
+            continue
+        aligned = axis - (len(after) - len(sizes))
+        if aligned < 0 or not sizes[aligned] == math.prod(sizes) == after[axis]:
+            return None
+        kind = "each"
+    return kind
+
+
 @_rule("mul", "div")
 def _scale(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     kept = _broadcast_axis(before, after, axis)
-    others = [index for index, value in enumerate(node.args[:2]) if value is not source]
-    if kept is None or len(others) != 1 or (op_name(node) == "div" and others == [0]):
+    if kept is None or node.args[0] is node.args[1] or (op_name(node) == "div" and node.args[0] is not source):
         return Motion(kept, "it is multiplied by itself or divides something")
-    other = node.args[others[0]]
-    if not isinstance(other, fx.Node):
-        return Motion(kept, steady=False)
-    sizes = shape(other)
-    if sizes is not None and is_constant(other):
-        if math.prod(sizes) == 1:
-            return Motion(kept, steady=False)
-        aligned = kept - (len(after) - len(sizes))
-        if aligned >= 0 and sizes[aligned] == math.prod(sizes) == after[kept] and op_name(node) == "mul":
-            return Motion(kept, steady=False, factor=others[0])
-    return Motion(kept, "it is multiplied by another tensor")
+    kind = (
+        None
+        if op_name(node) == "div" and (len(node.args) > 2 or node.kwargs)
+        else _constants(node, source, kept, after, 2)
+    )
+    if kind is None:
+        return Motion(kept, "it is multiplied by another tensor")
+    return Motion(kept, steady=False, fold=True, uniform=kind == "one")
 
 
 @_rule("neg")
 def _negative(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    return Motion(axis, steady=False)
+    return Motion(axis, steady=False, fold=True, uniform=True)
 
 
-@_rule("add", "sub", "rsub")
+@_rule("add", "sub", "rsub", "addcmul")
 def _add(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    return Motion(_broadcast_axis(before, after, axis), "it is added to something else")
+    kept = _broadcast_axis(before, after, axis)
+    if kept is None or _constants(node, source, kept, after, 3 if op_name(node) == "addcmul" else 2) is None:
+        return Motion(kept, "it is added to something else")
+    return Motion(kept, steady=False, fold=True)
 
 
 @_rule("batch_norm")
@@ -318,7 +341,7 @@ def _batch_norm(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ..
         _argument(node, 3, "running_mean"), fx.Node
     ):
         return Motion(1, "a batch norm without running statistics mixes the batch")
-    return Motion(1, norm=True, steady=False)
+    return Motion(1, fold=True, steady=False)
 
 
 @_rule(*_NORMS)
@@ -326,7 +349,15 @@ def _norm(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
     return Motion(axis if before == after else None, f"{op_name(node)} mixes the channels")
 
 
-@_rule(*_MAX_POOLS, "softmax", "_softmax", "log_softmax", "maximum", "minimum", "masked_fill", "where")
+@_rule(*_MAX_POOLS)
+def _maximum(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
+    """Padding is with minus infinity, so that a constant stays that constant."""
+    name = op_name(node)
+    positions = axis < len(before) - int(name[-2])
+    return Motion(_broadcast_axis(before, after, axis), f"{name} is not linear", each=positions)
+
+
+@_rule("softmax", "_softmax", "log_softmax", "maximum", "minimum", "masked_fill", "where")
 def _keeps(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     return Motion(_broadcast_axis(before, after, axis), f"{op_name(node)} is not linear")
 

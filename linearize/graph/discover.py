@@ -12,11 +12,14 @@ from torch import Tensor, fx, nn
 from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, users
 from linearize.graph.channels import channel_axes, understood
+from linearize.graph.held import standing_in
 from linearize.graph.memory import overwrites, overwritten, stale_reader
-from linearize.graph.ops import constant, op_name
-from linearize.graph.walk import Dead, Reading, Walker
+from linearize.graph.ops import is_constant, op_name
+from linearize.graph.problem import Dead
+from linearize.graph.walk import Reading, Walker
 from linearize.sites import Port, Site
 
+_PLAIN = (type(None), bool, int, float, str)  # what a record may hold: no nodes of a graph
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
 
 
@@ -26,6 +29,11 @@ def discover(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
     Raises:
         CaptureError: the model cannot be captured on these inputs.
     """
+    with standing_in(model, inputs):  # in eval mode throughout: weights that are computed may change when read
+        return _discover(model, inputs)
+
+
+def _discover(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
     captured = capture(model, inputs)
     axes = channel_axes(captured.graph)
     walker = Walker(model, captured, shared_parameters(model, captured))
@@ -112,7 +120,17 @@ def _locate(model: nn.Module, activation: Activation, index: int, calls: int) ->
             name, owner, call=index, target=activation.call.path[len(owner) + 1 if owner else 0 :], **channels_axis
         )
     function, options = _function(activation.output)
-    return Site(name, owner, call=index, target=activation.name, function=function, options=options, **channels_axis)
+    plain = all(isinstance(value, _PLAIN) for _, value in options)
+    return Site(
+        name,
+        owner,
+        call=index,
+        target=activation.name,
+        function=function,
+        options=options if plain else (),
+        ungated=None if plain else "it is a function of other tensors besides its input",
+        **channels_axis,
+    )
 
 
 def _function(node: fx.Node) -> tuple[str, tuple[tuple[str, Any], ...]]:
@@ -137,6 +155,8 @@ def _no_axis(captured: Capture, activation: Activation) -> str:
 
 
 def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.Node, int]) -> Site:
+    if site.ungated is not None:
+        return site
     sizes = shape(activation.output) or ()
     axis = axes.get(activation.source)
     if axis is None or axis >= len(sizes):
@@ -154,8 +174,6 @@ def _describe(walker: Walker, activation: Activation, site: Site, axes: dict[fx.
         return replace(site, ungated=found)
     if site.function is None and not _can_work_out_of_place(walker, activation):
         return replace(site, ungated="it overwrites its input, and has no attribute inplace to change that")
-    if any(isinstance(value, fx.Node) for _, value in site.options):
-        return replace(site, options=(), ungated="it is a function of other tensors besides its input")
     if _differs_by_channel(activation, axis):
         site = replace(site, reason="the activation has parameters of its own per channel")
     product = _product(activation.output)
@@ -175,8 +193,6 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         _only_reader(activation)
         before = walker.back(activation.source, axis)
         uses = walker.forward(activation.output, axis)
-        if uses.folds and len(uses.ports) > 1:
-            raise Dead("a constant map per channel lies before one of several consumers")
         written = overwritten(walker.captured, before.node, uses.nodes)
         if written is not None:
             raise Dead(f"the input of its producer is overwritten by {op_name(written)}")
@@ -188,6 +204,8 @@ def _plain(walker: Walker, activation: Activation, site: Site, axis: int) -> Sit
         consumers=tuple(uses.ports),
         folds=before.folds,
         consumer_folds=tuple(uses.folds),
+        parts=uses.parts,
+        bent=uses.bent,
         steady=uses.steady,
         direct=before.direct and uses.direct,
     )
@@ -209,8 +227,9 @@ def _gated_unit(
         up = walker.back(factor, axis, packed=True)
         _check_packing(gate, up, (activation.source, factor))
         uses = walker.forward(product, axis)
-        if uses.folds and len(uses.ports) > 1:
-            raise Dead("a constant map per channel lies before one of several consumers")
+        if uses.parts > 1 or uses.bent:
+            found = "a slice of the channels" if uses.parts > 1 else "a maximum over positions"
+            raise Dead(f"after the activation, {found} is taken")
     except Dead as dead:
         if activation.name in _SQUASHING:
             return replace(site, ungated="it is a gate that scales another tensor", reason=None)
@@ -264,7 +283,7 @@ def _product(output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(readers) != 1 or op_name(readers[0]) != "mul":
         return None
     others = [value for value in readers[0].args[:2] if value is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or constant(others[0]) is not None:
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or is_constant(others[0]):
         return None
     return readers[0], others[0]
 

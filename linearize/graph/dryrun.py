@@ -16,7 +16,8 @@ from torch.nn.modules import module as _module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.graph.capture import Inputs, fake_inputs, tensors_of, untouched
+from linearize.graph.capture import Inputs, fake_inputs, tensors_of
+from linearize.graph.protect import untouched
 from linearize.nest import copied
 
 _log = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ def dry_run(
     training: bool = False,
     skip: frozenset[str] = frozenset(),
     real: bool = False,
+    gradients: bool = False,
+    on_cpu: bool = False,
 ) -> Trace:
     """Run `model` on inputs whose values do not matter, and return what it did. The model stays as it is.
 
@@ -106,6 +109,8 @@ def dry_run(
         training: run in training mode instead of eval mode.
         skip: paths of modules; what these and their children do is not noted.
         real: compute, with the values that there are, because the model's control flow depends on them.
+        gradients: with gradients recorded. A model may take another path then: torch's transformer layers do.
+        on_cpu: as if everything were on the CPU.
 
     Raises:
         Exception: whatever the model's own code raises.
@@ -119,20 +124,26 @@ def dry_run(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Faked once and for all: an op that is given a real tensor is slow.
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    tensors = [*model.named_parameters(), *model.named_buffers()] if not real else []
     fake: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
+    if on_cpu:
+        device = torch.device("cpu")
+        with mode:
+            fake = {
+                name: torch.empty_like(tensor, device=device).requires_grad_(tensor.requires_grad)
+                for name, tensor in fake.items()
+            }
     with (
         untouched(model, training=training),
         _quiet(),
         _watched(model, trace.called, skip, silent),
         nullcontext() if real else mode,
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(gradients),
     ):
         if real:
+            given = copied(inputs)
             with _Noter(trace, silent) as noter:
-                args, kwargs = copied(inputs)
-                out = model(*args, **kwargs)
+                out = model(*given[0], **given[1])
             return _finished(trace, noter, out)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), copied(inputs))
         with _Noter(trace, silent) as noter:
@@ -144,6 +155,23 @@ def _finished(trace: Trace, noter: _Noter, out: Any) -> Trace:
     trace.outputs = [(tuple(t.shape), t.dtype) for t in tensors_of(out)]
     trace.ops.append(Op("output", (), tuple(noter.made_by.get(id(t), -1) for t in tensors_of(out))))
     return trace
+
+
+def called_by_mode(model: nn.Module, inputs: Inputs) -> list[set[str]]:
+    """Paths of the modules that a model calls in eval mode, without gradients and with them; nothing if it is unknown.
+
+    A model on the meta device is run as if it were on a CPU: fused paths ask for the device.
+    """
+    on_cpu = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    found: list[set[str]] = []
+    for gradients in (False, True):
+        for real in (False, True):
+            try:
+                found.append(dry_run(model, inputs, real=real, gradients=gradients, on_cpu=on_cpu).called)
+                break
+            except Exception as error:  # whatever the model's own code raises
+                _log.debug("no run to see what is called: %s", error)
+    return found if len(found) == 2 else []
 
 
 def called_modules(model: nn.Module, inputs: Inputs) -> set[str]:
@@ -181,13 +209,13 @@ def run_once(
     attempts: tuple[Callable[[], object], ...] = (
         lambda: torch.func.functional_call(model, hollow, *fake),
         lambda: dry_run(model, inputs, training=training),
-        lambda: _run(model, copied(inputs)),
+        lambda: _on_copies(model, inputs),
     )
     attempts = attempts[:2] if training else attempts
     for number, attempt in enumerate(attempts, 1):
         before()
         try:
-            with untouched(model, training=training), torch.no_grad(), torch.random.fork_rng([]):
+            with untouched(model, training=training), torch.no_grad():
                 attempt()
         except Exception as error:  # code that makes tensors on another device, or reads their values
             if number == len(attempts):
@@ -197,8 +225,10 @@ def run_once(
             return
 
 
-def _run(model: nn.Module, inputs: Inputs) -> None:
-    model(*inputs[0], **inputs[1])
+def _on_copies(model: nn.Module, inputs: Inputs) -> object:
+    """A real run on copies of the inputs, since a model may work in place on what it is given."""
+    args, kwargs = copied(inputs)
+    return model(*args, **kwargs)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
         path: module
         for path, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
-        and any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        and any(issubclass(type(value), torch.ScriptObject) for value in vars(module).values())
     }
 
 
@@ -57,7 +57,7 @@ def opaque_layers(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any
         module = model.get_submodule(path)
         module.forward = _stand_in(seen)
         for part in module.modules():
-            for name in [name for name, value in vars(part).items() if isinstance(value, torch.ScriptObject)]:
+            for name in [name for name, value in vars(part).items() if issubclass(type(value), torch.ScriptObject)]:
                 del vars(part)[name]  # torch.export would look into it
     yield
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from linearize.errors import CaptureError
-from linearize.graph.capture import Inputs, untouched
+from linearize.graph.capture import Inputs
 from linearize.graph.discover import discover
+from linearize.graph.protect import untouched
 from linearize.nest import copied
-from linearize.sites import Site
+from linearize.sites import Fold, Site
 
 
 def discover_parts(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
@@ -89,7 +90,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     hooks = [module.register_forward_pre_hook(enter(path), with_kwargs=True) for path, module in named]
     hooks += [module.register_forward_hook(leave, always_call=True) for _, module in named]
     try:
-        with untouched(model), torch.no_grad(), torch.random.fork_rng([]):
+        with untouched(model), torch.no_grad():
             args, kwargs = copied(inputs)
             model(*args, **kwargs)
     except Exception as error:  # whatever the model's own code raises
@@ -141,16 +142,8 @@ def under(site: Site, path: str) -> Site:
     def port(value: Any) -> Any:
         return None if value is None else replace(value, module=full(value.module))
 
-    def folds(values: Any) -> Any:
-        names = ("weight", "bias", "mean", "var")
-        return tuple(
-            replace(
-                fold,
-                module=full(fold.module),
-                **{name: full(getattr(fold, name)) for name in names if getattr(fold, name) is not None},
-            )
-            for fold in values
-        )
+    def folds(values: tuple[Fold, ...]) -> tuple[Fold, ...]:
+        return tuple(fold.renamed(full) for fold in values)
 
     return replace(
         site,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import Motion, move
+from linearize.graph.folds import Folder
 from linearize.graph.ops import constant, op_name
+from linearize.graph.problem import Dead
+from linearize.graph.uses import Uses, Way
 from linearize.sites import Fold, Port
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
@@ -18,10 +21,6 @@ _PARTS = frozenset(("chunk split split_with_sizes tensor_split unsafe_split").sp
 _AROUND = frozenset(
     ("view reshape flatten transpose permute _unsafe_view contiguous").split()
 )  # inside the module of a linear map
-
-
-class Dead(Exception):
-    """A walk ended without a linear map; the argument is the reason, in words for the user."""
 
 
 @dataclass
@@ -35,17 +34,6 @@ class Reading:
     visited: tuple[fx.Node, ...]
 
 
-@dataclass
-class Uses:
-    """What reads an activation: the linear maps that it feeds, and what lies in between."""
-
-    ports: list[Port] = field(default_factory=list)
-    nodes: list[fx.Node] = field(default_factory=list)
-    folds: list[Fold] = field(default_factory=list)
-    steady: bool = True
-    direct: bool = True
-
-
 @dataclass(frozen=True)
 class Walker:
     """A captured model and which of its parameters are used in more than one place."""
@@ -53,6 +41,11 @@ class Walker:
     model: nn.Module
     captured: Capture
     shared: dict[str, str]
+
+    @property
+    def folder(self) -> Folder:
+        """What finds the constant maps in between."""
+        return Folder(self.model, self.captured, self.shared)
 
     def back(self, node: fx.Node, axis: int, packed: bool = False) -> Reading:
         """From a node whose channels lie on `axis` to the linear map that produced them.
@@ -82,10 +75,10 @@ class Walker:
                 continue
             source, before, motion = self._step_back(node, axis)
             where = self._where(node)
-            if motion.norm or motion.factor is not None:
+            if motion.fold and not (motion.uniform and not self.folder.goes(node)):
                 if rows is not None:
                     raise Dead(f"a constant map acts on a slice of the channels ({where})")
-                folds.append(self.fold(node, motion))
+                folds.append(self.folder.fold(node, source, axis))
             elif not motion.steady:
                 raise Dead(f"between producer and activation, {op_name(node)} scales or pads ({where})")
             elif motion.rows is not None and (not packed or rows is not None):
@@ -101,6 +94,7 @@ class Walker:
         sources = [s for s in node.all_input_nodes if CONSTANT not in s.meta and constant(s) is None]
         if len(sources) != 1:
             what = "a sum or product of branches" if len(sources) > 1 else "a constant"
+            what = "a concatenation of branches" if op_name(node) == "cat" else what
             raise Dead(f"its input is {what} ({op_name(node)} in {self._where(node)})")
         source = sources[0]
         sizes = shape(source) or shape_of_list(source)
@@ -122,36 +116,68 @@ class Walker:
         if len(users(node)) > 1 and not packed:
             raise Dead(f"what its producer puts out is also read elsewhere ({self._where(node)})")
 
-    def forward(self, node: fx.Node, axis: int, uses: Uses | None = None) -> Uses:
+    def forward(self, node: fx.Node, axis: int) -> Uses:
         """From an activation's output to every linear map that reads it.
 
         Raises:
             Dead: something that is no linear map reads it, or something in between cannot be followed.
         """
-        uses = Uses() if uses is None else uses
+        uses, channels = Uses(), (shape(node) or ())[axis]
+        self._forward(node, axis, Way(channels), uses)
+        if not uses.ports:
+            raise Dead("nothing reads it")
+        if any(port.stop - port.start != channels // uses.parts for port in uses.ports):
+            raise Dead("after the activation, all channels are read, and a slice of them, too")
+        return uses
+
+    def _forward(self, node: fx.Node, axis: int, way: Way, uses: Uses) -> None:
         readers = users(node)
-        if not readers:
+        if not readers and not way.apart:  # a part that nothing reads is none of anybody's business
             raise Dead("nothing reads it")
         for reader in readers:
             if reader.op == "output":
                 raise Dead("it is an output of the model")
             if op_name(reader) in _LINEAR and reader.args[1 if op_name(reader) == "addmm" else 0] is node:
                 port, _ = self.port(reader, node, axis, output=False)
-                uses.ports.append(port)
+                uses.ports.append(way.port(port))
                 uses.nodes.append(reader)
                 continue
+            if op_name(reader) == "cat":
+                self._joined(reader, node, axis, way, uses)
+                continue
             motion = move(reader, node, axis)
+            if motion.axis is not None and motion.each and not way.folds:
+                uses.bent, uses.direct = True, False
+                self._forward(reader, motion.axis, way, uses)
+                continue
             if motion.axis is None or motion.reason is not None:
                 raise Dead(f"after the activation, {motion.reason} ({self._where(reader)})")
-            if motion.rows is not None:
-                raise Dead(f"after the activation, a slice of the channels is taken ({self._where(reader)})")
-            if motion.norm or motion.factor is not None:
-                uses.folds.append(self.fold(reader, motion))
+            further = way
+            whole = (0, (shape(node) or shape_of_list(node) or ())[axis])
+            if motion.rows is not None and motion.rows != whole:
+                part = way.within(*motion.rows)
+                if part is None or uses.parts not in (1, whole[1] // part.channels):
+                    raise Dead(f"after the activation, a slice of the channels is taken ({self._where(reader)})")
+                uses.parts, further = whole[1] // part.channels, part
+            if motion.fold and not (motion.uniform and not self.folder.goes(reader)):
+                index = uses.fold(reader, self.folder.fold(reader, node, motion.axis))
+                further = way.behind(index, (shape(reader) or ())[motion.axis])
             elif not _stays(reader, motion) and not self._inside_linear(reader):
                 uses.direct = False
                 uses.steady = uses.steady and motion.steady
-            self.forward(reader, motion.axis, uses)
-        return uses
+            self._forward(reader, motion.axis, further, uses)
+
+    def _joined(self, reader: fx.Node, node: fx.Node, axis: int, way: Way, uses: Uses) -> None:
+        """Through a concatenation along the channels: at each place where it takes them in."""
+        parts: Any = reader.args[0]
+        dim: Any = reader.args[1] if len(reader.args) > 1 else reader.kwargs.get("dim", 0)
+        if dim % len(shape(node) or (1,)) != axis:
+            raise Dead(f"after the activation, it is joined by other positions ({self._where(reader)})")
+        uses.direct = False
+        sizes = [(shape(part) or (0,) * (axis + 1))[axis] for part in parts]
+        for index, part in enumerate(parts):
+            if part is node:
+                self._forward(reader, axis, way.after(sum(sizes[:index])), uses)
 
     def port(self, node: fx.Node, operand: fx.Node, axis: int, output: bool) -> tuple[Port, fx.Node]:
         """The port of a linear op, and the last node of its module.
@@ -191,34 +217,6 @@ class Walker:
         last = self.captured.siblings(node)[-1]
         return Port(path, kind, 0, total, total, transposed, positions), last if output else node
 
-    def fold(self, node: fx.Node, motion: Motion) -> Fold:
-        """The constant map per channel that an op computes.
-
-        Raises:
-            Dead: its constants are shared, or its module does other things too.
-        """
-        path = self.captured.path(node)
-        if motion.norm:
-            values: list[Any] = [node.args[i] for i in (1, 2, 3, 4)]
-            eps = float(node.args[7])  # type: ignore[arg-type]
-        else:
-            values, eps = [node.args[motion.factor or 0], None, None, None], 0.0
-        names = [self._parameter(value) for value in values]
-        extra = [
-            op_name(n)
-            for n in self.captured.siblings(node)
-            if n is not node and op_name(n) not in (*_AROUND, "dropout", "mul", "to")
-        ]
-        extra += ["mul" for n in self.captured.siblings(node) if n is not node and op_name(n) == "mul"]
-        if extra or not path:
-            raise Dead(f"{path or 'the model itself'} computes more than one constant map per channel")
-        if self.captured.times.get(path, 1) > 1:
-            raise Dead(f"{path} is called {self.captured.times[path]} times")
-        for name in names:
-            if name is not None and name in self.shared:
-                raise Dead(f"{name} is shared with {self.shared[name]}")
-        return Fold(path, self._children(path, node), names[0], names[1], names[2], names[3], eps)
-
     def _behind(self, value: Any) -> list[str]:
         """The parameters and buffers that a constant is made of."""
         if not isinstance(value, fx.Node):
@@ -226,33 +224,6 @@ class Walker:
         if value in self.captured.parameters:
             return [self.captured.parameters[value]]
         return [name for source in value.all_input_nodes for name in self._behind(source)]
-
-    def _parameter(self, value: Any) -> str | None:
-        if value is None:
-            return None
-        node = constant(value)
-        if node is None or node not in self.captured.parameters:
-            raise Dead("a constant between the maps is no parameter or buffer")
-        return self.captured.parameters[node]
-
-    def _children(self, path: str, node: fx.Node) -> tuple[str, ...]:
-        """The children that run after the map, one after the other: what stays when the map is folded away."""
-        ran: list[str] = []
-        last = node
-        for child in sorted(self._child_ops(path), key=lambda ops: self.captured.order[ops[1][0]]):
-            name, ops = child
-            if last not in ops[0].all_input_nodes or len(users(last)) != 1:
-                raise Dead(f"{path}.{name} does not simply follow the constant map of {path}")
-            ran.append(name)
-            last = ops[-1]
-        return tuple(ran)
-
-    def _child_ops(self, path: str) -> list[tuple[str, list[fx.Node]]]:
-        grouped: dict[str, list[fx.Node]] = {}
-        for call, ops in self.captured.ops.items():
-            if call.path.startswith(f"{path}."):
-                grouped.setdefault(call.path[len(path) + 1 :].split(".")[0], []).extend(ops)
-        return list(grouped.items())
 
     def _inside_linear(self, node: fx.Node) -> bool:
         """True for the reshapes and the padding that a linear module wraps around its product."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from linearize.algebra.forms import FORMS, IDENTITY, Infeasible, Piece, Pieces
+from linearize.algebra.forms import IDENTITY, Infeasible, Piece, Pieces
+from linearize.algebra.parts import made
 from linearize.gate import ChannelGate
 from linearize.groups import ports_of
 from linearize.plan import NARROWED
@@ -51,6 +52,9 @@ class Pricer:
         reader = Reader(self.model, "meta")
         flops = sum(2.0 * port.positions * self._numel(path) for path, port in ports.items())
         params = sum(_parameters(self.model.get_submodule(path)) for path in ports)
+        others = self._others()
+        flops -= sum(2.0 * ports[path].positions * rest for path, rest in others.items())
+        params -= sum(others.values())
         folds = {f.module: f for s in self._sites() for f in (*s.folds, *s.up_folds, *s.consumer_folds)}
         names = {name for fold in folds.values() for name in (fold.weight, fold.bias) if name is not None}
         tensors = dict(self.model.named_parameters())
@@ -88,15 +92,26 @@ class Pricer:
             maps = reader.maps(site, gate, mask, self._fixed(site))
             index = torch.arange(gate.channels, device="meta")
             end = choice.keep + choice.rank
-            made = FORMS[choice.form](
-                replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
-            )
-            reader.pieces.update(made)
+            maps = replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])
+            reader.pieces.update(reader.settled(site, made(choice.form, maps)))
             if choice.form == "vanished":
                 positions.update({port.module: site.consumers[0].positions for port in ports_of(site)})
-        flops = sum(2.0 * positions[path] * _size(piece) for path, piece in reader.pieces.items())
-        params = sum(_size(piece) + _bias(piece) for piece in reader.pieces.values())
+        others = self._others()
+        sizes = {path: _size(piece) - others.get(path, 0) for path, piece in reader.pieces.items()}
+        flops = sum(2.0 * positions[path] * size for path, size in sizes.items())
+        params = sum(sizes[path] + _bias(piece) for path, piece in reader.pieces.items())
         return Price(flops, float(params), units, dict(reader.pieces))
+
+    def _others(self) -> dict[str, int]:
+        """Weights of consumers behind a concatenation that read other branches than those of the group."""
+        read: dict[str, set[tuple[int, int]]] = {}
+        for site in self._sites():
+            for port in site.consumers:
+                if not port.whole:
+                    read.setdefault(port.module, set()).add((port.start, port.stop))
+        totals = {port.module: port.total for site in self._sites() for port in site.consumers}
+        shares = {path: sum(stop - start for start, stop in some) / totals[path] for path, some in read.items()}
+        return {path: self._numel(path) - round(self._numel(path) * share) for path, share in shares.items()}
 
     def _sites(self) -> list[Site]:
         return [gate.site for gate in self.gates if gate.site is not None]

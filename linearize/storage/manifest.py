@@ -14,6 +14,7 @@ from linearize._version import __version__
 from linearize.errors import CheckpointError
 from linearize.record import Record, Step
 from linearize.sites import Site
+from linearize.surgery.specs import IN_PLACE
 from linearize.zoo.plain import is_plain, pack, unpack
 
 FORMAT, VERSION = "linearize", 1
@@ -89,9 +90,9 @@ class Manifest:
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")
-            # Only a rewrite changes a model in place, and so may change the whole of it.
+            # What changes a model in place may change the whole of it.
             if not all(
-                step["module"]["type"] and (step["path"] or step["module"]["type"] == "Rewrite") for step in found.steps
+                step["module"]["type"] and (step["path"] or step["module"]["type"] in IN_PLACE) for step in found.steps
             ):
                 raise ValueError("a step is not complete")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from linearize.errors import CheckpointError
 from linearize.gate import out_of_place
 from linearize.graph.ops import ACTIVATIONS
+from linearize.purity import is_torch
 
 
 class PartialActivation(nn.Module):
@@ -134,3 +135,38 @@ class Elementwise(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([self.function, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+def pick(layer: nn.Module, expected: nn.Module | str, callee: Any) -> Any:
+    """`layer`, as long as `callee` is the module, or the torch function of the name, that it stands in for.
+
+    A forward that says `self.acts[self.kind](x)` may call something else one day.
+
+    Example:
+        >>> gate = nn.Identity()
+        >>> pick(gate, "relu", torch.relu) is gate, pick(gate, "relu", torch.tanh) is torch.tanh
+        (True, True)
+    """
+    if isinstance(expected, str):
+        return layer if is_torch(callee) and callee.__name__.strip("_") == expected else callee
+    return layer if callee is expected else callee
+
+
+def activate(layer: nn.Module, input: Tensor, **arguments: Any) -> Tensor:
+    """Call what stands in for an activation function, with the arguments that the function would get now.
+
+    A forward that says `F.leaky_relu(x, self.slope)` reads the slope at each call.
+
+    Example:
+        >>> activate(Elementwise("leaky_relu", {"negative_slope": 0.1}), torch.tensor([-1.0]), negative_slope=0.5)
+        tensor([-0.5000])
+    """
+    if isinstance(layer, Elementwise):
+        layer.options = {**layer.options, **arguments}
+    for part in layer.modules():
+        for name, child in part._modules.items():
+            if isinstance(child, Elementwise) and any(child.options.get(n) != v for n, v in arguments.items()):
+                # A new one: what has run already may be run again on its way back, with what it was told then.
+                part._modules[name] = Elementwise(child.function, {**child.options, **arguments})
+    out: Tensor = layer(input)
+    return out

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.affine import Affine, dense, norm_scale_shift, rows, scaled
+from linearize.algebra.affine import Affine, behind, columns, dense, rows, scaled
 from linearize.algebra.finite import all_finite
-from linearize.algebra.forms import Infeasible, Maps, Pieces
+from linearize.algebra.forms import Infeasible, Maps, Piece, Pieces
 from linearize.errors import CollapseError
 from linearize.gate import ChannelGate
 from linearize.sites import Fold, Port, Site
-from linearize.surgery.probe import has_own_forward, probed
+from linearize.surgery.branches import place_of, spliced
+from linearize.surgery.folds import scale_shift
+from linearize.surgery.probe import has_own_forward, padding_of, probed
 
 
 @dataclass
@@ -43,33 +46,38 @@ class Reader:
         self.check_replaceable(site, gate)
         producer = self.produced(site)
         up = self._folded(self._output(site.up), site.up_folds) if site.up is not None else None
-        consumers = tuple(self.consumed(port, site) for port in site.consumers)
+        consumers = tuple(self._consumers(site))
         slope, intercept = self._surrogate(site, gate)
         linear = linear.to(slope.device)
         if site.gated_unit and bool((slope[linear] != 0).any()):
             raise Infeasible("a gated unit is linear only where its gate is a constant (slope 0)")
         steady = site.steady and not any(consumer.padded for consumer in consumers)
         drops = linear & (slope == 0) & (intercept == 0) if site.gated_unit or not steady else linear & (slope == 0)
-        index = {
-            name: self.index(mask)
-            for name, mask in (("keep", ~linear), ("linear", linear & ~drops), ("dropped", drops))
-        }
+        masks = (~linear, linear & ~drops, drops)
+        keep, lines, dropped = (self.index(mask) for mask in masks)
+        apart = list(zip(*(mask.view(site.parts, -1) for mask in masks), strict=True)) if site.parts > 1 else []
         ports = [port for port in (site.producer, site.up, *site.consumers) if port is not None]
         return Maps(
             producer=producer,
             consumers=consumers,
             producer_at=(site.producer.module, site.producer.dims),
-            consumers_at=tuple((port.module, port.dims) for port in site.consumers),
+            consumers_at=tuple((port.key, port.dims) for port in site.consumers),
             slope=self._place(slope),
             intercept=self._place(intercept),
             up=up,
             up_at=(site.up.module, site.up.dims) if site.up is not None else ("", 0),
             steady=site.steady,
             direct=site.direct,
+            bent=site.bent,
             grouped=any(self._groups(port) > 1 for port in ports),
             packed=_packed(site),
             fixed_producer=fixed_producer,
-            **index,
+            branches=tuple(not port.whole for port in site.consumers),
+            parts=tuple(port.part for port in site.consumers),
+            apart=tuple((self.index(a), self.index(b), self.index(c)) for a, b, c in apart),
+            keep=keep,
+            linear=lines,
+            dropped=dropped,
         )
 
     def check_replaceable(self, site: Site, gate: ChannelGate) -> None:
@@ -79,7 +87,7 @@ class Reader:
             Infeasible: a module of the site has one.
         """
         ports = [port.module for port in (site.producer, site.up, *site.consumers) if port is not None]
-        folds = [fold.module for fold in (*site.folds, *site.up_folds, *site.consumer_folds)]
+        folds = [f.module for f in (*site.folds, *site.up_folds, *site.consumer_folds) if not f.neutral]
         modules: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in (*ports, *folds)}
         for path, module in {**modules, site.name: gate.activation}.items():
             hooks: list[Any] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
@@ -118,10 +126,11 @@ class Reader:
     def _real(self, affine: Affine) -> torch.device:
         return affine.weight.device
 
-    def _affine(self, port: Port) -> Affine:
-        piece = self.pieces.get(port.module)
+    def _affine(self, port: Port, piece: Piece | None = None) -> Affine:
+        piece = piece or self.pieces.get(port.module)
         if piece is not None:
-            if piece.layer != "plain" or piece.affine is None or piece.affine.groups > 1:
+            known = piece.layer == "plain" or piece.branches
+            if not known or piece.affine is None or piece.affine.groups > 1:
                 raise Infeasible(f"{port.module} carries the merged term of another site")
             return piece.affine
         module: Any = self.model.get_submodule(port.module)
@@ -135,7 +144,7 @@ class Reader:
             bias = weight.new_zeros(weight.shape[0])
         if port.dims == 0:
             return Affine(weight, bias)
-        padding = _padding(module)
+        padding = padding_of(module)
         return Affine(dense(weight, module.groups), bias, tuple(module.stride), padding, tuple(module.dilation))
 
     def _moved(self, affine: Affine) -> Affine:
@@ -170,45 +179,90 @@ class Reader:
             bias = weight.new_zeros(len(weight))
             if module.bias is not None:
                 bias = self._place(self._parameter(site.producer.module, "bias")).double()
-            made = Affine(weight, bias, tuple(module.stride), _padding(module), tuple(module.dilation))
+            made = Affine(weight, bias, tuple(module.stride), padding_of(module), tuple(module.dilation))
         else:
             full = self._affine(site.producer)
             each = torch.arange(len(full.weight), device=full.weight.device)
             made = replace(full, weight=full.weight[each, each].unsqueeze(1))
         return replace(self._folded(made, site.folds), groups=len(made.weight))
 
+    def _consumers(self, site: Site) -> Iterator[Affine]:
+        """The map of each consumer; of those that are one module, the first has the bias."""
+        seen: set[str] = set()
+        for port in site.consumers:
+            affine = self.consumed(port, site)
+            yield affine if port.module not in seen else replace(affine, bias=torch.zeros_like(affine.bias))
+            seen.add(port.module)
+
     def consumed(self, port: Port, site: Site) -> Affine:
-        """The map of one consumer, with the constant maps before it.
+        """The map of one consumer from the site's channels, with the constant maps before it.
 
         Raises:
             Infeasible: it has already been given another form, or a shift does not reach every position alike.
         """
-        affine = self._affine(port)
-        self._check_width(port, affine.weight.shape[1], "inputs")
-        for fold in reversed(site.consumer_folds):
-            scale, shift = self._scale_shift(fold, affine.weight.shape[1])
-            if (shift.device.type == "meta" or bool((shift != 0).any())) and (affine.padded or not site.steady):
+        before = self.pieces.get(port.module)
+        whole = self._whole([other for other in site.consumers if other.module == port.module], site, before)
+        if port.whole:
+            return whole
+        first = place_of(before, port.start)
+        index = torch.arange(first, first + port.stop - port.start, device=self._real(whole))
+        return columns(whole, index)
+
+    def settled(self, site: Site, made: Pieces) -> Pieces:
+        """The pieces of a form, with those of branches put into the whole consumer that they share with others.
+
+        Raises:
+            Infeasible: the form cannot be put there.
+        """
+        found = dict(made)
+        for module in dict.fromkeys(port.module for port in site.consumers if not port.whole):
+            ports = [port for port in site.consumers if port.module == module]
+            before = self.pieces.get(module)
+            whole, biases = self._whole(ports, site, before), list[Tensor]()
+            folded = {} if before is None else dict.fromkeys(before.folded)
+            for port in ports:
+                before, whole = spliced(whole, before, port, found.pop(port.key))
+                biases.append(whole.bias)
+                folded |= dict.fromkeys((site.consumer_folds[index], start) for index, start, _ in port.folds)
+            if before is not None:
+                summed = torch.stack(biases).sum(0)
+                found[module] = replace(before, affine=replace(whole, bias=summed), folded=tuple(folded))
+        return found
+
+    def _whole(self, ports: Sequence[Port], site: Site, before: Piece | None) -> Affine:
+        """A consumer with all its columns, and with the constant maps before it that are not in it yet.
+
+        The ports are the places where it reads the site. What lies nearer to the consumer is folded first.
+        """
+        affine = self._affine(ports[0], before)
+        if before is None or not before.branches:
+            self._check_width(ports[0], affine.weight.shape[1], "inputs")
+        folded = () if before is None else before.folded
+        for index, start, stop in dict.fromkeys(fold for port in ports for fold in reversed(port.folds)):
+            fold = site.consumer_folds[index]
+            if (fold, start) in folded:
+                continue
+            scale, shift = self._scale_shift(fold, stop - start)
+            scale, shift = scale.to(self._real(affine)), shift.to(self._real(affine))
+            moves = any(part is not None for part in (fold.bias, fold.mean, fold.shift))
+            if (moves if shift.device.type == "meta" else bool((shift != 0).any())) and (
+                affine.padded or not site.steady
+            ):
                 raise Infeasible(f"the shift of {fold.module} does not reach every position alike")
-            scale, shift = self._place(scale), self._place(shift)
-            weight = affine.weight
-            total = weight.flatten(2).sum(2) if affine.dims else weight
-            scaled_weight = weight * scale.view(1, -1, *(1,) * affine.dims)
-            affine = replace(affine, weight=scaled_weight, bias=affine.bias + total @ shift)
+            affine = behind(affine, place_of(before, start), scale, shift)
         return affine
 
     def _folded(self, affine: Affine, folds: tuple[Fold, ...]) -> Affine:
         for fold in folds:
             scale, shift = self._scale_shift(fold, affine.weight.shape[0])
-            affine = scaled(affine, self._place(scale), self._place(shift))
+            affine = scaled(affine, scale.to(affine.bias.device), shift.to(affine.bias.device))
         return affine
 
     def _scale_shift(self, fold: Fold, channels: int) -> tuple[Tensor, Tensor]:
-        weight, bias, mean, var = (self._tensor(name) for name in (fold.weight, fold.bias, fold.mean, fold.var))
-        return norm_scale_shift(weight, bias, mean, var, fold.eps, channels)
+        scale, shift = scale_shift(fold, self._tensor, channels)
+        return self._place(scale), self._place(shift)
 
-    def _tensor(self, name: str | None) -> Tensor | None:
-        if name is None:
-            return None
+    def _tensor(self, name: str) -> Tensor:
         path, _, attribute = name.rpartition(".")
         return self._parameter(path, attribute)
 
@@ -237,18 +291,6 @@ class Reader:
     def index(self, mask: Tensor) -> Tensor:
         """Where a mask is True, on the device of the maps."""
         return self._place(mask.nonzero().flatten())
-
-
-def _padding(module: Any) -> tuple[int, ...]:
-    """Padding in numbers, also where the convolution says "same" or "valid"."""
-    if not isinstance(module.padding, str):
-        return tuple(module.padding)
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    if any(total % 2 for total in totals):
-        raise Infeasible("its padding is not the same on both sides")
-    return tuple(total // 2 for total in totals)
 
 
 def _packed(site: Site) -> str | None:

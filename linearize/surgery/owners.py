@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from linearize.errors import ConvertError, LinearizeError
 from linearize.graph.capture import Inputs
-from linearize.graph.dryrun import Op, dry_run, run_once
+from linearize.graph.dryrun import Op, dry_run
 from linearize.graph.overwrite import stale_inputs
 from linearize.record import Step
 from linearize.sites import Site
-from linearize.surgery.rewrite import Options, concrete_arguments
-from linearize.surgery.source import Place, noting_methods
+from linearize.surgery.source import has_source
 from linearize.surgery.specs import build
+from linearize.surgery.symbolic import Options, concrete_arguments
+from linearize.surgery.watch import places_of
 
 _log = logging.getLogger(__name__)
 
 
 def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[tuple[Site, ...], list[Step]]:
-    """Redirect activation calls inside forwards to children, so that they can be swapped like any module."""
+    """Make activation calls inside forwards calls of children, so that they can be swapped like any module.
+
+    Functions in attributes become children first; then the forwards are rewritten that call others.
+    """
     owners: dict[str, list[Site]] = {}
     for site in sites:
         if site.ungated is None and site.call is not None:
             owners.setdefault(site.module, []).append(site)
-    if not owners:
+    held = _held(model, sites)
+    if not owners and not held:
         return sites, []
     calls = Counter((site.module, site.target) for site in sites if site.call is not None)
-    concrete, by_keyword, expected = _observe(model, list(owners), inputs)
-    rewriting = _Rewriting(model, inputs, expected, by_keyword)
+    concrete, expected = _observe(model, list(owners), inputs)
+    rewriting = _Rewriting(model, inputs, expected)
+    rewriting.hold(held)
     for owner, inside in owners.items():
         options: Options = {
             "calls": [_call(site, calls[owner, site.target]) for site in inside],
@@ -41,7 +48,21 @@ def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) ->
         }
         rewriting.rewrite({"path": owner, "module": {"type": "Rewrite", **options}})
     rewriting.check()
-    return tuple(_with_reason(site, rewriting) for site in sites), rewriting.steps
+    return tuple(_with_reason(site, rewriting) for site in sites), [*rewriting.held, *rewriting.steps]
+
+
+def _held(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
+    """Steps that make children of the functions in attributes that sites are called by."""
+    called = []
+    for site in sites:
+        if site.ungated is None and site.function is None:
+            called.append(site.name if site.call is None else ".".join(filter(None, (site.module, site.target))))
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    steps: list[Step] = []
+    for path in dict.fromkeys(path for path in called if path not in known):
+        owner, _, name = path.rpartition(".")
+        steps.append({"path": owner, "module": {"type": "Held", "attribute": name}})
+    return steps
 
 
 def _with_reason(site: Site, rewriting: _Rewriting) -> Site:
@@ -56,58 +77,56 @@ class _Rewriting:
     model: nn.Module
     inputs: Inputs
     expected: list[list[Op]] | None
-    by_keyword: set[str]
     steps: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
-    originals: dict[str, tuple[type[nn.Module], set[str]]] = field(default_factory=dict)
+    held: list[Step] = field(default_factory=list)
+    originals: dict[str, tuple[type[nn.Module], set[str], fx.Graph | None]] = field(default_factory=dict)
+
+    def hold(self, steps: list[Step]) -> None:
+        """Make children of functions in attributes. All went well when the graph was captured in the same way."""
+        for step in steps:
+            build(step["module"], self.model.get_submodule(step["path"]))
+        self.held = steps
 
     def rewrite(self, step: Step, *, checked: bool = False) -> None:
-        """From the graph, or else from the source; if `checked`, only so that the model's operations stay the same."""
+        """In the source; in a graph if there is none. If `checked`, only so that the model's operations stay the same."""
         path, module = step["path"], self.model.get_submodule(step["path"])
-        self.originals.setdefault(path, (type(module), set(dict(module.named_children()))))
-        why: list[str] = []
-        # A graph holds for these arguments only. Who says one by its keyword may say another one later.
-        attempts = [self._in_graph, self._in_source]
-        for attempt in reversed(attempts) if path in self.by_keyword else attempts:
-            try:
-                changed = attempt(step)
-                build(changed["module"], module)
-            except LinearizeError as error:
-                why.append(error.found)
-                continue
-            if self.expected is not None and (not checked or operations(self.model, self.inputs) == self.expected):
-                self.steps.append(changed)
-                self.failed.pop(path, None)
-                return
-            self._undo(path)
-            same = (
-                "does other things" if self.expected is not None else "cannot be checked, since the model does not run"
-            )
-            why.append(f"its rewritten forward {same}")
-        self.failed[path] = self._reason(path, "; ".join(dict.fromkeys(why)))
-
-    def _in_graph(self, step: Step) -> Step:
-        return step
+        graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else None
+        self.originals.setdefault(path, (type(module), set(dict(module.named_children())), graph))
+        try:
+            # A graph stands for a forward as long as nothing changes that it reads: the source always does.
+            changed = self._in_source(step) if graph is None and has_source(module) else step
+            build(changed["module"], module)
+        except LinearizeError as error:
+            self.failed[path] = self._reason(path, error.found)
+            return
+        if self.expected is not None and (not checked or operations(self.model, self.inputs) == self.expected):
+            self.steps.append(changed)
+            self.failed.pop(path, None)
+            return
+        self._undo(path)
+        same = "does other things" if self.expected is not None else "cannot be checked, since the model does not run"
+        self.failed[path] = self._reason(path, f"its rewritten forward {same}")
 
     def _in_source(self, step: Step) -> Step:
         """The same step with the place of each call in the source."""
-        calls = step["module"]["calls"]
+        options = step["module"]
         module = self.model.get_submodule(step["path"])
-        places = {target: made_at(self.model, module, target, self.inputs) for target in {c["target"] for c in calls}}
+        places = places_of(self.model, module, self.inputs)
         placed, missed = [], dict[str, str]()
-        for call in calls:
-            found = places[call["target"]]
-            if len(found) == call["of"] == len(set(found)):
-                placed.append({**call, "place": list(found[call["index"]])})
-                continue
-            seen = f"{len(set(found))} calls of {call['target']} in the source of its methods run {len(found)} times"
-            missed[call["child"]] = f"{seen}, and the captured graph has {call['of']}"
+        for call in options["calls"]:
+            found = places.get(call["target"], [])
+            place = found[call["index"]] if len(found) == call["of"] else None
+            if place is not None and found.count(place) == 1:
+                placed.append({**call, "place": asdict(place)})
+            else:
+                missed[call["child"]] = _missed(call, found)
         if not placed:
             raise ConvertError(step["path"], next(iter(missed.values())), "")
         prefix = f"{step['path']}." if step["path"] else ""
         self.missed |= {f"{prefix}{child}": self._reason(step["path"], why) for child, why in missed.items()}
-        return {**step, "module": {**step["module"], "calls": placed}}
+        return {**step, "module": {"type": options["type"], "calls": placed}}
 
     def check(self) -> None:
         """Compare what the model does, op by op, with what it did; look for the culprits if that differs."""
@@ -121,7 +140,11 @@ class _Rewriting:
 
     def _undo(self, path: str) -> None:
         module = self.model.get_submodule(path)
-        module.__class__, children = self.originals[path]
+        own, children, graph = self.originals[path]
+        if graph is not None and isinstance(module, fx.GraphModule):
+            module.graph = graph
+        else:
+            module.__class__ = own
         for name in set(dict(module.named_children())) - children:
             delattr(module, name)
 
@@ -147,20 +170,17 @@ def read_after_write(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) 
     return tuple(replace(site, ungated=why) if site.name in culprits else site for site in sites)
 
 
-def made_at(model: nn.Module, module: nn.Module, target: str, inputs: Inputs) -> list[Place]:
-    """The places in a module's source that call `target`, as they come in a run in eval mode."""
-    found: list[Place] = []
-    own = type(module)
-    noting = noting_methods(module, target, lambda name, index: found.append((name, index)))
-    try:
-        module.__class__ = type(own.__name__, (own,), noting)
-        run_once(model, inputs, before=found.clear)
-    except Exception as error:  # whatever the model's own code raises
-        _log.debug("no run to note calls in: %s", error)
-        return []
-    finally:
-        module.__class__ = own
-    return found
+def _missed(call: Options, found: list[Any]) -> str:
+    """Why a call has no place of its own in the source."""
+    target = call["target"]
+    if not found:
+        return f"its source, as far as it can be read, never calls {target} where it runs"
+    if len(found) != call["of"]:
+        return f"its source calls {target} {len(found)} times in a run, and the captured graph {call['of']} times"
+    place = found[call["index"]]
+    if place is None:
+        return f"{target} is called by a function around it, or not on a tensor alone"
+    return f"one call of {target} in the source of its methods runs {found.count(place)} times"
 
 
 def _call(site: Site, of: int) -> Options:
@@ -172,25 +192,22 @@ def _call(site: Site, of: int) -> Options:
 
 def _observe(
     model: nn.Module, owners: list[str], inputs: Inputs
-) -> tuple[dict[str, dict[str, Any]], set[str], list[list[Op]] | None]:
-    """The arguments that each owner is called with and that are no tensors; who gets some by keyword; the operations.
+) -> tuple[dict[str, dict[str, Any]], list[list[Op]] | None]:
+    """The arguments that each owner is called with and that are no tensors; the operations of the model.
 
     A module may be called several times: its first arguments count.
     """
     seen: dict[str, dict[str, Any]] = {}
-    by_keyword: set[str] = set()
 
     def watch(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            concrete = seen.setdefault(path, concrete_arguments(module, args, kwargs))
-            if concrete.keys() & kwargs.keys():
-                by_keyword.add(path)
+            seen.setdefault(path, concrete_arguments(module, args, kwargs))
 
         return note
 
     hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in owners]
     try:
-        return seen, by_keyword, operations(model, inputs)
+        return seen, operations(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

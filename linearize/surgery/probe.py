@@ -122,3 +122,15 @@ def _agree(module: Callable[[Tensor], Any], affine: Affine, x: Tensor) -> bool:
     if not isinstance(theirs, Tensor) or mine.shape != theirs.shape:
         return False
     return float((mine - theirs).abs().max()) <= _TOLERANCE * max(1.0, float(theirs.abs().max()))
+
+
+def padding_of(module: Any) -> tuple[int, ...]:
+    """Padding in numbers, also where the convolution says "same" or "valid"."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if any(total % 2 for total in totals):
+        raise Infeasible("its padding is not the same on both sides")
+    return tuple(total // 2 for total in totals)

@@ -14,11 +14,13 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
-from linearize.surgery import carriers, layers
-from linearize.surgery.rewrite import rewrite_calls
+from linearize.surgery import carriers, fused, layers
+from linearize.surgery.folds import neutralize
+from linearize.surgery.rewrite import hold_function, rewrite_calls
 
 Spec = dict[str, Any]
 
+IN_PLACE = ("Rewrite", "Held", "Neutral", fused.STEP)  # they change a module instead of replacing it
 _ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 # Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
@@ -158,8 +160,11 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
     "BlendedActivation": lambda current, options: layers.BlendedActivation(current, **options),
     "Children": _children,
+    "Neutral": neutralize,
     "ChannelGate": _gate,
     "Rewrite": rewrite_calls,
+    "Held": hold_function,
+    fused.STEP: fused.unfuse,
 }
 
 

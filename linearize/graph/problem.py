@@ -1,0 +1,7 @@
+"""How a walk through the graph fails."""
+
+from __future__ import annotations
+
+
+class Dead(Exception):
+    """A walk ended without a linear map; the argument is the reason, in words for the user."""

@@ -1,0 +1,61 @@
+"""Give one module a class of its own, under the name that its class has, so that its methods may change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_AGAIN = "_linearize_again"
+
+
+def subclass(
+    original: type[nn.Module], methods: dict[str, Callable[..., Any]], again: Callable[[nn.Module], None]
+) -> type[nn.Module]:
+    """A subclass of a module's class under the same name, with other methods, whose objects are copied and pickled.
+
+    Their attributes are copied as they are: a class may fill in what it misses when it is unpickled
+    (`nn.TransformerDecoderLayer` hides a child `activation` so).
+
+    Args:
+        original: the class.
+        methods: what is new in the subclass.
+        again: gives a module of the original class the subclass again, when it is unpickled; it is pickled, too.
+    """
+
+    def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def reduce(self: nn.Module, _protocol: Any) -> Any:
+        cls, changes = type(self), list[Callable[[nn.Module], None]]()
+        while _AGAIN in vars(cls):
+            changes.insert(0, vars(cls)[_AGAIN][0])
+            cls = cls.__mro__[1]
+        return _restore, (cls, changes, self.__dict__)
+
+    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    own = {**methods, _AGAIN: (again,), "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
+    return type(original.__name__, (original,), {**namespace, **own})
+
+
+def _restore(original: type[nn.Module], changes: list[Callable[[nn.Module], None]], state: dict[str, Any]) -> nn.Module:
+    module = original.__new__(original)
+    module.__dict__.update(state)
+    for again in changes:
+        again(module)
+    return module
+
+
+def keep_attributes(module: nn.Module) -> None:
+    """Let a module be copied and pickled as it is, whatever its class does when it is unpickled."""
+    module.__class__ = subclass(type(module), {}, keep_attributes)
+
+
+def fills_in(module: nn.Module) -> bool:
+    """Whether a module's class does something of its own when it is copied or unpickled."""
+    return type(module).__setstate__ is not nn.Module.__setstate__ and "__reduce_ex__" not in vars(type(module))
