@@ -207,6 +207,8 @@ class Run:
     def _load_model(self, state: dict[str, Any]) -> None:
         own, stored = self.optimizer.state_dict(), state["optimizer"]
         try:
+            if gone := self.model.state_dict().keys() - state["model"].keys():  # torch forgives a norm's counter
+                raise ValueError(f"without {min(gone)}")
             self.model.load_state_dict(state["model"])
             sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (own, stored)]
             if sizes[0] != sizes[1]:
