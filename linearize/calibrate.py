@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from linearize import checks
 from linearize.algebra.moments import Moments, SiteCalibration
 from linearize.errors import DataError, UsageError
 from linearize.gate import ChannelGate, gates
@@ -100,6 +101,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
         >>> model[1].slope.tolist(), found.sites["1"].residual.tolist()
         ([1.0, 0.0], [0.0, 0.0])
     """
+    checks.boolean("progress", progress)
     fitter = _Fitter()
     stream(model, batches, fitter.watch, after_batch=fitter.check, progress=progress)
     sites = {}
@@ -138,8 +140,14 @@ def stream(
         UsageError: the model has no gates.
         DataError: there are no batches, or a batch is of no known form, or does not go through the model.
     """
+    model = checks.module("model", model)
     model = getattr(model, "_orig_mod", model)  # compiled
     named = gates(model)
+    for gate in named.values():
+        gate.check()
+    if isinstance(batches, str | bytes | Mapping | Tensor) or not hasattr(batches, "__iter__"):
+        remedy = "Pass an iterable of batches, such as a list of tensors or a DataLoader."
+        raise DataError("batches", f"found a {type(batches).__name__}", remedy)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
     check_whole(model, values=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import zoo
+from linearize import checks, zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.record import record_of, set_record
@@ -60,6 +60,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(again.head.weight, model.head.weight)
         True
     """
+    checks.module("model", model)
+    checks.path("path", path)
     atomic.destination(path)  # before any work is done
     model = zoo.unwrap(model)
     record = record_of(model)
@@ -100,7 +102,9 @@ def load(
         its
             tensors do not fit the model; or the base model must be given.
     """
-    source = Path(path)
+    source = checks.path("path", path)
+    if model is not None:
+        checks.module("model", model)
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
     check_steps(str(path), content)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.algebra.forms import FORMS, Infeasible, Pieces
 from linearize.algebra.parts import made
 from linearize.convert import unwrapped
@@ -76,13 +77,18 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
           (2): Identity()
         )
     """
-    model = unwrapped(model)
+    checks.choice("when", when, ("cheaper", "always"))
+    model = unwrapped(checks.module("model", model))
     found = gates(model)
     if not found:
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
     if any(gate.alpha.device.type == "meta" for gate in found.values()):
         raise CollapseError(type(model).__name__, "has no values (meta device)", "Load its weights first.")
+    for gate in found.values():
+        gate.check()
     check_alphas(found)
+    if plan is not None and not isinstance(plan, Plan):
+        checks.refuse("plan", plan, "a Plan; Plan.from_json reads one from text")
     if plan is not None and "" in (converted_parts(model) or [""]):
         _check_plan(plan, found)
     with ALONE:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from linearize import checks
 from linearize.algebra.finite import all_finite
 from linearize.duplicate import duplicate
 from linearize.errors import CaptureError, ConvertError, UsageError
@@ -71,7 +72,8 @@ def convert(
           (activation): ReLU()
         )
     """
-    model = unwrapped(model)
+    checks.boolean("inplace", inplace)
+    model = unwrapped(checks.module("model", model))
     check_whole(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
         return _convert(model, example_inputs, include, exclude, inplace)

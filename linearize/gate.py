@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.errors import UsageError
 from linearize.purity import repeats
 from linearize.recompute import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
@@ -77,10 +78,10 @@ class ChannelGate(nn.Module):
         site: Site | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise UsageError("ChannelGate", f"found channels={channels}", "Pass the size of the channel axis.")
-        if axis >= 0:
-            raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
+        checks.module("activation", activation)
+        checks.whole("channels", channels, 1)
+        if not checks.is_whole(axis) or axis >= 0:
+            checks.refuse("axis", axis, "a channel axis counted from the end: -1 is the last")
         self.activation = out_of_place(activation)
         self._inplace = tuple(name for name, module in activation.named_modules() if getattr(module, "inplace", False))
         self._repeats = repeats(activation)
@@ -99,6 +100,18 @@ class ChannelGate(nn.Module):
     def linear(self) -> Tensor:
         """Which channels are linear now: bool (C,)."""
         return self.frozen | (self.alpha.detach() >= 1)
+
+    def check(self) -> None:
+        """See that nobody has given `alpha` or the line another shape.
+
+        Raises:
+            UsageError: one of them is not of shape (C,).
+        """
+        for name in ("alpha", "slope", "intercept", "frozen"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (self.channels,):
+                where = f"{self.site.name}.{name}" if self.site is not None else f"ChannelGate.{name}"
+                raise UsageError(where, f"found shape {shape}", f"Give it shape ({self.channels},), one per channel.")
 
     @torch.no_grad()
     def linearize_(self, mask: Tensor) -> ChannelGate:

@@ -61,7 +61,7 @@ def test_missing_labels_are_told_in_terms_of_compress(model: nn.Module, data: li
     [
         ({"evaluate": 3}, "evaluate: found a int"),
         ({"seed": "a"}, "seed: found 'a'"),
-        ({"finetune": {"gradual": "a"}}, "found gradual='a'"),
+        ({"finetune": {"gradual": "a"}}, "gradual: found 'a'"),
         ({"uniform": ["zzz*"]}, r"found 'zzz\*', which names no site. Sites are 1, 4"),
         ({"round_to": 0}, "round_to"),
         ({"plan": "{}", "flops": None}, "plan: found a str"),

@@ -100,12 +100,12 @@ def test_fine_tuning_goes_on_with_its_plan(model: nn.Module, tmp_path: Path) -> 
 
 def test_notes_by_name(tmp_path: Path) -> None:
     notes = Notes(tmp_path / "notes", "one job")
-    notes.write("site", {"a.b": {"x": torch.ones(2)}, "a/b": {"x": torch.zeros(2)}})
-    assert set(notes.some("site", ["a.b", "a/b", "c"])) == {"a.b", "a/b"}
-    assert float(notes.read("site a/b")["x"].sum()) == 0  # type: ignore[index]
-    assert Notes(tmp_path / "notes", "another").read("site a.b") is None
+    notes.write("thing", {"a.b": {"x": torch.ones(2)}, "a/b": {"x": torch.zeros(2)}})
+    assert set(notes.some("thing", ["a.b", "a/b", "c"])) == {"a.b", "a/b"}
+    assert float(notes.read("thing a/b")["x"].sum()) == 0  # type: ignore[index]
+    assert Notes(tmp_path / "notes", "another").read("thing a.b") is None
     notes.forget()
-    assert notes.read("site a.b") is None
+    assert notes.read("thing a.b") is None
 
 
 def test_fingerprints_tell_jobs_apart() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from linearize import checks
 from linearize.analysis.bounds import bounds, box_of, input_shapes, per_channel
 from linearize.analysis.observe import Observation, ablated, observe, unread
 from linearize.analysis.pieces import homogeneous, line_on
@@ -96,7 +97,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
         inactive 1 (0,) box
         active 1 (1,) box
     """
-    twin, batches = _twin(model, inputs)
+    twin, batches = _twin(checks.module("model", model), inputs)
     shapes = fake_inputs(batches[0])
     found = gates(twin)
     observed = observe(twin, found, batches)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -27,6 +29,7 @@ __all__ = [
     "Shape",
     "data_for",
     "inputs_for",
+    "named_as_typed",
     "open_hollow",
     "open_model",
     "open_pair",
@@ -60,6 +63,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def say(text: str) -> None:
     """A line about what is going on, on standard error."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def named_as_typed() -> Iterator[None]:
+    """Inside, an error about an argument of a function names the option of the command."""
+    try:
+        yield
+    except UsageError as error:
+        if not error.where.isidentifier() or error.where == "compress":
+            raise
+        raise UsageError(f"--{error.where.replace('_', '-')}", error.found, error.remedy) from error
 
 
 def print_json(data: Any) -> None:
