@@ -244,9 +244,7 @@ def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate, *, c
         activation = MaskedActivation(activation, keep, gate.axis)
         put(activation, linear=linear)
     if not whole:
-        # What lies directly between two maps that only this site reads is nobody else's memory.
-        inplace = gate.site is not None and gate.site.direct
-        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
+        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis}
         spec = spec if keep else {"type": "Identity"}
         if carries or not keep:
             activation = build(spec, activation)

@@ -245,7 +245,7 @@ def _option(
             if choice.keep:
                 inner = _released(gate)
                 if choice.rank:
-                    inner = PartialActivation(gate.activation, choice.keep, gate.axis, inplace=gate.site.direct)
+                    inner = PartialActivation(gate.activation, choice.keep, gate.axis)
             layers[f"{gate.site.name} activation"] = inner
             texts.append(f"{choice.keep} {choice.rank} {choice.form}")
     return layers, "; ".join(texts)

@@ -15,31 +15,24 @@ from linearize.graph.ops import ACTIVATIONS
 class PartialActivation(nn.Module):
     """An activation on the first `keep` channels of `axis` (counted from the end); the others pass.
 
-    With `inplace`, as in torch's own activations, it may overwrite its input instead of copying the channels that pass.
-    It does so only where no gradients are recorded.
-
     Example:
         >>> PartialActivation(nn.ReLU(), keep=1, axis=-1)(torch.tensor([-1.0, -2.0])).tolist()
         [0.0, -2.0]
     """
 
-    def __init__(self, activation: nn.Module, keep: int, axis: int, inplace: bool = False) -> None:
+    def __init__(self, activation: nn.Module, keep: int, axis: int) -> None:
         super().__init__()
         self.activation = out_of_place(activation)
         self.keep = keep
         self.axis = axis
-        self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        kept, carried = input.split((self.keep, input.shape[self.axis] - self.keep), dim=self.axis)
-        y: Tensor = self.activation(kept)
-        if self.inplace and type(input) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kept.copy_(y)
-            return input
-        return torch.cat((y, carried), dim=self.axis)
+        kept = input.narrow(self.axis, 0, self.keep)
+        carried = input.narrow(self.axis, self.keep, input.size(self.axis) - self.keep)
+        return torch.cat((self.activation(kept), carried), dim=self.axis)
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, axis={self.axis}" + (", inplace=True" if self.inplace else "")
+        return f"keep={self.keep}, axis={self.axis}"
 
 
 class _BesideLines(nn.Module):
@@ -52,6 +45,7 @@ class _BesideLines(nn.Module):
         super().__init__()
         self.activation = out_of_place(activation)
         self.axis = axis
+        self.sizes = [-1] + [1] * (-1 - axis)
         self.register_buffer("slope", torch.ones(channels))
         self.register_buffer("intercept", torch.zeros(channels))
 
@@ -78,11 +72,10 @@ class MaskedActivation(_BesideLines):
         self.register_buffer("linear", torch.zeros(channels, dtype=torch.bool))
 
     def forward(self, input: Tensor) -> Tensor:
-        x, y = input, self.activation(input)
-        sizes = (-1, *(1,) * (-1 - self.axis))
-        line = self.slope.view(sizes).to(x.dtype) * x + self.intercept.view(sizes).to(x.dtype)
-        out: Tensor = torch.where(self.linear.view(sizes), line.to(y.dtype), y)
-        return out
+        y = self.activation(input)
+        slope, intercept = (self.slope.view(self.sizes), self.intercept.view(self.sizes))
+        line = slope.to(input.dtype) * input + intercept.to(input.dtype)
+        return torch.where(self.linear.view(self.sizes), line.to(y.dtype), y)
 
 
 class BlendedActivation(_BesideLines):
@@ -104,13 +97,11 @@ class BlendedActivation(_BesideLines):
         self.register_buffer("alpha", torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
-        x, y = input, self.activation(input)
-        sizes = (-1, *(1,) * (-1 - self.axis))
-        of_y, of_x, of_one = (
-            value.view(sizes) for value in (1 - self.alpha, self.alpha * self.slope, self.alpha * self.intercept)
-        )
-        out: Tensor = torch.addcmul(torch.addcmul(of_one, of_x, x), of_y, y)
-        return out.to(y.dtype)
+        y = self.activation(input)
+        of_y = (1 - self.alpha).view(self.sizes)
+        of_x = (self.alpha * self.slope).view(self.sizes)
+        of_one = (self.alpha * self.intercept).view(self.sizes)
+        return torch.addcmul(torch.addcmul(of_one, of_x, input), of_y, y).to(y.dtype)
 
 
 class Elementwise(nn.Module):
