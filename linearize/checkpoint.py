@@ -21,6 +21,7 @@ from linearize.record import record_of, set_record
 from linearize.storage import tensorfile
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest
+from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.structure import (
     Difference,
@@ -117,8 +118,10 @@ def load(
         raise CheckpointError(str(path), f"its plan does not fit the model ({error})", _remedy(model)) from error
     except LinearizeError as error:
         raise CheckpointError(str(path), f"its base model cannot be built ({error})", _remedy(model)) from error
-    check_fit(str(path), loaded, content, header.shapes)
-    tensors = tensorfile.read_tensors(source, device)
+    names = names_since(content.version, loaded)
+    content = renamed(content, names)
+    check_fit(str(path), loaded, content, {names.get(name, name): shape for name, shape in header.shapes.items()})
+    tensors = {names.get(name, name): tensor for name, tensor in tensorfile.read_tensors(source, device).items()}
     fill(loaded, content, tensors)
     put_rest(str(path), loaded, content, tensors)
     if content.steps or content.sites:

@@ -196,10 +196,11 @@ def pad_same(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int
         [[1.0, 1.0, 1.0, 1.0, 0.0]]
     """
     padding: list[int] = []
-    for i in range(len(kernel)):
-        size, k, s, d = x.size(-1 - i), kernel[-1 - i], stride[-1 - i], dilation[-1 - i]
-        total = max(((size + s - 1) // s - 1) * s + (k - 1) * d + 1 - size, 0)
-        padding += [total // 2, total - total // 2]
+    for i in range(len(kernel) - 1, -1, -1):
+        size = x.size(x.dim() - len(kernel) + i)
+        total = max(((size + stride[i] - 1) // stride[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - size, 0)
+        padding.append(total // 2)
+        padding.append(total - total // 2)
     return functional.pad(x, padding)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from linearize.algebra.affine import pad_same
-from linearize.surgery.slices import every, ones_beside
+from linearize.surgery.slices import every, ones_beside, part
 
 fx.wrap("ones_beside")  # leaves of symbolic tracing, as torch's own functions are
 fx.wrap("pad_same")
@@ -29,7 +29,7 @@ class Around(nn.Module):
     Forward code may look at them (transformers asks for the dtype of `self.wo.weight`).
     """
 
-    __jit_unused_properties__ = ("weight", "bias")
+    __jit_unused_properties__ = ("weight", "bias", "inner", "start")
 
     @property
     def weight(self) -> Any:
@@ -73,8 +73,6 @@ class CarryLinear(AroundLinear):
         """Where its part of the carried features starts."""
         return self.first - self.keep
 
-    __jit_unused_properties__ = ("weight", "bias", "inner", "start")
-
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = self.linear(input[..., : self.keep]) + input[..., self.first : self.last]
         return out
@@ -85,13 +83,18 @@ class CarryConv(AroundConv):
 
     def __init__(self, dims: int, start: int = 0, **geometry: Any) -> None:
         super().__init__(dims, **geometry)
-        self.start = start
-        self.axis, self.keep, self.width = -1 - dims, self.conv.in_channels, self.conv.out_channels
+        self.axis, self.keep = -1 - dims, self.conv.in_channels
+        self.first, self.last = self.keep + start, self.keep + start + self.conv.out_channels
         self.steps = list(self.conv.stride)
 
+    @property
+    def start(self) -> int:
+        """Where its part of the carried channels starts."""
+        return int(self.first - self.keep)
+
     def forward(self, input: Tensor) -> Tensor:
-        carried = every(input.narrow(self.axis, self.keep + self.start, self.width), self.steps)
-        out: Tensor = self.conv(input.narrow(self.axis, 0, self.keep)) + carried
+        carried = every(part(input, self.axis, self.first, self.last), self.steps)
+        out: Tensor = self.conv(part(input, self.axis, 0, self.keep)) + carried
         return out
 
 
@@ -108,7 +111,7 @@ class InputCarryConv(AroundConv):
         carried = every(input, self.steps)
         parts = [self.conv(input), carried]
         if self.ones > 0:
-            parts.append(torch.ones_like(carried.narrow(self.axis, 0, self.ones)))
+            parts.append(torch.ones_like(part(carried, self.axis, 0, self.ones)))
         return torch.cat(parts, dim=self.axis)
 
 
@@ -139,8 +142,6 @@ class BorderConv(AroundConv):
     def bias(self) -> Any:
         """Of the border's convolution."""
         return self.border.bias
-
-    __jit_unused_properties__ = ("weight", "bias", "inner")
 
     def padded(self, input: Tensor) -> Tensor:
         """The input as both convolutions get it."""

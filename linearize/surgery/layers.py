@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from linearize.errors import CheckpointError
 from linearize.gate import out_of_place
 from linearize.graph.ops import ACTIVATIONS
+from linearize.surgery.slices import behind, part
 
 
 class PartialActivation(nn.Module):
@@ -27,8 +28,7 @@ class PartialActivation(nn.Module):
         self.axis = axis
 
     def forward(self, input: Tensor) -> Tensor:
-        kept = input.narrow(self.axis, 0, self.keep)
-        carried = input.narrow(self.axis, self.keep, input.size(self.axis) - self.keep)
+        kept, carried = part(input, self.axis, 0, self.keep), behind(input, self.axis, self.keep)
         return torch.cat((self.activation(kept), carried), dim=self.axis)
 
     def extra_repr(self) -> str:
@@ -38,8 +38,9 @@ class PartialActivation(nn.Module):
 class _BesideLines(nn.Module):
     """An activation, and a line `slope * x + intercept` for each channel."""
 
-    slope: Tensor
-    intercept: Tensor
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none that are texts
+        slope: Tensor
+        intercept: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
         super().__init__()
@@ -65,7 +66,8 @@ class MaskedActivation(_BesideLines):
         [0.0, -2.0]
     """
 
-    linear: Tensor
+    if TYPE_CHECKING:
+        linear: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
         super().__init__(activation, channels, axis)
@@ -90,7 +92,8 @@ class BlendedActivation(_BesideLines):
         [0.0, -0.25]
     """
 
-    alpha: Tensor
+    if TYPE_CHECKING:
+        alpha: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
         super().__init__(activation, channels, axis)
