@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from linearize import zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
+from linearize.guard import FILE
 from linearize.record import record_of, set_record
 from linearize.storage import tensorfile
 from linearize.storage.manifest import Manifest, may_hold
@@ -97,7 +98,7 @@ def load(
     """Make the model of a file that `save` wrote, in eval mode.
 
     Args:
-        path: the file.
+        path: the file, or a folder that `save_pretrained` of a changed model has written.
         model: a base model as it was before `linearize.convert`, for files of models from neither timm nor
             transformers. Its structure is copied; the model itself is left as it was.
         device: where the tensors go. On the CPU they are mapped from the file, and read when first used.
@@ -108,6 +109,7 @@ def load(
             tensors do not fit the model; or the base model must be given.
     """
     source = Path(path)
+    source = source / FILE if (source / FILE).is_file() else source
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
     try:

@@ -76,7 +76,10 @@ def _rewritten_class(module: nn.Module, original: type[nn.Module], options: Opti
         return new
 
     def reduce(self: nn.Module, _protocol: Any) -> Any:
-        return _restore, (original, options, self.__dict__)
+        # A guard (linearize.guard) refers to the object that it stands on: it comes when that is there.
+        later = {name: value for name, value in self.__dict__.items() if name == "save_pretrained"}
+        first = {name: value for name, value in self.__dict__.items() if name not in later}
+        return _restore, (original, options, first), later or None
 
     namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     methods = {**changed, "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
