@@ -30,6 +30,7 @@ from linearize.running.steps import Steps
 from linearize.summary import summary
 from linearize.training.losses import evaluate_batches
 from linearize.verify import verify
+from linearize.zoo.stock import expect_stock, prove_stock
 
 __all__ = ["Result", "compress"]
 
@@ -151,6 +152,8 @@ def compress(
             "dry_run", "found without a budget", "Pass one of latency, flops, params, speedup, activations."
         )
     options = training_options(finetune, gentle=linear is None)
+    if stock:
+        expect_stock(model)
     check_data(data)
     steps = Steps(progress)
     batches = some_batches(model, data)
@@ -194,6 +197,8 @@ def compress(
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
         notes.forget()
+        if stock:
+            prove_stock(made.small, example)
         return Result(made.small, made.plan, replace(report, **made.told))
     finally:
         model.to(home)

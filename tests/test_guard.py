@@ -104,7 +104,7 @@ def test_a_trainers_checkpoint_goes_on_and_loads_nowhere_else(tmp_path: Path) ->
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    missing, unexpected = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    _, unexpected = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert not unexpected
     assert torch.equal(first(other(IDS)), first(model(IDS)))
 
@@ -152,9 +152,9 @@ def test_hub_mixin(tmp_path: Path) -> None:
     assert not torch.allclose(changed(x), model(x)), "negative control"
     with pytest.warns(UserWarning, match=r"linearize\.load"):
         changed.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="model.safetensors"):
+    with pytest.raises(Exception, match=r"model\.safetensors"):
         Net.from_pretrained(tmp_path)
-    assert torch.equal(linearize.load(tmp_path, model=Net())(x), changed(x))
+    torch.testing.assert_close(linearize.load(tmp_path, model=Net())(x), changed(x))
 
 
 def test_a_rewritten_model_can_still_be_pickled(tmp_path: Path) -> None:
