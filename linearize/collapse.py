@@ -27,6 +27,7 @@ from linearize.plan import (
 )
 from linearize.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites import Site
+from linearize.surgery.fusing import keep_readable
 from linearize.surgery.layers import BlendedActivation, MaskedActivation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
@@ -155,7 +156,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     found = gates(result)
     masks = masks_of(found)
     reader = Reader(result)
-    steps: list[Step] = []
+    steps, unfolded = list[Step](), list[Site]()
     at: dict[str, int] = {}
     last_use = _last_use(found)
     chains = {chain.lower.name: chain for chain in chains_of(result, (gate.site for gate in found.values()))}
@@ -166,6 +167,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             chain = chains[planned.site]
             reader.pieces.update(narrow(reader, chain, found, _dropped(planned, chain, found, masks)))
             at.update({port.module: port.dims for port in chain.ports})
+            unfolded += [chain.upper, chain.lower]
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
         elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
@@ -174,11 +176,13 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
             )
+            unfolded.append(site)
             steps += unfold(result, site)
         steps += _settle_activation(result, planned, gate, carries=carries)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
-    set_record(result, Record((), [*record.steps, *sorted(steps, key=_depth)], record.inputs))
+    steps = [*sorted(steps, key=_depth), *keep_readable(result, unfolded)]
+    set_record(result, Record((), [*record.steps, *steps], record.inputs))
     return result
 
 

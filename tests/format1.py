@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ def ramp(*sizes: int) -> Tensor:
     return (torch.arange(count, dtype=torch.float32) % 17 / 8 - 1).view(sizes)
 
 
-NETS = {
+NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 24), nn.GELU(), nn.Linear(24, 5)), ramp(3, 4)),
     "unit": (Unit, ramp(3, 4)),
     "unit_all": (Unit, ramp(3, 4)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def first(output: Any) -> Tensor:
 
 
 # A gated model; merged maps; a partial activation alone, whose folder is that of the original but for a buffer.
-CHANGED = {
+CHANGED: dict[str, Callable[[], Any]] = {
     "gated": lambda: gated(bert()),
     "collapsed": lambda: linearize.collapse(gated(bert()), when="always"),
     "partial": lambda: linearize.collapse(gated(bert(), include="pooler*")),
@@ -50,14 +51,14 @@ CHANGED = {
 
 @pytest.mark.parametrize("kind", CHANGED)
 def test_the_folder_is_for_linearize_alone(kind: str, tmp_path: Path) -> None:
-    model = CHANGED[kind]()
+    model: Any = CHANGED[kind]()
     config = model.config.to_dict()
     with pytest.warns(UserWarning, match=r"linearize\.load"):
         model.save_pretrained(tmp_path)
     for loader in (transformers.AutoModel, transformers.BertModel, transformers.AutoConfig):
         with pytest.raises(Exception, match=r"linearize\.load"):
             loader.from_pretrained(tmp_path)
-    again = linearize.load(tmp_path)
+    again: Any = linearize.load(tmp_path)
     assert type(again) is type(model) is transformers.BertModel
     torch.testing.assert_close(first(again(IDS)), first(model(IDS)), rtol=1e-5, atol=1e-6)
     assert model.config.to_dict() == config | {"dtype": model.config.dtype, "architectures": ["BertModel"]}
@@ -85,7 +86,7 @@ def test_the_original_is_saved_as_ever(tmp_path: Path) -> None:
 
 
 def test_nothing_collapsed_is_saved_as_ever(tmp_path: Path) -> None:
-    model = linearize.collapse(linearize.convert(bert(), {"input_ids": IDS}))
+    model: Any = linearize.collapse(linearize.convert(bert(), {"input_ids": IDS}))
     model.save_pretrained(tmp_path)
     again = transformers.AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(first(again(IDS)), first(model(IDS)))
@@ -126,7 +127,7 @@ def test_a_part_that_another_library_saves(tmp_path: Path) -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return self.head(self.model(input_ids).last_hidden_state.mean(1))
 
-    small = linearize.collapse(gated(Encoder().eval(), 1.0))
+    small: Any = linearize.collapse(gated(Encoder().eval(), 1.0))
     with pytest.warns(UserWarning, match=r"linearize\.save"):
         small.model.save_pretrained(tmp_path)
     with pytest.raises(Exception, match=r"linearize\.load"):
@@ -135,7 +136,7 @@ def test_a_part_that_another_library_saves(tmp_path: Path) -> None:
 
 def test_hub_mixin(tmp_path: Path) -> None:
     """Its from_pretrained is not strict: a gated model would come back as the original, without a word."""
-    hub = pytest.importorskip("huggingface_hub")
+    hub: Any = pytest.importorskip("huggingface_hub")
 
     class Net(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc]
         def __init__(self, width: int = 16) -> None:
@@ -147,7 +148,7 @@ def test_hub_mixin(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     x, model = torch.randn(5, 4), Net().eval()
-    changed = linearize.convert(model, x)
+    changed: Any = linearize.convert(model, x)
     linearize.gates(changed)["layers.1"].linearize_(torch.arange(16) < 9)
     assert not torch.allclose(changed(x), model(x)), "negative control"
     with pytest.warns(UserWarning, match=r"linearize\.load"):

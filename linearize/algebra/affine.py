@@ -188,20 +188,33 @@ def border_kernel(outer: Affine, inner_bias: Tensor) -> Tensor:
     return torch.einsum("oc...,c->o...", outer.weight, inner_bias).unsqueeze(1)
 
 
+def same_padding(sizes: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    """Padding for `functional.pad` by the "SAME" rule: what is odd goes to the end. Last dimension first.
+
+    Lists, and plain loops, so that TorchScript takes it.
+
+    Example:
+        >>> same_padding([5, 4], [3, 3], [1, 2], [1, 1])
+        [0, 1, 1, 1]
+    """
+    padding: list[int] = []
+    for i in range(len(kernel) - 1, -1, -1):
+        steps = (sizes[i] + stride[i] - 1) // stride[i] - 1
+        total = max(steps * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - sizes[i], 0)
+        padding.append(total // 2)
+        padding.append(total - total // 2)
+    return padding
+
+
 def pad_same(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
-    """Zero padding by the "SAME" rule: what is odd goes to the end. Takes lists, for TorchScript.
+    """Zero padding by the "SAME" rule.
 
     Example:
         >>> pad_same(torch.ones(1, 4), [3], [2], [1]).tolist()
         [[1.0, 1.0, 1.0, 1.0, 0.0]]
     """
-    padding: list[int] = []
-    for i in range(len(kernel) - 1, -1, -1):
-        size = x.size(x.dim() - len(kernel) + i)
-        total = max(((size + stride[i] - 1) // stride[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - size, 0)
-        padding.append(total // 2)
-        padding.append(total - total // 2)
-    return functional.pad(x, padding)
+    sizes = [x.size(x.dim() - len(kernel) + i) for i in range(len(kernel))]
+    return functional.pad(x, same_padding(sizes, kernel, stride, dilation))
 
 
 def apply(affine: Affine, x: Tensor) -> Tensor:

@@ -300,7 +300,7 @@ def replace_block(model: nn.Module, block: Block, kernel: int, found: BlockFit) 
     steps.append(_put(model, block.first.module, spec))
     layer: Any = model.get_submodule(block.first.module)
     layer.to(old.weight.device, old.weight.dtype)
-    values = {"weight": found.weight, "bias": found.bias, "border": found.border}
+    values: dict[str, Any] = {"weight": found.weight, "bias": found.bias, "border": found.border}
     for role, (holder, name) in roles_of(layer).items():
         holder.get_parameter(name).copy_(values[role])
     for parameter in layer.parameters():

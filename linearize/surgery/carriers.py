@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from linearize.algebra.affine import pad_same
+from linearize.errors import UsageError
 from linearize.surgery.slices import every, ones_beside, part
 
 fx.wrap("ones_beside")  # leaves of symbolic tracing, as torch's own functions are
@@ -23,13 +24,19 @@ fx.wrap("pad_same")
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+_GEOMETRY = {"stride", "padding", "dilation", "groups", "kernel_size", "padding_mode", "out_channels", "out_features"}
+
+
 class Around(nn.Module):
-    """A module around an ordinary layer, whose weight and bias can be read as its own.
+    """A module around an ordinary layer, whose weight, bias and geometry can be read as its own.
 
     Forward code may look at them (transformers asks for the dtype of `self.wo.weight`).
+
+    Raises:
+        UsageError: somebody sets its weight or bias, as code that folds norms does.
     """
 
-    __jit_unused_properties__ = ("weight", "bias", "inner", "start")
+    __jit_unused_properties__ = ("weight", "bias", "inner", "start", "in_channels", "in_features")
 
     @property
     def weight(self) -> Any:
@@ -46,6 +53,16 @@ class Around(nn.Module):
         """The layer inside."""
         return self._modules["linear" if "linear" in self._modules else "conv"]
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name) if name in _GEOMETRY else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in {"weight", "bias"}:
+            found = f"does more than a linear map of its {name}, which cannot be set from outside"
+            remedy = "Fuse or re-parameterise the model before linearize.convert, or set it on the layer inside."
+            raise UsageError(type(self).__name__, found, remedy)
+        super().__setattr__(name, value)
+
 
 class AroundLinear(Around):
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -60,37 +77,64 @@ class AroundConv(Around):
         self.conv = _CONVS[dims](**geometry)
 
 
-class CarryLinear(AroundLinear):
-    """Consumer of a site that carries its output: `weight @ h[:K] + bias + h[K + start : K + start + O]`."""
+class _Carry(Around):
+    """A consumer of a site that carries its output.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, start: int = 0) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.keep = in_features
-        self.first, self.last = in_features + start, in_features + start + out_features
+    Attributes:
+        keep: K, the features that its own map reads.
+        first, last: the carried features that are its own.
+        whole: `weight` is that of the ordinary layer that computes the same, for code that folds norms.
+    """
+
+    def _place(self, start: int, whole: bool) -> None:
+        outputs, self.keep = self.inner.weight.shape[:2]
+        self.first, self.last = self.keep + start, self.keep + start + outputs
+        self.whole = whole
 
     @property
     def start(self) -> int:
         """Where its part of the carried features starts."""
-        return self.first - self.keep
+        return int(self.first - self.keep)
+
+    @property
+    def weight(self) -> Any:
+        """Of the layer inside, or (O, all inputs) with ones for what is carried."""
+        own: Tensor = self.inner.weight
+        if not self.whole:
+            return own
+        passed = torch.eye(len(own), self.last - self.keep, dtype=own.dtype, device=own.device).roll(self.start, 1)
+        return torch.cat((own, passed.view(*passed.shape, *own.shape[2:])), dim=1)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, as far as it reads."""
+        return int(self.last)
+
+    in_channels = in_features
+
+
+class CarryLinear(_Carry, AroundLinear):
+    """Consumer of a site that carries its output: `weight @ h[:K] + bias + h[K + start : K + start + O]`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, start: int = 0, whole: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self._place(start, whole)
 
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = self.linear(input[..., : self.keep]) + input[..., self.first : self.last]
         return out
 
 
-class CarryConv(AroundConv):
+class CarryConv(_Carry, AroundConv):
     """Consumer of a site that carries its output, as a pointwise convolution."""
 
-    def __init__(self, dims: int, start: int = 0, **geometry: Any) -> None:
+    def __init__(self, dims: int, start: int = 0, whole: bool = False, **geometry: Any) -> None:
         super().__init__(dims, **geometry)
-        self.axis, self.keep = -1 - dims, self.conv.in_channels
-        self.first, self.last = self.keep + start, self.keep + start + self.conv.out_channels
+        self._place(start, whole)
+        self.axis = -1 - dims
         self.steps = list(self.conv.stride)
-
-    @property
-    def start(self) -> int:
-        """Where its part of the carried channels starts."""
-        return int(self.first - self.keep)
 
     def forward(self, input: Tensor) -> Tensor:
         carried = every(part(input, self.axis, self.first, self.last), self.steps)

@@ -107,6 +107,40 @@ class BlendedActivation(_BesideLines):
         return torch.addcmul(torch.addcmul(of_one, of_x, input), of_y, y).to(y.dtype)
 
 
+class FoldedNorm(nn.Module):
+    """What stands where a batch norm was folded into the layer before it: nothing, or the bias that it left.
+
+    Its numbers are those of a batch norm that does this, for code that folds norms (`linearize.surgery.fusing`).
+
+    Example:
+        >>> layer = FoldedNorm(channels=2, axis=-1)
+        >>> layer(torch.ones(1, 2)).tolist(), layer.running_var.tolist(), layer.eps
+        ([[1.0, 1.0]], [1.0, 1.0], 0.0)
+    """
+
+    eps = 0.0
+    momentum = 0.1
+    affine = True
+    track_running_stats = True
+
+    def __init__(self, channels: int, axis: int, shift: bool = False) -> None:
+        super().__init__()
+        self.num_features, self.axis, self.shift = channels, axis, shift
+        self.sizes = [-1] + [1] * (-1 - axis)
+        for name, value in (("weight", 1.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value), persistent=False)
+        if shift:
+            self.bias = nn.Parameter(torch.zeros(channels))
+        else:
+            self.register_buffer("bias", torch.zeros(channels), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.bias.view(self.sizes) if self.shift else input
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, axis={self.axis}" + (", shift=True" if self.shift else "")
+
+
 class Elementwise(nn.Module):
     """An activation function of ATen as a module: what stands in for a call inside somebody's forward.
 

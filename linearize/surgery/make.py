@@ -11,7 +11,7 @@ from linearize.algebra.affine import Affine
 from linearize.algebra.finite import all_finite
 from linearize.algebra.forms import Piece
 from linearize.errors import CollapseError
-from linearize.surgery.carriers import roles_of
+from linearize.surgery.carriers import Around, roles_of
 from linearize.surgery.specs import Spec, build
 
 
@@ -27,7 +27,7 @@ def make_layer(path: str, piece: Piece, dims: int, old: nn.Module) -> nn.Module:
         return build({"type": "Ones", "width": piece.number}, old)
     if piece.affine is None:
         raise CollapseError(path, f"a piece of kind {piece.layer} without a map", "Please report this model.")
-    weight: Any = old.weight
+    weight: Any = old.inner.weight if isinstance(old, Around) else old.weight
     kept = getattr(old, "bias", None) is not None and piece.layer != "carry"
     spec = layer_spec(piece, piece.affine, dims, bias=kept or bool((piece.affine.bias != 0).any()))
     with torch.device("meta"):

@@ -54,7 +54,7 @@ def behind(x: Tensor, axis: int, start: int) -> Tensor:
 def ones_beside(x: Tensor, width: int) -> Tensor:
     """Ones of shape (..., width), of the type that a linear layer would put out here (autocast)."""
     ones = functional.pad(x[..., :0], [0, width], value=1.0)
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             ones = ones.to(torch.get_autocast_dtype(kind))

@@ -24,12 +24,12 @@ _MATRIX = ("in_features", "out_features")
 # Classes of linear layers, and what their constructors take by name besides the geometry of the layer inside.
 _MATRICES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ()),
-    "CarryLinear": (carriers.CarryLinear, ("start",)),
+    "CarryLinear": (carriers.CarryLinear, ("start", "whole")),
     "OnesLinear": (carriers.OnesLinear, ("at", "ones")),
     "OnlyLinear": (only.OnlyLinear, ("keyword", "nones")),
 }
 _CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "CarryConv": (carriers.CarryConv, ("start",)),
+    "CarryConv": (carriers.CarryConv, ("start", "whole")),
     "InputCarryConv": (carriers.InputCarryConv, ("ones",)),
     "SameConv": (carriers.SameConv, ()),
     "BorderConv": (carriers.BorderConv, ()),
@@ -65,6 +65,8 @@ def spec_of(module: nn.Module) -> Spec:
         return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis}
     if isinstance(module, layers.MaskedActivation):
         return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
+    if isinstance(module, layers.FoldedNorm):
+        return {"type": "FoldedNorm", "channels": module.num_features, "axis": module.axis, "shift": module.shift}
     if isinstance(module, layers.BlendedActivation):
         return {"type": "BlendedActivation", "channels": module.alpha.numel(), "axis": module.axis}
     if isinstance(module, ChannelGate):
@@ -152,6 +154,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Elementwise": lambda current, options: layers.Elementwise(**options),
     "PartialActivation": _partial,
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
+    "FoldedNorm": lambda current, options: layers.FoldedNorm(**options),
     "BlendedActivation": lambda current, options: layers.BlendedActivation(current, **options),
     "Children": _children,
     "ChannelGate": _gate,
