@@ -248,10 +248,12 @@ def _settle_activation(model: nn.Module, plan: SitePlan, gate: ChannelGate, *, c
         activation = MaskedActivation(activation, keep, gate.axis)
         put(activation, linear=linear)
     if not whole:
-        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis}
+        # What lies directly between two maps that only this site reads is nobody else's memory.
+        inplace = gate.in_place and gate.site is not None and gate.site.direct
+        spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
         spec = spec if keep else {"type": "Identity"}
         if carries or not keep:
-            activation = build(spec, activation)
+            activation = build(spec, gate.released() if activation is gate.activation else activation)
             steps.append({"path": path, "module": spec})
     replace_module(model, path, gate.released() if activation is gate.activation else activation)
     return steps

@@ -114,6 +114,11 @@ class ChannelGate(nn.Module):
         self.frozen.logical_or_(mask)
         return self
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the activation worked in place before it got the gate."""
+        return bool(self._inplace)
+
     def released(self) -> nn.Module:
         """The activation without the gate, working in place again if it did before."""
         for name in self._inplace:

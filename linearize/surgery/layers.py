@@ -16,23 +16,38 @@ from linearize.surgery.slices import behind, part
 class PartialActivation(nn.Module):
     """An activation on the first `keep` channels of `axis` (counted from the end); the others pass.
 
+    With `inplace`, for an activation that worked in place where it stood, it overwrites its input where nothing records
+    or traces it.
+
     Example:
         >>> PartialActivation(nn.ReLU(), keep=1, axis=-1)(torch.tensor([-1.0, -2.0])).tolist()
         [0.0, -2.0]
     """
 
-    def __init__(self, activation: nn.Module, keep: int, axis: int) -> None:
+    def __init__(self, activation: nn.Module, keep: int, axis: int, inplace: bool = False) -> None:
         super().__init__()
         self.activation = out_of_place(activation)
         self.keep = keep
         self.axis = axis
+        self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102 - TorchScript skips the block
+            if self.inplace and _unrecorded(input):
+                kept = part(input, self.axis, 0, self.keep)
+                kept.copy_(self.activation(kept))
+                return input
         kept, carried = part(input, self.axis, 0, self.keep), behind(input, self.axis, self.keep)
         return torch.cat((self.activation(kept), carried), dim=self.axis)
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, axis={self.axis}"
+        return f"keep={self.keep}, axis={self.axis}" + (", inplace=True" if self.inplace else "")
+
+
+def _unrecorded(x: Tensor) -> bool:
+    """True in plain evaluation: no gradients are recorded, and no tracer of any kind looks on."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return type(x) is Tensor and not torch.is_grad_enabled() and not traced
 
 
 class _BesideLines(nn.Module):

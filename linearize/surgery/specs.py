@@ -62,7 +62,7 @@ def spec_of(module: nn.Module) -> Spec:
     if isinstance(module, layers.Elementwise):
         return {"type": "Elementwise", "function": module.function, "options": module.options}
     if isinstance(module, layers.PartialActivation):
-        return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis}
+        return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis, "inplace": module.inplace}
     if isinstance(module, layers.MaskedActivation):
         return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
     if isinstance(module, layers.FoldedNorm):
@@ -116,8 +116,9 @@ def _convolution(kind: type[nn.Module], dims: int) -> Callable[[nn.Module, dict[
 
 
 def _partial(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-    known = {name: value for name, value in options.items() if name != "inplace"}  # of format version 1
-    return layers.PartialActivation(current, **known)
+    # Files of version 1 say so where the original did not, too.
+    inplace = bool(options.get("inplace")) and any(getattr(module, "inplace", False) for module in current.modules())
+    return layers.PartialActivation(current, **{**options, "inplace": inplace})
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
