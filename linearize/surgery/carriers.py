@@ -65,12 +65,16 @@ class Around(nn.Module):
 
 
 class AroundLinear(Around):
+    """A module around a matrix."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias)
 
 
 class AroundConv(Around):
+    """A module around a convolution."""
+
     def __init__(self, dims: int, **geometry: Any) -> None:
         super().__init__()
         self.dims = dims

@@ -32,7 +32,7 @@ class PartialActivation(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102 - TorchScript skips the block
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.inplace and _unrecorded(input):
                 kept = part(input, self.axis, 0, self.keep)
                 kept.copy_(self.activation(kept))
