@@ -46,7 +46,7 @@ class PartialActivation(nn.Module):
 
 def _unrecorded(x: Tensor) -> bool:
     """True in plain evaluation: no gradients are recorded, and no tracer of any kind looks on."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return type(x) is Tensor and not torch.is_grad_enabled() and not traced
 
 
