@@ -76,7 +76,7 @@ class _Guard:
             remedy = "Call save_pretrained(folder) without push_to_hub, and upload that folder."
             raise CheckpointError(type(self.module).__name__, found, remedy)
         folder = Path(save_directory)
-        given = options.get("state_dict") is not None or len(args) > 1
+        given = "state_dict" in options or len(args) > 1  # None, too: a trainer says so in some versions
         if given or not self.whole:
             # A trainer's checkpoint, which goes on from these very weights; or a part of our model.
             result = getattr(type(self.module), _METHOD)(self.module, folder, *args, **options)

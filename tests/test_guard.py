@@ -92,11 +92,12 @@ def test_nothing_collapsed_is_saved_as_ever(tmp_path: Path) -> None:
     torch.testing.assert_close(first(again(IDS)), first(model(IDS)))
 
 
-def test_a_trainers_checkpoint_goes_on_and_loads_nowhere_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["state_dict=None", "state_dict"])
+def test_a_trainers_checkpoint_goes_on_and_loads_nowhere_else(given: bool, tmp_path: Path) -> None:
     """A trainer hands over the weights itself, and reads them back into the model that it has."""
     model = gated(bert())
     with pytest.warns(UserWarning, match="load_state_dict"):
-        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+        model.save_pretrained(tmp_path, state_dict=model.state_dict() if given else None)
     with pytest.raises(Exception, match=r"linearize\.load"):
         transformers.BertModel.from_pretrained(tmp_path)
     from safetensors.torch import load_file
