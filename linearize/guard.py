@@ -80,7 +80,7 @@ class _Guard:
         if given or not self.whole:
             # A trainer's checkpoint, which goes on from these very weights; or a part of our model.
             result = getattr(type(self.module), _METHOD)(self.module, folder, *args, **options)
-            _mark(folder)
+            _mark(folder, without="dtype")  # which a trainer reads back
             how = "its weights are for load_state_dict of this model; save the whole with linearize.save"
         else:
             result = self._save_for_us(folder, *args, **options)
@@ -114,12 +114,13 @@ class _Guard:
         return result
 
 
-def _mark(folder: Path) -> None:
+def _mark(folder: Path, without: str = "") -> None:
     """Change the configuration so that libraries refuse it, and say what reads it."""
     path = folder / "config.json"
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             told = {name: value for name, value in content.items() if name in _MARKS}
-            content = {**content, **_MARKS, "linearize": {"before": told}}
+            marks = {name: value for name, value in _MARKS.items() if name != without}
+            content = {**content, **marks, "linearize": {"before": told}}
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
