@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from linearize import checks, zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
+from linearize.guard import FILE
 from linearize.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
 from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import copy_without_weights, fill, put_rest, take_plain_weights
+from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.building import Limit, parameters_on_meta
 from linearize.zoo.sealed import sealed
@@ -92,7 +94,7 @@ def load(
     """Make the model of a file that `save` wrote, in eval mode.
 
     Args:
-        path: the file.
+        path: the file, or a folder that `save_pretrained` of a changed model has written.
         model: a base model as it was before `linearize.convert`, for files of models from neither timm nor
             transformers. Its structure is copied; the model itself is left as it was.
         device: where the tensors go. On the CPU they are mapped from the file, and read when first used.
@@ -103,6 +105,7 @@ def load(
             tensors do not fit the model; or the base model must be given.
     """
     source = checks.path("path", path)
+    source = source / FILE if (source / FILE).is_file() else source
     if model is not None:
         checks.module("model", model)
     header = tensorfile.read_header(source)
@@ -110,9 +113,11 @@ def load(
     check_steps(str(path), content)
     try:
         loaded = _skeleton(source, content, model, header)
+        names = names_since(content.version, loaded)
+        content, today = renamed(content, names), header.renamed(names)
         if model is not None:
-            take_plain_weights(loaded, header.shapes)
-        check_fit(str(path), loaded, content, header)
+            take_plain_weights(loaded, today.shapes)
+        check_fit(str(path), loaded, content, today)
         check_sites(str(path), loaded)
     except CheckpointError as error:
         if error.where == str(path):
@@ -125,6 +130,7 @@ def load(
         raise CheckpointError(str(path), found, _remedy(model)) from error
     tensors = tensorfile.read_tensors(source, device)
     _check_same(source, header, tensors)
+    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
     fill(loaded, content, tensors)
     put_rest(str(path), loaded, content, tensors)
     if content.steps or content.sites:

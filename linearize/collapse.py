@@ -34,6 +34,7 @@ from linearize.sites import Site
 from linearize.surgery.alphas import check_alphas
 from linearize.surgery.folds import what_is_left
 from linearize.surgery.fused import fuse_again
+from linearize.surgery.fusing import keep_readable
 from linearize.surgery.leftover import keep_activation, shrink_activation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
@@ -172,7 +173,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     found = gates(result)
     masks = masks_of(found)
     reader = Reader(result)
-    steps: list[Step] = []
+    steps, unfolded = list[Step](), list[Site]()
     at: dict[str, int] = {}
     last_use = _last_use(found)
     chains = {chain.lower.name: chain for chain in chains_of(result, (gate.site for gate in found.values()))}
@@ -183,6 +184,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             chain = chains[planned.site]
             reader.pieces.update(narrow(reader, chain, found, _dropped(planned, chain, found, masks)))
             at.update({port.module: port.dims for port in chain.ports})
+            unfolded += [chain.upper, chain.lower]
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
         elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
@@ -191,6 +193,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
             )
+            unfolded.append(site)
             steps += unfold(result, site)
         linear = mask_of(planned, gate.channels)
         if planned.form in _WHOLE:
@@ -204,7 +207,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             steps += shrink_activation(result, gate, linear, carries=carries, width=width)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
-    steps.sort(key=_depth)
+    steps = [*sorted(steps, key=_depth), *keep_readable(result, unfolded)]
     set_record(result, Record((), [*record.steps, *steps], record.inputs))
     return result
 

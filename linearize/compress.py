@@ -33,6 +33,7 @@ from linearize.storage.lock import alone_in
 from linearize.summary import summary
 from linearize.training.losses import Evaluate, scores_of
 from linearize.verify import verify
+from linearize.zoo.stock import expect_stock, prove_stock
 
 __all__ = ["Result", "compress"]
 
@@ -171,6 +172,8 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
     """
     check_inputs(model, data)
     check_whole(unwrapped(model), values=True)
+    if request.stock:
+        expect_stock(model)
     steps, repeated = Steps(request.progress), Repeated(data, request.seed)
     with ExitStack() as around:
         around.enter_context(staying(model))
@@ -199,6 +202,8 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         seed_everything(request.seed)
         report = _report(models, batches, example, request, steps, made.history)
+        if request.stock:
+            prove_stock(made.small, example)
         return _result(made.small, made, report), notes
 
 

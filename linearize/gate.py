@@ -157,6 +157,11 @@ class ChannelGate(nn.Module):
         self.alpha.masked_fill_(undecided & ~up, 0)
         return self.linearize_(up)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the activation worked in place before it got the gate."""
+        return bool(self._inplace)
+
     def released(self) -> nn.Module:
         """The activation without the gate, working in place again if it did before."""
         for name in self._inplace:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from linearize.guard import guard_saving
 from linearize.sites import Site
 
 Step = dict[str, Any]
@@ -49,3 +50,4 @@ def converted_parts(model: nn.Module) -> list[str]:
 def set_record(model: nn.Module, record: Record) -> None:
     """Attach a record to a model; it survives deepcopy and pickle, and is no part of the state dict."""
     model.__dict__[_ATTRIBUTE] = record
+    guard_saving(model, record)

@@ -382,7 +382,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
 
 
 def test_versions(good: Path, tmp_path: Path) -> None:
-    refuses(change(good, tmp_path / "m", "version", "2"), "version 2.*Upgrade")
+    refuses(change(good, tmp_path / "m", "version", "3"), "version 3.*Upgrade")
     refuses(change(good, tmp_path / "m", "version", "one"), "version is 'one'")
     refuses(change(good, tmp_path / "m", "version", "9" * 5000), "version is")
 

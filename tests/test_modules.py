@@ -25,7 +25,7 @@ from linearize.planning.in_place import shares_in_place
 from linearize.planning.modules import with_module_latencies
 from linearize.planning.options import WHOLE, Group, Option, SiteChoice
 from linearize.planning.survey import survey
-from linearize.surgery.carriers import OnlyLinear
+from linearize.surgery.only import OnlyLinear
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linearize.algebra.affine import same_padding
+from linearize.algebra.affine import pad_same
 from linearize.algebra.forms import Infeasible
 from linearize.approximate.covariance import Covariance, in_passes
 from linearize.approximate.probes import projection
@@ -30,6 +30,7 @@ from linearize.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batches
 from linearize.running.models import watching
 from linearize.sites import Port, Site
+from linearize.surgery.carriers import roles_of
 from linearize.surgery.specs import Spec, build, replace_module
 from linearize.tensors import meddler
 
@@ -257,7 +258,7 @@ def _patches(block: Block, x: Tensor, kernel: int, size: tuple[int, ...], place:
     """Patches (R, (I + 1) * k * k) at some positions, those of a channel of ones last; None if the sizes do not fit."""
     x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
     if block.same:
-        x = functional.pad(x, same_padding(tuple(x.shape[2:]), (kernel, kernel), block.stride, (1, 1)))
+        x = pad_same(x, [kernel, kernel], list(block.stride), [1, 1])
     unfolded = functional.unfold(x, kernel, padding=0 if block.same else kernel // 2, stride=block.stride)
     if unfolded.shape[2] != math.prod(size):
         return None
@@ -306,10 +307,9 @@ def replace_block(model: nn.Module, block: Block, kernel: int, found: BlockFit) 
     steps.append(_put(model, block.first.module, spec))
     layer: Any = model.get_submodule(block.first.module)
     layer.to(old.weight.device, old.weight.dtype)
-    layer.weight.copy_(found.weight)
-    layer.bias.copy_(found.bias)
-    if found.border is not None:
-        layer.border.copy_(found.border)
+    values: dict[str, Any] = {"weight": found.weight, "bias": found.bias, "border": found.border}
+    for role, (holder, name) in roles_of(layer).items():
+        holder.get_parameter(name).copy_(values[role])
     for parameter in layer.parameters():
         parameter.requires_grad_(old.weight.requires_grad)
     steps += [_put(model, path, {"type": "Identity"}) for path in block.maps[1:]]

@@ -29,6 +29,7 @@ from linearize.gate import ChannelGate
 from linearize.record import Record, Step, record_of, set_record
 from linearize.running.batches import read_batches
 from linearize.running.models import watching
+from linearize.surgery.carriers import roles_of
 from linearize.surgery.specs import Spec, build, replace_module
 
 __all__ = ["Whole", "WholeFit", "layer_of", "observe_wholes", "replace_wholes"]
@@ -226,9 +227,10 @@ def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
     old = model.get_submodule(whole.path)
     like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
     layer = build(whole.spec, old).to(like.device, like.dtype)
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-    weight.copy_(found.weight.view_as(weight))
-    bias.copy_(found.bias)
+    values = {"weight": found.weight, "bias": found.bias}
+    for role, (holder, name) in roles_of(layer).items():
+        parameter = holder.get_parameter(name)
+        parameter.copy_(values[role].view_as(parameter))
     layer.requires_grad_(_trained(old))
     return layer
 

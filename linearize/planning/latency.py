@@ -251,7 +251,9 @@ def _option(
             if choice.keep:
                 inner = _released(gate)
                 if choice.rank:
-                    inner = PartialActivation(gate.activation, choice.keep, gate.axis, inplace=gate.site.direct)
+                    inner = PartialActivation(
+                        gate.activation, choice.keep, gate.axis, gate.in_place and gate.site.direct
+                    )
             layers[f"{gate.site.name} activation"] = inner
             texts.append(f"{choice.keep} {choice.rank} {choice.form}")
     return layers, "; ".join(texts)

@@ -21,7 +21,7 @@ from linearize.storage.schema import Unfit, array, mapping, optional, path, plai
 from linearize.surgery.specs import IN_PLACE
 from linearize.zoo.plain import is_plain, pack, unpack
 
-FORMAT, VERSION = "linearize", 1
+FORMAT, VERSION = "linearize", 2
 """Name of the format, and the newest version that this code reads and the one that it writes."""
 
 _TENSOR = "__tensor__"
@@ -41,6 +41,7 @@ class Manifest:
         attributes: plain attributes that differ from the rebuilt model's: (module path, name, value).
         sites: the sites of the model's record.
         inputs: its example inputs, with tensors on the meta device.
+        version: of the format in which it was read.
     """
 
     recipe: dict[str, Any] | None = None
@@ -52,6 +53,7 @@ class Manifest:
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     sites: list[dict[str, Any]] = field(default_factory=list)
     inputs: Any = None
+    version: int = VERSION
 
     def to_texts(self) -> dict[str, str]:
         """The metadata as a .safetensors file holds it: texts by name, JSON where there is structure."""
@@ -93,6 +95,7 @@ class Manifest:
                 attributes=[(where, name, unpack(value)) for where, name, value in data["attributes"]],
                 sites=[Site.from_dict(site).to_dict() for site in data["sites"]],
                 inputs=_inputs_from_json(data["inputs"]),
+                version=int(texts["version"]),
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")

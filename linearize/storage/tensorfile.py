@@ -62,6 +62,11 @@ class Header:
     metadata: dict[str, str]
     dtypes: dict[str, torch.dtype]
 
+    def renamed(self, names: Mapping[str, str]) -> Header:
+        """The same with other names of tensors."""
+        shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
+        return Header(shapes, self.metadata, {names.get(name, name): dtype for name, dtype in self.dtypes.items()})
+
     @property
     def size(self) -> int:
         """Bytes of all tensors and texts together."""

@@ -37,6 +37,7 @@ _FIELDS: dict[str, Check] = {
     **dict.fromkeys(("kernel_size", "stride", "dilation"), _STEPS),
     "padding": union(one_of("same", "valid"), _SIZES),
     "bias": boolean,
+    "whole": boolean,
     "nones": integer(0, 64),
     "keyword": union(one_of(""), identifier),
     "axis": integer(-16, -1),
@@ -95,6 +96,7 @@ _SPECIAL: dict[str, Check] = {
     ),
     "Held": struct({"attribute": identifier}),
     "Kept": struct({}),
+    "FoldedNorm": struct({"channels": integer(1), "axis": _FIELDS["axis"], "shift": boolean}),
     "Neutral": struct({"values": mapping(identifier, one_of(0, 1, 0.0, 1.0), 100)}),
     "Unfused": struct({}),
     "Rewrite": struct(

@@ -14,7 +14,7 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gate import ChannelGate
 from linearize.record import Step, record_of
-from linearize.surgery import carriers, fused, layers
+from linearize.surgery import carriers, fused, layers, only
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
 from linearize.surgery.schemas import check_options
@@ -26,27 +26,24 @@ Spec = dict[str, Any]
 IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP)  # they change a module instead of replacing it
 _DEEPEST = 30  # activations inside activations
 _COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
-_ONLY = ("keyword", "nones")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-# Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
-_PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "Linear": (nn.Linear, ("in_features", "out_features")),
-    "CarryLinear": (carriers.CarryLinear, ("in_features", "out_features", "start")),
-    "OnlyLinear": (carriers.OnlyLinear, ("in_features", "out_features", *_ONLY)),
-    "OnesLinear": (carriers.OnesLinear, ("in_features", "out_features", "at", "ones")),
-    **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
-    **{
-        f"{kind}{n}d": (getattr(carriers, f"{kind}{n}d"), _CONV)
-        for kind in ("SameConv", "BorderConv", "BorderSameConv")
-        for n in (1, 2, 3)
-    },
-    **{f"OnlyConv{n}d": (getattr(carriers, f"OnlyConv{n}d"), (*_CONV, *_ONLY)) for n in (1, 2, 3)},
+_MATRIX = ("in_features", "out_features")
+# Classes of linear layers, and what their constructors take by name besides the geometry of the layer inside.
+_MATRICES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Linear": (nn.Linear, ()),
+    "CarryLinear": (carriers.CarryLinear, ("start", "whole")),
+    "OnesLinear": (carriers.OnesLinear, ("at", "ones")),
+    "OnlyLinear": (only.OnlyLinear, ("keyword", "nones")),
 }
-# Set after construction: subclasses of convolutions with one number more.
-_EXTRA: dict[str, tuple[type[nn.Module], str]] = {
-    **{f"CarryConv{n}d": (getattr(carriers, f"CarryConv{n}d"), "start") for n in (1, 2, 3)},
-    **{f"InputCarryConv{n}d": (getattr(carriers, f"InputCarryConv{n}d"), "ones") for n in (1, 2, 3)},
+_CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "CarryConv": (carriers.CarryConv, ("start", "whole")),
+    "InputCarryConv": (carriers.InputCarryConv, ("ones",)),
+    "SameConv": (carriers.SameConv, ()),
+    "BorderConv": (carriers.BorderConv, ()),
+    "BorderSameConv": (carriers.BorderSameConv, ()),
+    "OnlyConv": (only.OnlyConv, ("keyword", "nones")),
 }
+_STOCK_CONVOLUTIONS: dict[str, type[nn.Module]] = {f"Conv{n}d": getattr(nn, f"Conv{n}d") for n in (1, 2, 3)}
 
 
 def spec_of(module: nn.Module) -> Spec:
@@ -60,14 +57,11 @@ def spec_of(module: nn.Module) -> Spec:
         {'type': 'Linear', 'in_features': 2, 'out_features': 3, 'bias': False}
     """
     name = type(module).__name__
-    if name in _PLAIN and type(module) is _PLAIN[name][0]:
-        return {"type": name, **_numbers(module, _PLAIN[name][1]), "bias": getattr(module, "bias", None) is not None}
-    if name in _EXTRA and type(module) is _EXTRA[name][0]:
-        return {
-            "type": name,
-            **_numbers(module, (*_CONV, _EXTRA[name][1])),
-            "bias": getattr(module, "bias", None) is not None,
-        }
+    if type(module) is _MATRICES.get(name, (None,))[0] or type(module) is _STOCK_CONVOLUTIONS.get(name):
+        stock = name in _STOCK_CONVOLUTIONS
+        return _linear_spec(name, module, _CONV if stock else _MATRIX, () if stock else _MATRICES[name][1])
+    if type(module) is _CONVOLUTIONS.get(name, (None,))[0]:
+        return _linear_spec(f"{name}{module.dims}d", module, _CONV, _CONVOLUTIONS[name][1])
     if isinstance(module, nn.Identity):
         return {"type": "Identity"}
     if isinstance(module, carriers.Ones):
@@ -78,6 +72,8 @@ def spec_of(module: nn.Module) -> Spec:
         return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis, "inplace": module.inplace}
     if isinstance(module, layers.MaskedActivation):
         return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
+    if isinstance(module, layers.FoldedNorm):
+        return {"type": "FoldedNorm", "channels": module.num_features, "axis": module.axis, "shift": module.shift}
     if isinstance(module, layers.BlendedActivation):
         return {"type": "BlendedActivation", "channels": module.alpha.numel(), "axis": module.axis}
     if isinstance(module, ChannelGate):
@@ -92,9 +88,11 @@ def spec_of(module: nn.Module) -> Spec:
     raise CheckpointError(name, "is no layer that linearize puts into a model", f"Known: {sorted(_BUILDERS)}.")
 
 
-def _numbers(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(module, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _linear_spec(name: str, module: nn.Module, geometry: tuple[str, ...], extra: tuple[str, ...]) -> Spec:
+    inner = module.inner if isinstance(module, carriers.Around) else module
+    values = {name: getattr(inner, name) for name in geometry} | {name: getattr(module, name) for name in extra}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"type": name, **plain, "bias": getattr(module, "bias", None) is not None}
 
 
 def build(spec: Spec, current: nn.Module) -> nn.Module:
@@ -117,24 +115,27 @@ def build(spec: Spec, current: nn.Module) -> nn.Module:
 
 
 def _names(kind: str) -> tuple[str, ...] | None:
-    """Names of all that a plain layer's description may hold; None for layers with a schema of their own."""
-    if kind in _PLAIN:
-        return (*_PLAIN[kind][1], "bias")
-    return (*_CONV, _EXTRA[kind][1], "bias") if kind in _EXTRA else None
+    """Names of all that a linear layer's description may hold; None for layers with a schema of their own."""
+    if kind in _MATRICES:
+        return (*_MATRIX, *_MATRICES[kind][1], "bias")
+    if kind in _STOCK_CONVOLUTIONS:
+        return (*_CONV, "bias")
+    name = kind[:-2] if kind[-2:] in ("1d", "2d", "3d") else ""
+    return (*_CONV, *_CONVOLUTIONS[name][1], "bias") if name in _CONVOLUTIONS else None
 
 
-def _plain(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
+def _matrix(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
     return lambda current, options: kind(**_tuples(options))
 
 
-def _extra(kind: type[nn.Module], name: str) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
-    def make(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-        value = int(options[name])
-        module = kind(**_tuples({key: option for key, option in options.items() if key != name}))
-        setattr(module, name, value)
-        return module
+def _convolution(kind: type[nn.Module], dims: int) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
+    return lambda current, options: kind(dims=dims, **_tuples(options))
 
-    return make
+
+def _partial(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+    # Files of version 1 say so where the original did not, too.
+    inplace = bool(options.get("inplace")) and any(getattr(module, "inplace", False) for module in current.modules())
+    return layers.PartialActivation(current, **{**options, "inplace": inplace})
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
@@ -163,13 +164,15 @@ def _gate(current: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
-    **{name: _plain(kind) for name, (kind, _) in _PLAIN.items()},
-    **{name: _extra(kind, extra) for name, (kind, extra) in _EXTRA.items()},
+    **{name: _matrix(kind) for name, (kind, _) in _MATRICES.items()},
+    **{name: _matrix(kind) for name, kind in _STOCK_CONVOLUTIONS.items()},
+    **{f"{name}{n}d": _convolution(kind, n) for name, (kind, _) in _CONVOLUTIONS.items() for n in (1, 2, 3)},
     "Identity": _identity,
     "Ones": lambda current, options: carriers.Ones(**options),
     "Elementwise": lambda current, options: layers.Elementwise(**options),
-    "PartialActivation": lambda current, options: layers.PartialActivation(current, **options),
+    "PartialActivation": _partial,
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
+    "FoldedNorm": lambda current, options: layers.FoldedNorm(**options),
     "BlendedActivation": lambda current, options: layers.BlendedActivation(current, **options),
     "Children": _children,
     "Neutral": neutralize,

@@ -35,7 +35,10 @@ def subclass(original: type[nn.Module], methods: dict[str, Callable[..., Any]], 
         while _AGAIN in vars(cls):
             changes.insert(0, vars(cls)[_AGAIN][0])
             cls = cls.__mro__[1]
-        return _restore, (cls, changes, self.__dict__)
+        # A guard (linearize.guard) refers to the object that it stands on: it comes when that is there.
+        later = {name: value for name, value in self.__dict__.items() if name == "save_pretrained"}
+        first = {name: value for name, value in self.__dict__.items() if name not in later}
+        return _restore, (cls, changes, first), later or None
 
     namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     own = {**methods, _AGAIN: (again,), "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
