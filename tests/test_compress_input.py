@@ -18,8 +18,7 @@ from linearize.errors import DataError, UsageError
 from linearize.plan import Plan
 from linearize.planning.curves import levels
 from linearize.planning.notes import facts_of
-
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+from tests.toys import QUIET
 
 
 @pytest.fixture
@@ -106,6 +105,7 @@ def test_widths_are_multiples_of_what_is_asked(model: nn.Module, data: list[Tens
     assert result.report.outcome.met
 
 
+@pytest.mark.usefixtures("timed_by_flops")
 def test_a_latency_below_reach_is_no_slower_than_the_original() -> None:
     torch.manual_seed(0)
     tiny = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from linearize.compress import compress
 from linearize.planning.notes import Notes, fingerprint
-
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+from tests.toys import QUIET
 
 
 class Data:
