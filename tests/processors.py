@@ -136,6 +136,7 @@ def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
     assert not [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
 
 
+@torch.no_grad()
 def assert_same_outputs(model: nn.Module, mapped: nn.Module, call: Callable[[nn.Module], Sequence[Tensor]]) -> None:
     """The same function: bitwise once both lie in aligned memory, within rounding where they lie now."""
     ours, theirs = call(moved(model)), call(moved(mapped))
