@@ -108,9 +108,7 @@ def test_widths_are_multiples_of_what_is_asked(model: nn.Module, data: list[Tens
 
 
 @pytest.mark.parametrize("smaller_is", ["slower", "faster"])
-def test_a_latency_below_reach_is_no_slower_than_the_original(
-    smaller_is: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_latency_below_reach_is_no_slower_than_the_original(smaller_is: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all that could be done takes longer than the original, the original is what comes back."""
 
     def seconds(model: nn.Module) -> float:

@@ -1,0 +1,87 @@
+"""Faults put in by hand, one line each, and whether the tests catch them.
+
+    python -m benchmarks.stress.mutants            # all that have no result yet; an hour
+    python -m benchmarks.stress.mutants --only 3   # one of them
+
+Each fault is made in a copy of the library, the tests of that room run there, and a fault is caught when one fails. The
+table is written to benchmarks/stress/results/mutants.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results" / "mutants.json"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: `old` occurs once in `file` (below linearize/) and becomes `new`; `tests` are those of its room."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS: tuple[Mutant, ...] = ()
+
+
+def outcome_of(mutant: Mutant) -> dict[str, object]:
+    """Run the tests of a mutant's room on a copy that holds the fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("linearize", "tests", "benchmarks", "docs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("conftest.py", "pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, copy / name)
+        file = copy / "linearize" / mutant.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.file}: {mutant.old!r} occurs {text.count(mutant.old)} times")
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        start = time.monotonic()
+        tests = [f"tests/{name}" for name in mutant.tests]
+        command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
+        environment = os.environ | {"PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if done.returncode not in (0, 1, 2):
+            raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    by = failed[0].split(" - ")[0] if failed else ""
+    return {**asdict(mutant), "caught": done.returncode != 0, "by": by, "seconds": round(time.monotonic() - start)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; the exit status is the number of faults that nobody noticed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args(arguments)
+    known = json.loads(asked.out.read_text(encoding="utf-8"))["mutants"] if asked.out.exists() else []
+    results = {(row["file"], row["old"], row["new"]): row for row in known if row["caught"]}  # survivors run again
+    chosen = MUTANTS if asked.only is None else MUTANTS[asked.only : asked.only + 1]
+    for mutant in chosen:
+        key = (mutant.file, mutant.old, mutant.new)
+        if key not in results:
+            results[key] = outcome_of(mutant)
+            print(f"{'caught' if results[key]['caught'] else 'SURVIVED'}: {mutant.file}: {mutant.new}", flush=True)
+        rows = [results[k] for m in MUTANTS if (k := (m.file, m.old, m.new)) in results]
+        content = {"caught": sum(bool(row["caught"]) for row in rows), "of": len(rows), "mutants": rows}
+        asked.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return sum(not row["caught"] for row in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
