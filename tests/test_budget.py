@@ -503,6 +503,7 @@ def test_a_model_of_which_nothing_can_be_refitted(data: Batches) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
+@pytest.mark.zoo
 def test_timm_models(name: str) -> None:
     zoo = pytest.importorskip("linearize.zoo")
     pytest.importorskip("timm")

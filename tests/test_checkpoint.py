@@ -104,7 +104,8 @@ def test_gated_and_rewritten_model_in_a_new_process(tmp_path: Path) -> None:
     torch.save((args[0], moved(model)(*args)), tmp_path / "expected.pt")
     save(model, tmp_path / "m.safetensors")
     code = (
-        "import sys, torch; from linearize.checkpoint import load; from tests.processors import moved;"
+        "import sys, torch; from linearize.checkpoint import load; from tests.processors import moved, other_sums;"
+        "same = other_sums(); same.__enter__();"
         "x, y = torch.load(sys.argv[2]); m = load(sys.argv[1]);"
         "assert torch.equal(moved(m)(x), y); print(type(m).__name__, m.blocks[0].mlp.act.linear.sum().item())"
     )

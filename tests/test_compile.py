@@ -71,6 +71,7 @@ def test_training_step_in_one_graph(name: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++, and there is no compiler")
+@pytest.mark.slow
 def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A cache of its own: code that was compiled for another instruction set must not be found.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -123,6 +124,7 @@ def test_dynamic_sizes(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_onnx(tmp_path: Path) -> None:
     """Both programs compute in another runtime what the models compute here."""
     for library in ("onnx", "onnxscript"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import linearize
 
 
@@ -38,6 +40,7 @@ def test_import_is_silent_and_pulls_in_no_optional_library() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_import_costs_little_more_than_torch() -> None:
     code = (
         "import time; a = time.process_time(); import torch; b = time.process_time(); import linearize;"

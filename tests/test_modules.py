@@ -362,7 +362,8 @@ def test_replaced_is_collapsed_is_saved_is_loaded_in_a_new_process(
         torch.save((images[0], moved(small)(images[0])), tmp_path / "expected.pt")
     linearize.save(small, tmp_path / "m.safetensors")
     code = (
-        "import sys, torch, linearize; from tests.processors import moved;"
+        "import sys, torch, linearize; from tests.processors import moved, other_sums;"
+        "same = other_sums(); same.__enter__();"
         "x, y = torch.load(sys.argv[2]); m = linearize.load(sys.argv[1]);"
         "assert torch.equal(moved(m)(x), y); print(*(type(x).__name__ for x in (m, m.blocks[0], m.blocks[1].attn)))"
     )

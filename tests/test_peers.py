@@ -26,6 +26,8 @@ from benchmarks.peers.widths import by_removal, by_width, from_scratch, no_cut
 from linearize.cost import cost
 from tests.test_data import write_idx
 
+pytestmark = pytest.mark.slow
+
 
 class Ffn(nn.Module):
     def __init__(self, inputs: int, channels: int) -> None:

@@ -23,6 +23,7 @@ SEEDS = range(1_000_000, 1_000_040)  # no seeds of the published run
 
 
 @pytest.mark.parametrize("start", range(SEEDS.start, SEEDS.stop, 10))
+@pytest.mark.slow
 def test_a_slice_of_random_networks(start: int) -> None:
     found = tally_of(range(start, start + 10))
     assert found.mismatches == []
@@ -43,7 +44,7 @@ def test_every_feature_can_be_written_and_runs() -> None:
             made = network(seed, feature)
             assert set(made.features) == {name}
             model = made.build()
-            ran += bool(chain.batches_for(model, made.shape, random.Random(0)))
+            ran += bool(chain.batches_for(model, made.shape, random.Random(0)))  # noqa: S311 - not for secrets
         assert ran >= 4, name
 
 
@@ -58,6 +59,7 @@ def _shifted(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
 COLLAPSE = linearize.collapse
 
 
+@pytest.mark.slow
 def test_a_wrong_collapse_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: weights that are off by a millionth."""
     monkeypatch.setattr(linearize, "collapse", _shifted)

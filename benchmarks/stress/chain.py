@@ -62,7 +62,8 @@ def left_behind(model: nn.Module) -> list[Any]:
     found: list[Any] = []
     for module in model.modules():
         if hasattr(module, "written_here"):
-            names = [name for name in vars(module) if not name.startswith("_") and name != "training"]
+            kept = {name: value for name, value in vars(module).items() if not callable(value)}  # those may get a gate
+            names = [name for name in kept if not name.startswith("_") and name != "training"]
             found += [(name, vars(module)[name]) for name in sorted(names)]
             found += [(name, module._buffers[name]) for name in sorted(module.written_here & module._buffers.keys())]
     return found

@@ -35,7 +35,55 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+ALGEBRA = ("test_algebra.py", "test_layers.py")
+FORMS = ("test_equivalence.py", "test_algebra.py")
+CALIBRATE = ("test_calibrate.py",)
+LOSSES = ("test_finetune.py",)
+WALKS = ("test_channels.py", "test_bad_input.py", "test_equivalence.py")
+FILES = ("test_checkpoint.py",)
+DEAD = "identity, dead = self.moved == 0, self.size < 0"
+MUTANTS: tuple[Mutant, ...] = (
+    # algebra
+    Mutant("algebra/affine.py", "bias=affine.bias * scale + shift", "bias=affine.bias + shift", ALGEBRA),
+    Mutant("algebra/affine.py", "stride = tuple(a * b for", "stride = tuple(a + b - 1 for", ALGEBRA),
+    Mutant("algebra/affine.py", "tuple(p + s * q for", "tuple(p + q for", ALGEBRA),
+    Mutant("algebra/affine.py", "steps = tuple(d * s for", "steps = tuple(d for", ALGEBRA),
+    Mutant(
+        "algebra/affine.py", "if outer.padded and not inner.pointwise:", "if outer.padded and inner.padded:", ALGEBRA
+    ),
+    Mutant("algebra/affine.py", "[total // 2, total - total // 2]", "[total - total // 2, total // 2]", ALGEBRA),
+    Mutant("algebra/affine.py", "outer.same or inner.same)", "outer.same)", ALGEBRA),
+    Mutant("algebra/affine.py", "torch.sqrt(var.double() + eps)", "torch.sqrt(var.double() + 1e-5)", ALGEBRA),
+    Mutant("algebra/moments.py", "weight = old * count / total", "weight = old / total", CALIBRATE),
+    Mutant("algebra/moments.py", "+ (x * h).sum(0) + weight * dx * dh", "+ (x * h).sum(0)", CALIBRATE),
+    Mutant("algebra/moments.py", "identity, dead = self.moved == 0, self.size == 0", DEAD, CALIBRATE),
+    # forms
+    Mutant("algebra/forms.py", "maps.intercept[maps.dropped]", "maps.slope[maps.dropped]", FORMS),
+    Mutant("algebra/forms.py", "if maps.steady:  # the bias", "if True:  # the bias", FORMS),
+    Mutant("algebra/forms.py", "ones = not maps.constant_bias", "ones = False", FORMS),
+    Mutant("algebra/forms.py", "if not early and not maps.direct:", "if early and not maps.direct:", FORMS),
+    Mutant("algebra/forms.py", "    if maps.grouped:\n", "    if False:\n", FORMS),
+    Mutant("surgery/narrow.py", "constant & (lower.intercept == 0).cpu()", "constant", ("test_narrow.py",)),
+    # losses
+    Mutant("training/losses.py", ".sum(-1).mean() * temperature**2", ".sum(-1).mean()", LOSSES),
+    Mutant("training/losses.py", "labels.flatten(), ignore_index=IGNORED)", "labels.flatten().clamp(min=0))", LOSSES),
+    Mutant("training/losses.py", "teacher.square().mean().clamp(min=1e-12)", "student.square().mean()", LOSSES),
+    Mutant("prior.py", "math.floor(goal + 0.5)", "math.floor(goal)", ("test_prior.py",)),
+    # walks
+    Mutant(
+        "graph/walk.py", "if len(users(node)) > 1 and not packed:", "if len(users(node)) > 9 and not packed:", WALKS
+    ),
+    Mutant("graph/walk.py", "elif not motion.steady:", "elif False:", WALKS),
+    Mutant("graph/walk.py", "tuple(reversed(folds))", "tuple(folds)", WALKS),
+    Mutant("graph/walk.py", "start=rows[0], stop=rows[1])", "start=rows[0], stop=port.stop)", WALKS),
+    # storage and checks
+    Mutant("storage/tensorfile.py", "if end - start != math.prod(shape)", "if end - start < math.prod(shape)", FILES),
+    Mutant("storage/tensorfile.py", "    if reach > room:", "    if reach > room + 2**20:", FILES),
+    Mutant("storage/tensorfile.py", "            beside.unlink(missing_ok=True)\n", "            pass\n", FILES),
+    Mutant(
+        "verify.py", "return 0.0 if difference == 0 else", "return 0.0 if difference >= 0 else", ("test_verify.py",)
+    ),
+)
 
 
 def outcome_of(mutant: Mutant) -> dict[str, object]:
