@@ -83,6 +83,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "verify.py", "return 0.0 if difference == 0 else", "return 0.0 if difference >= 0 else", ("test_verify.py",)
     ),
+    # tests that could not fail before: latency below reach, pictures, times
+    Mutant("planning/settle.py", "if not best.met and best.reached > 1:", "if False:", ("test_compress_input.py",)),
+    Mutant("bench.py", "(time.perf_counter() - start) / number", "time.perf_counter() - start", ("test_bench.py",)),
+    Mutant("analysis/charts.py", "axes.axvline(found.mean,", "axes.axvline(0,", ("test_analysis_charts.py",)),
+    Mutant("analysis/pictures.py", '100 * row["share"]', 'row["share"]', ("test_analysis_core.py",)),
+    Mutant("report/pictures.py", "axes.bar(places, shares,", "axes.bar(places, shares[::-1],", ("test_compress.py",)),
 )
 
 
