@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -116,7 +116,9 @@ def test_a_latency_below_reach_is_no_slower_than_the_original(smaller_is: str, m
         return size if smaller_is == "faster" else 1 / size
 
     # Whole models are called by a partial; layers of the table by functions, which all take as long.
-    monkeypatch.setattr(bench, "_measure", lambda run, *_: seconds(run.func) if isinstance(run, partial) else 1.0)
+    monkeypatch.setattr(
+        bench, "_measure", lambda run, *_: seconds(cast("nn.Module", run.func)) if isinstance(run, partial) else 1.0
+    )
     torch.manual_seed(0)
     tiny = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     data = [torch.randn(4, 4)] * 20
@@ -124,6 +126,7 @@ def test_a_latency_below_reach_is_no_slower_than_the_original(smaller_is: str, m
     outcome = result.report.outcome
     assert outcome is not None
     assert not outcome.met
+    assert outcome.reached is not None
     assert outcome.reached == pytest.approx(seconds(result.model) / seconds(tiny))
     changed = [site.form for site in result.plan.sites if site.form != "unchanged"]
     if smaller_is == "slower":

@@ -65,7 +65,8 @@ def left_behind(model: nn.Module) -> list[Any]:
             kept = {name: value for name, value in vars(module).items() if not callable(value)}  # those may get a gate
             names = [name for name in kept if not name.startswith("_") and name != "training"]
             found += [(name, vars(module)[name]) for name in sorted(names)]
-            found += [(name, module._buffers[name]) for name in sorted(module.written_here & module._buffers.keys())]
+            own: Any = module.written_here
+            found += [(name, module._buffers[name]) for name in sorted(own & module._buffers.keys())]
     return found
 
 
@@ -219,7 +220,7 @@ def _gated_is_original(
     if hasattr(original, "temperature"):
         changed = [copy.deepcopy(model) for model in (original, gated)]
         for model in changed:
-            model.temperature = 3.0
+            model.temperature = 3.0  # type: ignore[assignment]
         one, other = (run(model, runs[0], train=False, grad=False, exactly=True) for model in changed)
         compare("gated, another temperature", one, other, ROUNDING)
         outcome.reached["an attribute set afterwards"] += 1

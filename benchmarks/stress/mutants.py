@@ -11,15 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import matplotlib.figure  # noqa: F401 - loaded once, before the forks, as the next three are
+import pytest
+import timm  # noqa: F401
+import torch.export  # noqa: F401
+import transformers  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "mutants.json"
@@ -35,12 +42,15 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+# What is loaded before the fork cannot have its assertions rewritten, and needs not.
+OPTIONS = ("-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 ALGEBRA = ("test_algebra.py", "test_layers.py")
 FORMS = ("test_equivalence.py", "test_algebra.py")
 CALIBRATE = ("test_calibrate.py",)
 LOSSES = ("test_finetune.py",)
 WALKS = ("test_channels.py", "test_bad_input.py", "test_equivalence.py")
 FILES = ("test_checkpoint.py",)
+CONTROL = "class LinearizeError("
 DEAD = "identity, dead = self.moved == 0, self.size < 0"
 MUTANTS: tuple[Mutant, ...] = (
     # algebra
@@ -106,15 +116,27 @@ def outcome_of(mutant: Mutant) -> dict[str, object]:
             raise ValueError(f"{mutant.file}: {mutant.old!r} occurs {text.count(mutant.old)} times")
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         start = time.monotonic()
-        tests = [f"tests/{name}" for name in mutant.tests]
-        command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
-        environment = os.environ | {"PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        if done.returncode not in (0, 1, 2):
-            raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+        child = multiprocessing.get_context("fork").Process(target=_tested, args=(copy, mutant.tests))
+        child.start()
+        child.join()
+        said = (copy / "said").read_text(encoding="utf-8")
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
     by = failed[0].split(" - ")[0] if failed else ""
-    return {**asdict(mutant), "caught": done.returncode != 0, "by": by, "seconds": round(time.monotonic() - start)}
+    if child.exitcode != (1 if by else 0):  # the tests did not even run
+        raise RuntimeError(f"exit status {child.exitcode}: {said[-2000:]}")
+    return {**asdict(mutant), "caught": bool(by), "by": by, "seconds": round(time.monotonic() - start)}
+
+
+def _tested(copy: Path, tests: Sequence[str]) -> None:
+    """Run tests in a copy of the project, in a process forked from one that has the large libraries loaded."""
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(place for place in sys.path if place and Path(place).resolve() != ROOT)]
+    with (copy / "said").open("w", encoding="utf-8") as file, redirect_stdout(file):
+        status = pytest.main([*(f"tests/{name}" for name in tests), "-q", "-x", "--tb=no", *OPTIONS])
+    library = sys.modules["linearize"].__file__
+    if library is None or not Path(library).is_relative_to(copy):
+        raise RuntimeError(f"{library} was tested")
+    sys.exit(int(status))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = json.loads(asked.out.read_text(encoding="utf-8"))["mutants"] if asked.out.exists() else []
     results = {(row["file"], row["old"], row["new"]): row for row in known if row["caught"]}  # survivors run again
     chosen = MUTANTS if asked.only is None else MUTANTS[asked.only : asked.only + 1]
+    control = outcome_of(Mutant("errors.py", CONTROL, CONTROL, ("test_calibrate.py",)))
+    if control["caught"]:  # no fault: the tests must pass
+        raise RuntimeError(f"without a fault, {control['by']}")
     for mutant in chosen:
         key = (mutant.file, mutant.old, mutant.new)
         if key not in results:
