@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.stress.chain import Mismatch, Outcome, check
 from tests.random_features import FEATURES, add_feature
-from tests.random_networks import network
+from tests.random_networks import Writer, network
 
 RESULTS = Path(__file__).parent / "results" / "networks.json"
 BLOCK = 50  # seeds per process: captures leave memory behind
@@ -120,15 +120,15 @@ def _too_long(*_: Any) -> None:
     raise TimeoutError(f"longer than {LIMIT} s")
 
 
-def tally_of(seeds: Sequence[int]) -> Tally:
-    """Take the networks of some seeds through the chain, in this process."""
+def tally_of(seeds: Sequence[int], feature: Callable[[Writer], str] | None = add_feature) -> Tally:
+    """Take the networks of some seeds through the chain, in this process; without `feature`, plain ones."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = Tally()
     for seed in seeds:
         features: tuple[str, ...] = ()
         try:
-            made = network(seed, add_feature)
+            made = network(seed, feature)
             features = made.features
             found.add(features, check(seed, made))
         except Exception as error:
