@@ -44,14 +44,13 @@ class Mutant:
 
 # What is loaded before the fork cannot have its assertions rewritten, and needs not.
 OPTIONS = ("-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-ALGEBRA = ("test_algebra.py", "test_layers.py")
-FORMS = ("test_equivalence.py", "test_algebra.py")
-CALIBRATE = ("test_calibrate.py",)
+ALGEBRA = ("test_algebra.py", "test_layers.py", "test_survivors.py")
+FORMS = ("test_equivalence.py", "test_algebra.py", "test_survivors.py")
+CALIBRATE = ("test_calibrate.py", "test_survivors.py")
 LOSSES = ("test_finetune.py",)
 WALKS = ("test_channels.py", "test_bad_input.py", "test_equivalence.py")
 FILES = ("test_checkpoint.py",)
 CONTROL = "class LinearizeError("
-DEAD = "identity, dead = self.moved == 0, self.size < 0"
 MUTANTS: tuple[Mutant, ...] = (
     # algebra
     Mutant("algebra/affine.py", "bias=affine.bias * scale + shift", "bias=affine.bias + shift", ALGEBRA),
@@ -66,7 +65,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("algebra/affine.py", "torch.sqrt(var.double() + eps)", "torch.sqrt(var.double() + 1e-5)", ALGEBRA),
     Mutant("algebra/moments.py", "weight = old * count / total", "weight = old / total", CALIBRATE),
     Mutant("algebra/moments.py", "+ (x * h).sum(0) + weight * dx * dh", "+ (x * h).sum(0)", CALIBRATE),
-    Mutant("algebra/moments.py", "identity, dead = self.moved == 0, self.size == 0", DEAD, CALIBRATE),
+    Mutant("algebra/moments.py", "flat = self.xx <= count *", "flat = self.xx < 0 * count *", CALIBRATE),
     # forms
     Mutant("algebra/forms.py", "maps.intercept[maps.dropped]", "maps.slope[maps.dropped]", FORMS),
     Mutant("algebra/forms.py", "if maps.steady:  # the bias", "if True:  # the bias", FORMS),
