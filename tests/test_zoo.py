@@ -20,6 +20,7 @@ from linearize.zoo import tiny
 from linearize.zoo.building import parameters_on_meta
 from linearize.zoo.plain import is_plain, pack, unpack
 from linearize.zoo.structure import compare, stored_tensors
+from tests.processors import assert_same_outputs, assert_same_tensors
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -59,9 +60,8 @@ def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def assert_same_function(model: nn.Module, other: nn.Module) -> None:
     args, kwargs = zoo.example_inputs(model, batch=1)
-    ours, theirs = outputs(model, args, kwargs), outputs(other, args, kwargs)
-    assert len(ours) == len(theirs) > 0
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_same_tensors(model, other)
+    assert_same_outputs(model, other, lambda each: outputs(each, args, kwargs))
 
 
 def assert_rebuilds(model: nn.Module) -> None:
