@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, and a random state of its own."""
+"""What every test shares: one thread, no network, a random state of its own, and a processor that is hard to please."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests must no
 import pytest
 import torch
 
+from tests.processors import other_sums
+
+pytest_plugins = ["tests.fixtures"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
@@ -18,6 +22,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def any_processor() -> Iterator[None]:
+    """Tensors that are not aligned are added up in another order, as some processors do: see tests/processors.py."""
+    with other_sums():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from linearize.errors import (
 )
 from linearize.finetune import FinetuneResult, finetune
 from linearize.gating.gate import ChannelGate, gates
+from linearize.guard import guard_saving as _guard_saving  # noqa: F401 - with it, every record puts a guard on its model
 from linearize.plan import Plan
 from linearize.report.timing import BenchmarkResult
 from linearize.report.verification import Verification

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from linearize import checks
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs
 from linearize.nest import copied, leaves_of
 from linearize.report.timing import BenchmarkResult, Ratio, Timing, environment
+from linearize.running.devices import check_whole
 from linearize.running.models import batches_of, call, device_of, evaluating, move
 
 __all__ = ["benchmark"]
@@ -26,6 +28,7 @@ Models = Mapping[str, nn.Module] | tuple[nn.Module, nn.Module]
 
 # A shorter measurement, in seconds, is at the mercy of clock and scheduler: fast models repeat.
 _SHORTEST = 0.02
+_MOST_THREADS = 4096
 
 
 def benchmark(
@@ -63,7 +66,7 @@ def benchmark(
         A `BenchmarkResult`: medians and quartiles in seconds, ratios with theirs; a table and JSON.
 
     Raises:
-        UsageError: an argument is out of range, or a model does not run on the inputs.
+        UsageError: an argument is out of range, a model does not run on the inputs, or is not whole on one device.
 
     Example:
         >>> small, large = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8))
@@ -72,20 +75,24 @@ def benchmark(
         ['reference', 'candidate']
     """
     named = _named(models)
+    checks.whole("rounds", rounds, 1)
+    checks.whole("warmup", warmup)
+    if threads is not None:
+        checks.whole("threads", threads, 1, most=_MOST_THREADS)
+    if dtype is not None:
+        checks.dtype("dtype", dtype)
+    if progress is not None:
+        checks.function("progress", progress, "a function of a line of text")
+    ways = _ways(compile)
+    chosen = None if batch_sizes is None else checks.wholes("batch_sizes", batch_sizes)
+    place = checks.device("device", device) if device is not None else device_of(next(iter(named.values())))
     batch = _single(inputs)
-    sizes = list(batch_sizes) if batch_sizes is not None else [_batch_size(batch)]
-    _check(
-        rounds=rounds,
-        warmup=warmup + 1,
-        threads=1 if threads is None else threads,
-        batch_sizes=min(sizes, default=0),
-    )
-    place = torch.device(device) if device is not None else device_of(next(iter(named.values())))
+    sizes = [_batch_size(batch)] if chosen is None else list(chosen)
     ready = {name: _placed(model, place, dtype) for name, model in named.items()}
     timings: list[Timing] = []
     ratios: list[Ratio] = []
     with _threads(threads), evaluating(*ready.values()):
-        for compiled in [compile] if isinstance(compile, bool) else list(compile):
+        for compiled in ways:
             for size in sizes:
                 if progress is not None:
                     progress(f"timing {', '.join(named)} at batch size {size}" + " compiled" * compiled)
@@ -101,12 +108,29 @@ def benchmark(
     return BenchmarkResult(tuple(timings), tuple(ratios), {**facts, "rounds": rounds, "warmup": warmup})
 
 
-def _named(models: Models) -> dict[str, nn.Module]:
-    named = dict(zip(("reference", "candidate"), models, strict=False)) if isinstance(models, tuple) else dict(models)
+def _named(models: Any) -> dict[str, nn.Module]:
+    remedy = "Pass a pair of modules, or a dict of names and modules."
+    if isinstance(models, Mapping):
+        named = {str(name): model for name, model in models.items()}
+    elif isinstance(models, tuple | list) and len(models) == 2:
+        named = dict(zip(("reference", "candidate"), models, strict=True))
+    else:
+        found = f"{len(models)} of them" if isinstance(models, tuple | list) else f"a {type(models).__name__}"
+        raise UsageError("models", f"found {found}", remedy)
     if not named or not all(isinstance(model, nn.Module) for model in named.values()):
         kinds = ", ".join(type(model).__name__ for model in named.values()) or "none"
-        raise UsageError("models", f"found {kinds}", "Pass a pair of modules, or a dict of names and modules.")
+        raise UsageError("models", f"found {kinds}", remedy)
+    for name, model in named.items():
+        checks.weights(name, model)
     return named
+
+
+def _ways(compiled: Any) -> list[bool]:
+    """Whether to measure compiled, or not, or both."""
+    found = [compiled] if isinstance(compiled, bool) else compiled
+    if not isinstance(found, tuple | list) or not found or not all(isinstance(way, bool) for way in found):
+        checks.refuse("compile", compiled, "True, False, or a list of these")
+    return list(found)
 
 
 def _single(inputs: Any) -> Inputs:
@@ -115,13 +139,6 @@ def _single(inputs: Any) -> Inputs:
         found = f"found {len(batches)} batches"
         raise UsageError("inputs", found, "Pass one batch; batch_sizes= repeats or cuts it.")
     return batches[0]
-
-
-def _check(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            found = "found a number that is too small"
-            raise UsageError(name, found, "Rounds, threads and batch sizes start at 1, warm-up at 0.")
 
 
 def _batch_size(batch: Inputs) -> int:
@@ -144,6 +161,7 @@ def resized(batch: Inputs, size: int) -> Inputs:
 
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The model itself if it is where and what it should be; a converted copy otherwise."""
+    check_whole(model, values=True)
     tensors = (*model.parameters(), *model.buffers())
     moves = any(tensor.device != device for tensor in tensors)
     casts = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from linearize import checks
 from linearize.algebra.moments import Moments, SiteCalibration
-from linearize.errors import UsageError
+from linearize.errors import DataError, UsageError
 from linearize.gating.gate import ChannelGate, gates
+from linearize.running.devices import check_whole
 from linearize.running.passes import Moment, run_passes
 
 __all__ = ["Calibration", "LineCollector", "SiteCalibration", "calibrate", "fit_lines", "line_collectors"]
@@ -73,12 +76,20 @@ class LineCollector:
         """Bytes."""
         return 56.0 * self.gate.channels
 
-    def attach(self, now: Moment) -> Iterator[Any]:
-        """Watch the activation."""
+    def attach(self, now: Moment) -> Iterator[RemovableHandle]:
+        """Watch the activation, while its gate runs.
+
+        Several gates may hold one activation object, and the model may call it without any gate: what counts is the
+        call that the gate makes.
+        """
+        running: list[bool] = []
 
         def see(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-            self.moments.update(*_rows(inputs[0].detach(), h.detach(), self.gate.axis, now.mask(self.name)))
+            if running:
+                self.moments.update(*_rows(inputs[0].detach(), h.detach(), self.gate.axis, now.mask(self.name)))
 
+        yield self.gate.register_forward_pre_hook(lambda *_: running.append(True))
+        yield self.gate.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
         yield self.gate.activation.register_forward_hook(see)
 
     def take(self, now: Moment) -> None:
@@ -109,7 +120,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
     is in use. `alpha` and `frozen` stay as they are, and so does the function of a model whose alphas are 0.
 
     Args:
-        model: a model with gates. It runs in eval mode, and is left in the mode it was in.
+        model: a model with gates. It runs in eval mode, and is left in the mode it was in; compiled code in it rests,
+            since it would not see what is put on to look at the activations.
         batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where they hold an
             `attention_mask` (B, T) that fits a site's input (B, T, C), in a nested dict, too, padding is left out; a
             decoder's mask is its own, or follows from labels that are not -100 where these are its input.
@@ -131,7 +143,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
         >>> model[1].slope.tolist(), found.sites["1"].residual.tolist()
         ([1.0, 0.0], [0.0, 0.0])
     """
+    checks.boolean("progress", progress)
+    model = checks.module("model", model)
+    model = getattr(model, "_orig_mod", model)  # compiled
+    if isinstance(batches, str | bytes | Mapping | Tensor) or not hasattr(batches, "__iter__"):
+        remedy = "Pass an iterable of batches, such as a list of tensors or a DataLoader."
+        raise DataError("batches", f"found a {type(batches).__name__}", remedy)
     collectors = line_collectors(model)
+    check_whole(model, values=True)
     run_passes(model, batches, collectors, memory=math.inf, label="calibrate", progress=progress)
     return fit_lines(model, collectors)
 
@@ -145,6 +164,8 @@ def line_collectors(model: nn.Module) -> list[LineCollector]:
     named = gates(model)
     if not named:
         raise UsageError("calibrate", "found no gate in the model", "Pass linearize.convert(model).")
+    for gate in named.values():
+        gate.check()
     return [LineCollector(name, gate) for name, gate in named.items()]
 
 

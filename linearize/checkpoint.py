@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import zoo
+from linearize import checks, zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.sites.record import record_of, set_record
-from linearize.storage import tensorfile
+from linearize.storage import atomic, tensorfile
+from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
-from linearize.storage.restore import check_fit, copy_without_weights, fill, put_rest
+from linearize.storage.restore import copy_without_weights, fill, put_rest, take_plain_weights
+from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
-from linearize.zoo.structure import (
-    Difference,
-    Limit,
-    compare,
-    parameters_on_meta,
-    plain_tensors,
-    stored_tensors,
-)
+from linearize.zoo.building import Limit, parameters_on_meta
+from linearize.zoo.sealed import sealed
+from linearize.zoo.structure import Difference, compare, plain_tensors, stored_tensors
 
-__all__ = ["load", "save"]
+__all__ = ["FILE", "load", "save"]
+
+FILE = "linearize.safetensors"
+"""Name of our file in a folder that a library's own `save_pretrained` has written."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -64,9 +64,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(again.head.weight, model.head.weight)
         True
     """
-    target = Path(path)
-    if target.is_dir():
-        raise CheckpointError(str(path), "it is a folder", "Pass the path of a file, such as model.safetensors.")
+    checks.module("model", model)
+    checks.path("path", path)
+    atomic.destination(path)  # before any work is done
     model = zoo.unwrap(model)
     record = record_of(model)
     content = Manifest(steps=all_steps(model))
@@ -87,7 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             key = f"extra:{path_of_module}:{'/'.join(map(str, where))}"
             tensors[key] = tensor
             content.extras.append((key, path_of_module, where))
-    tensorfile.write(target, tensors, content.to_texts())
+    tensorfile.write(Path(path), tensors, content.to_texts())
 
 
 def load(
@@ -96,7 +96,7 @@ def load(
     """Make the model of a file that `save` wrote, in eval mode.
 
     Args:
-        path: the file.
+        path: the file, or a folder that `save_pretrained` of a changed model has written.
         model: a base model as it was before `linearize.convert`, for files of models from neither timm nor
             transformers. Its structure is copied; the model itself is left as it was.
         device: where the tensors go. On the CPU they are mapped from the file, and read when first used.
@@ -106,19 +106,33 @@ def load(
         its
             tensors do not fit the model; or the base model must be given.
     """
-    source = Path(path)
+    source = checks.path("path", path)
+    source = source / FILE if (source / FILE).is_file() else source
+    if model is not None:
+        checks.module("model", model)
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
+    check_steps(str(path), content)
     try:
         loaded = _skeleton(source, content, model, header)
+        names = names_since(content.version, loaded)
+        content, today = renamed(content, names), header.renamed(names)
+        if model is not None:
+            take_plain_weights(loaded, today.shapes)
+        check_fit(str(path), loaded, content, today)
+        check_sites(str(path), loaded)
     except CheckpointError as error:
         if error.where == str(path):
             raise
         raise CheckpointError(str(path), f"its plan does not fit the model ({error})", _remedy(model)) from error
     except LinearizeError as error:
         raise CheckpointError(str(path), f"its base model cannot be built ({error})", _remedy(model)) from error
-    check_fit(str(path), loaded, content, header.shapes)
+    except Exception as error:  # code of a library, or of the model given, that a wrong plan has led astray
+        found = f"its plan does not fit the model ({type(error).__name__}: {error!s:.200})"
+        raise CheckpointError(str(path), found, _remedy(model)) from error
     tensors = tensorfile.read_tensors(source, device)
+    _check_same(source, header, tensors)
+    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
     fill(loaded, content, tensors)
     put_rest(str(path), loaded, content, tensors)
     if content.steps or content.sites:
@@ -196,10 +210,9 @@ def _is_finite(tensor: Tensor) -> bool:
 def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: tensorfile.Header) -> nn.Module:
     """The model of the file without its weights."""
     if model is None:
-        # Merging makes a model smaller, but not by such factors: a recipe for more is no recipe of this file.
-        limit = Limit(1000 * header.elements + 10**8, 1000 * len(header.shapes) + 10**5)
+        limit = Limit.of_file(len(header.shapes), header.elements, header.size)
         base = zoo.skeleton(_known_recipe(path, content), limit)
-        with parameters_on_meta(limit):
+        with sealed(), parameters_on_meta(limit):
             return replay(base, content.steps)
     model = zoo.unwrap(model)
     steps = all_steps(model)
@@ -211,8 +224,16 @@ def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: te
     except Exception as error:  # user modules may hold anything, also what cannot be copied
         found = f"the model given cannot be copied: {error}"
         raise CheckpointError(str(path), found, "Pass a model that copy.deepcopy can copy.") from error
-    with parameters_on_meta():
+    limit = Limit.of_file(len(header.shapes), header.elements, header.size)
+    with parameters_on_meta(limit):
         return base if steps else replay(base, content.steps)
+
+
+def _check_same(path: Path, header: tensorfile.Header, tensors: dict[str, Tensor]) -> None:
+    """The library that reads the tensors must have understood the header as we did."""
+    for name, shape in header.shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype != header.dtypes[name]:
+            raise CheckpointError(str(path), f"tensor {name!r} is described twice", "Copy or save the file again.")
 
 
 def _known_recipe(path: Path, content: Manifest) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.algebra.forms import FORMS, Infeasible, Pieces
 from linearize.algebra.parts import made
 from linearize.convert import unwrapped
@@ -19,9 +21,11 @@ from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, SitePlan, When
 from linearize.running.copies import duplicate
 from linearize.sites.record import Record, Step, converted_parts, record_of, set_record
 from linearize.sites.site import Site
+from linearize.surgery.alphas import check_alphas
 from linearize.surgery.folds import what_is_left
 from linearize.surgery.form_choice import fixed_producer, make_plan, mask_of, masks_of
 from linearize.surgery.fused import fuse_again
+from linearize.surgery.fusing import keep_readable
 from linearize.surgery.leftover import keep_activation, shrink_activation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
@@ -50,6 +54,9 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
     Raises:
         CollapseError: the model has no gates, its weights are not finite, or the plan is for another model.
 
+    Warns:
+        UserWarning: channels have an alpha between 0 and 1, and keep a blend of activation and line.
+
     Example:
         >>> import linearize
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -62,48 +69,55 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
           (2): Identity()
         )
     """
-    model = unwrapped(model)
+    checks.choice("when", when, ("cheaper", "always"))
+    model = unwrapped(checks.module("model", model))
     found = gates(model)
     if not found:
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
     if any(gate.alpha.device.type == "meta" for gate in found.values()):
         raise CollapseError(type(model).__name__, "has no values (meta device)", "Load its weights first.")
-    for name, gate in found.items():
-        _check_alpha(name, gate)
-    parts = converted_parts(model)
-    if parts and "" not in parts:
-        return _collapse_parts(model, parts, when, plan)
-    if plan is not None:
+    for gate in found.values():
+        gate.check()
+    check_alphas(found)
+    if plan is not None and not isinstance(plan, Plan):
+        checks.refuse("plan", plan, "a Plan; Plan.from_json reads one from text")
+    if plan is not None and "" in (converted_parts(model) or [""]):
         _check_plan(plan, found)
+    return collapse_telling(model, when, plan, _log.warning)
+
+
+def collapse_telling(
+    model: nn.Module, when: When, plan: Plan | None, tell: Callable[[str, str, str], object]
+) -> nn.Module:
+    """Collapse a model that has been checked; `tell` is given a format, a site that stays and the reason."""
+    parts = converted_parts(model)
     with ALONE:
-        return _collapse(model, when, plan)
+        if parts and "" not in parts:
+            return _collapse_parts(model, parts, when, plan, tell)
+        return _collapse(model, when, plan, tell)
 
 
-def _collapse(model: nn.Module, when: When, plan: Plan | None) -> nn.Module:
+def _collapse(model: nn.Module, when: When, plan: Plan | None, tell: Callable[[str, str, str], object]) -> nn.Module:
     chosen = plan if plan is not None else make_plan(model, when=when)
     result, failure = _try(model, chosen)
+    widen = True
+    if failure is not None and plan is None and _branches(model):  # code that cuts what is wider, as in GhostNet
+        widen, chosen = False, make_plan(model, when=when, widen=False)
+        result, failure = _try(model, chosen)
     if failure is not None and plan is None:
-        barred = _troublemakers(model, chosen)
+        barred = _troublemakers(model, chosen, widen=widen)
         for name, why in barred.items():
-            _log.warning("%s keeps a partial activation: %s", name, why)
-        chosen = make_plan(model, when=when, barred=barred)
+            tell("%s keeps a partial activation: %s", name, why)
+        chosen = make_plan(model, when=when, barred=barred, widen=widen)
         result, failure = _try(model, chosen)
         if failure is not None and any(site.form == NARROWED for site in chosen.sites):  # halving parts chains
             barred |= {site.site: f"{failure}" for site in chosen.sites if site.form == NARROWED}
-            result, failure = _try(model, make_plan(model, when=when, barred=barred))
+            result, failure = _try(model, make_plan(model, when=when, barred=barred, widen=widen))
     if result is None:
         found = f"does not run after collapsing ({failure})"
         remedy = "Please report this model." if plan is None else "Make the plan from this model."
         raise CollapseError(type(model).__name__, found, remedy)
     return result
-
-
-def _check_alpha(name: str, gate: ChannelGate) -> None:
-    alpha = gate.alpha.detach()[~gate.frozen]
-    odd = alpha[~((alpha >= 0) & (alpha <= 1))]
-    if odd.numel():
-        remedy = "Call prior.step() after each step of the optimizer, or clamp alpha."
-        raise CollapseError(name, f"found alpha {float(odd[0]):g}, outside [0, 1]", remedy)
 
 
 def _check_plan(plan: Plan, found: dict[str, ChannelGate]) -> None:
@@ -120,7 +134,9 @@ def _check_plan(plan: Plan, found: dict[str, ChannelGate]) -> None:
             raise CollapseError(site.site, f"channel {channel} is linear in the plan, but not in the model", remedy)
 
 
-def _collapse_parts(model: nn.Module, parts: list[str], when: When, plan: Plan | None) -> nn.Module:
+def _collapse_parts(
+    model: nn.Module, parts: list[str], when: When, plan: Plan | None, tell: Callable[[str, str, str], object]
+) -> nn.Module:
     """Collapse the submodules that were converted by themselves."""
     if plan is not None:
         found = f"was not converted as a whole, but its parts {', '.join(parts)}"
@@ -128,12 +144,12 @@ def _collapse_parts(model: nn.Module, parts: list[str], when: When, plan: Plan |
     result = duplicate(model, CollapseError)
     steps: list[Step] = []
     for path in parts:
-        part = collapse(model.get_submodule(path), when=when)
+        part = collapse_telling(model.get_submodule(path), when, None, tell)
         record = record_of(part) or Record()
         steps += [{**step, "path": f"{path}.{step['path']}" if step["path"] else path} for step in record.steps]
         replace_module(result, path, part)
     set_record(result, Record((), steps))
-    return collapse(result, when=when) if gates(result) else result
+    return collapse_telling(result, when, None, tell) if gates(result) else result
 
 
 def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
@@ -155,7 +171,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     found = gates(result)
     masks = masks_of(found)
     reader = Reader(result)
-    steps: list[Step] = []
+    steps, unfolded = list[Step](), list[Site]()
     at: dict[str, int] = {}
     last_use = _last_use(found)
     chains = {chain.lower.name: chain for chain in chains_of(result, (gate.site for gate in found.values()))}
@@ -166,6 +182,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             chain = chains[planned.site]
             reader.pieces.update(narrow(reader, chain, found, _dropped(planned, chain, found, masks)))
             at.update({port.module: port.dims for port in chain.ports})
+            unfolded += [chain.upper, chain.lower]
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
         elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
             maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
@@ -174,6 +191,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             at.update(
                 {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
             )
+            unfolded.append(site)
             steps += unfold(result, site)
         linear = mask_of(planned, gate.channels)
         if planned.form in _WHOLE:
@@ -187,7 +205,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             steps += shrink_activation(result, gate, linear, carries=carries, width=width)
         steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
     record = record_of(model) or Record()
-    steps.sort(key=_depth)
+    steps = [*sorted(steps, key=_depth), *keep_readable(result, unfolded)]
     set_record(result, Record((), [*record.steps, *steps], record.inputs))
     return result
 
@@ -295,7 +313,13 @@ def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | No
     return f"it computes with the number {next(iter(odd))[1][0]} then" if odd else None
 
 
-def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
+def _branches(model: nn.Module) -> bool:
+    """True if a consumer lies behind a concatenation."""
+    sites = [gate.site for gate in gates(model).values() if gate.site is not None]
+    return any(not port.whole for site in sites for port in site.consumers)
+
+
+def _troublemakers(model: nn.Module, plan: Plan, *, widen: bool) -> dict[str, str]:
     """The sites that cannot be collapsed on their own, with what happens if they are: found by halving."""
     names = [planned.site for planned in plan.sites]
     waiting = [[planned.site for planned in plan.sites if planned.form not in _WHOLE]]
@@ -303,7 +327,8 @@ def _troublemakers(model: nn.Module, plan: Plan) -> dict[str, str]:
     while waiting:
         group = waiting.pop()
         others = {name: "" for name in names if name not in group}
-        _, failure = _try(model, make_plan(model, when="always", barred=others)) if group else (None, None)
+        chosen = make_plan(model, when="always", barred=others, widen=widen)
+        _, failure = _try(model, chosen) if group else (None, None)
         if failure is None:
             continue
         if len(group) == 1:

@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.convert import convert
+from linearize.convert import UNSELECTED, convert, unwrapped
 from linearize.cost import cost
-from linearize.errors import UsageError
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
-from linearize.planning.budget import check_data, read_budget
-from linearize.planning.by_budget import How, to_budget
+from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
-from linearize.planning.job import Job
-from linearize.planning.request import (
-    check_call,
-    check_output,
-    check_request,
-    check_training,
-    some_batches,
-    training_options,
-)
+from linearize.planning.job import Job, Made
+from linearize.planning.request import Request, check_inputs, check_output, check_training, some_batches
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
-from linearize.running.batches import Reading, count_of, length_of
-from linearize.running.models import device_of
+from linearize.running.batches import Reading
+from linearize.running.devices import bring, check_whole, device_of, staying
+from linearize.running.order import Repeated
 from linearize.running.outputs import Choice
+from linearize.running.randomness import randomness_kept, seed_everything
 from linearize.running.steps import Steps
+from linearize.storage.folders import make_folder
+from linearize.storage.lock import alone_in
 from linearize.summary import summary
 from linearize.training.losses import Evaluate, scores_of
 from linearize.verify import verify
+from linearize.zoo.stock import expect_stock, prove_stock
 
 __all__ = ["Result", "compress"]
 
@@ -150,121 +146,105 @@ def compress(
         LinearizeError: by any of the steps; the model is left as it was.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
         >>> result = compress(net, [torch.randn(64, 8) for _ in range(8)], flops=0.5, rounds=0, progress=False)
         >>> result.report.outcome.met, result.report.after.flops <= 0.5 * result.report.before.flops
         (True, True)
     """
-    check_call(model, evaluate, checkpoint_dir, seed)
-    budget = read_budget(latency=latency, flops=flops, params=params, speedup=speedup, activations=activations)
-    check_request(budget is not None, linear, plan, round_to=round_to, rounds=rounds, search=search)
-    if dry_run and budget is None:
-        raise UsageError(
-            "dry_run", "found without a budget", "Pass one of latency, flops, params, speedup, activations."
-        )
-    options = training_options(finetune, gentle=linear is None)
-    if output is not None:
-        options.setdefault("output", output)
-    check_data(data)
-    steps = Steps(progress)
-    reading = Reading(model, data, output)
-    batches = some_batches(model, reading)
-    if output is not None:
-        check_output(model, reading)
-    if options["epochs"] and not dry_run:
-        check_training(model, reading, options, distill)
-    home = device_of(model)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            with steps("convert"):
-                example = batches[0] if example_inputs is None else example_inputs
-                gated = convert(model, example, include=include, exclude=exclude)
-            trainer = _trainer(data, steps, evaluate, model, distill)
-            settings = (
-                budget,
-                linear,
-                plan,
-                options,
-                seed,
-                sequential,
-                search,
-                uniform,
-                stock,
-                modules,
-                round_to,
-                distill,
-                output,
-            )
-            notes = _notes(checkpoint_dir, gated, reading, settings, options, steps)
-            job = Job(model, gated, reading, example, steps, options, trainer, notes)
-            if linear is not None:
-                made = to_share(job, linear, when)
-            else:
-                how = How(
-                    seed, max(3, rounds), batch_sizes, round_to, uniform, cache, sequential, stock, search, modules
-                )
-                made = to_budget(job, budget, plan, how, dry_run=dry_run)
-        if dry_run:
+    request = Request(
+        latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
+        finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
+        exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
+        modules=modules, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds,
+        cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
+    )  # fmt: skip
+    result, notes = carried_out(model, data, request)
+    notes.forget()
+    return result
+
+
+def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, Notes]:
+    """What a request to compress a model gives, and the notes of it, to be forgotten once the result is safe.
+
+    Raises:
+        LinearizeError: as for `compress`.
+    """
+    check_inputs(model, data)
+    check_whole(unwrapped(model), values=True)
+    if request.stock:
+        expect_stock(model)
+    steps, repeated = Steps(request.progress), Repeated(data, request.seed)
+    with ExitStack() as around:
+        around.enter_context(staying(model))
+        around.enter_context(randomness_kept())
+        around.callback(repeated.restore)
+        reading = Reading(model, repeated, request.output)
+        batches = some_batches(model, reading)
+        if request.output is not None:
+            check_output(model, reading)
+        if request.training["epochs"] and not request.dry_run:
+            check_training(model, reading, request.training, request.distill)
+        with steps("convert"):
+            example = batches[0] if request.example_inputs is None else request.example_inputs
+            gated = convert(model, example, include=request.include, exclude=request.exclude)
+        notes = _notes(request, gated, reading, steps)
+        if notes.folder is not None:
+            make_folder(notes.folder)
+            around.enter_context(alone_in(notes.folder, "checkpoint_dir"))
+        trainer = _trainer(repeated, steps, request, model)
+        job = Job(model, gated, reading, example, steps, request.training, trainer, notes)
+        made = to_budget(job, request) if request.linear is None else to_share(job, request.linear, request.when)
+        if request.dry_run:
             costs = cost(model, example)
             report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
-            return Result(model, made.plan, replace(report, **made.told))
+            return _result(model, made, report), NOTHING
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
-        report = _report(models, batches, example, evaluate, batch_sizes, rounds, steps, made.history)
-        notes.forget()
-        return Result(made.small, made.plan, replace(report, **made.told))
-    finally:
-        model.to(home)
+        seed_everything(request.seed)
+        report = _report(models, batches, example, request, steps, made.history)
+        if request.stock:
+            prove_stock(made.small, example)
+        return _result(made.small, made, report), notes
 
 
-def _notes(
-    folder: str | os.PathLike[str] | None,
-    gated: nn.Module,
-    reading: Reading,
-    settings: Any,
-    options: dict[str, Any],
-    steps: Steps,
-) -> Notes:
-    """Where an interrupted run goes on; tells fine-tuning, too. Statistics are good for any budget, training is not."""
-    if folder is None:
+def _result(model: nn.Module, made: Made, report: Report) -> Result:
+    """All of it, with what the plan tells."""
+    told = replace(report, kept=_kept(report, made.plan), plan=made.plan.sha256, **made.told)
+    return Result(model, made.plan, told)
+
+
+def _notes(request: Request, gated: nn.Module, reading: Reading, steps: Steps) -> Notes:
+    """Where an interrupted run goes on. Statistics are good for any request; plan and training are for the same one."""
+    trained_in = request.training.get("checkpoint_dir") if request.training["epochs"] else None
+    if request.checkpoint_dir is None and trained_in is None:
         return NOTHING
-    meaning = reading.meaning  # what errors cost depends on the parts that count
-    facts = [*facts_of(reading.data), _told(meaning.weights), _told(meaning.kinds)]
-    key = fingerprint(gated, facts)
-    own = Path(folder) / f"unfinished-{key[:12]}"  # the folder may hold other things
-    others = [path.name for path in sorted(Path(folder).glob("unfinished-*")) if path != own]
+    # What errors cost depends on the parts of the output that count.
+    facts = [*facts_of(reading.data), reading.meaning.weights, reading.meaning.kinds]
+    key = fingerprint(gated, facts, request.seed)
+    whole = fingerprint(gated, facts, request.key)
+    beside = None if trained_in is None else Path(trained_in)
+    if request.checkpoint_dir is None:
+        return Notes(None, key, whole, beside)
+    own = Path(request.checkpoint_dir) / f"unfinished-{key[:12]}"  # the folder may hold other things
+    others = [path.name for path in sorted(own.parent.glob("unfinished-*")) if path != own]
     if others and not own.exists():
-        steps.say(f"  nothing to resume: {', '.join(others)} in {folder} is of other weights or other data")
-    if options["epochs"] and "checkpoint_dir" not in options:
-        place = f"training-{fingerprint(gated, facts, *map(_told, settings))[:12]}"
-        options |= {"checkpoint_dir": own / place, "resume": True}
-    return Notes(own, key)
+        steps.say(f"  nothing to resume: {', '.join(others)} in {own.parent} is of other weights or other data")
+    return Notes(own, key, whole, beside)
 
 
-def _told(value: Any) -> str:
-    """A setting as text that is the same in every process: without the address of a function or an object."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}={_told(entry)}" for name, entry in sorted(value.items()))
-    name = getattr(value, "__qualname__", type(value).__name__)
-    return name if callable(value) or " at 0x" in repr(value) else repr(value)
-
-
-def _trainer(
-    data: Iterable[Any], steps: Steps, evaluate: Evaluate | None, model: nn.Module, distill: bool
-) -> Callable[..., list[dict[str, float]]]:
+def _trainer(data: Repeated, steps: Steps, request: Request, model: nn.Module) -> Callable[..., list[dict[str, float]]]:
     """A function that fine-tunes a gated model with a prior, and gives the history."""
 
     def run(gated: nn.Module, prior: Any, options: Mapping[str, Any]) -> list[dict[str, float]]:
         chosen = {name: value for name, value in options.items() if name != "gradual"}
-        if length_of(data) is None:
-            chosen.setdefault("steps_per_epoch", count_of(data))
-        teacher = model if distill else None
+        chosen.setdefault("steps_per_epoch", len(data))
+        data.start()  # as if nothing had been drawn before
         found = train(
             gated,
-            data,
+            data.data,
             prior=prior,
-            teacher=teacher,
-            evaluate=evaluate,
+            teacher=model if request.distill else None,
+            evaluate=request.evaluate,
             progress=steps.bars,
             on_epoch=steps.epoch,
             **chosen,
@@ -278,26 +258,40 @@ def _report(
     models: Mapping[str, nn.Module],
     batches: list[Any],
     example: Any,
-    evaluate: Evaluate | None,
-    batch_sizes: Sequence[int] | None,
-    rounds: int,
+    request: Request,
     steps: Steps,
     history: list[dict[str, float]],
 ) -> Report:
     """Everything measured about the three models, all on the device of the gated one."""
     before, gated, after = models["before"], models["gated"], models["collapsed"]
-    before.to(device_of(gated))
+    bring(before, device_of(gated))
     with steps("verify"):
         verification = verify(gated, after, batches)
     quality: dict[str, dict[str, float]] = {}
     with steps("evaluate"):
         for stage, model in models.items():
-            for name, value in ({} if evaluate is None else scores_of(model, evaluate)).items():
+            for name, value in ({} if request.evaluate is None else scores_of(model, request.evaluate)).items():
                 quality.setdefault(name, {})[stage] = value
     timing = None
-    if rounds:
+    if request.rounds:
         with steps("benchmark"):
             pair = {"original": before, "collapsed": after}
-            timing = benchmark(pair, example, rounds=rounds, batch_sizes=batch_sizes, progress=steps.say)
+            timing = benchmark(
+                pair, example, rounds=request.rounds, batch_sizes=request.batch_sizes, progress=steps.say
+            )
     costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
+
+
+def _kept(report: Report, plan: Plan) -> dict[str, str]:
+    """The sites that stay for another reason than their loss, in the plan or without a gate."""
+    planned = {site.site for site in plan.sites}
+    found = {site.site: site.reason for site in plan.sites if site.reason}
+    ungated = {site.name: site.reason for site in report.summary.sites if not site.gated and site.reason}
+    found |= {name: why for name, why in ungated.items() if why not in UNSELECTED and not _inside(name, planned)}
+    return found
+
+
+def _inside(name: str, planned: set[str]) -> bool:
+    """True if the site, or a module around it, became something else by the plan."""
+    return any(name == path or name.startswith(f"{path}.") for path in planned)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from linearize import checks
 from linearize.algebra.finite import all_finite
 from linearize.errors import CaptureError, ConvertError, UsageError
 from linearize.gating.gate import ChannelGate, gates
@@ -21,12 +22,16 @@ from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
 from linearize.graph.parts import discover_parts
 from linearize.graph.protect import ALONE
+from linearize.nest import copied
 from linearize.running.copies import duplicate
-from linearize.sites.record import Record, record_of, set_record
+from linearize.running.devices import check_whole
+from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.sites.site import Site
 from linearize.surgery.modes import settle_modes
 from linearize.surgery.owners import read_after_write, rewrite_owners
 from linearize.surgery.specs import replace_module
+from linearize.surgery.subclass import hides_children, keep_attributes
+from linearize.tensors import oddity
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +72,9 @@ def convert(
           (activation): ReLU()
         )
     """
-    model = unwrapped(model)
+    checks.boolean("inplace", inplace)
+    model = unwrapped(checks.module("model", model))
+    check_whole(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
         return _convert(model, example_inputs, include, exclude, inplace)
 
@@ -82,8 +89,7 @@ def _convert(
     if gates(model):
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
     _check_finite(model)
-    inputs = on_device(_inputs(model, example_inputs), model)
-    inputs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+    inputs = on_device(copied(_inputs(model, example_inputs)), model)  # the user's own are neither altered nor kept
     model = _trainable(model, inplace=inplace)
     sites = _sites(model, inputs)
     if not sites:
@@ -147,6 +153,7 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
         if site.ungated is None:
             _put_gate(target, site)
     sites, unfused = settle_modes(target, sites, replaced, inputs)
+    steps += _keep_children(target, sites)
     for site in sites:
         gate = target.get_submodule(site.name) if site.ungated is None else None
         if isinstance(gate, ChannelGate):
@@ -160,6 +167,15 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
     return target
+
+
+def _keep_children(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
+    """Let the modules around the gates be copied with them, where their classes would hide a child in a copy."""
+    owners = dict.fromkeys(site.name.rpartition(".")[0] for site in sites if site.ungated is None)
+    hiding = [path for path in owners if hides_children(model.get_submodule(path))]
+    for path in hiding:
+        keep_attributes(model.get_submodule(path))
+    return [{"path": path, "module": {"type": "Kept"}} for path in hiding]
 
 
 @contextmanager
@@ -216,7 +232,7 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(name, "is not initialised", "Run the model once on a batch, then convert it.")
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        if parameter.device.type == "meta" or oddity(parameter) is not None:
             continue
         if not all_finite(parameter):
             raise ConvertError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from linearize import checks
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs
 from linearize.graph.protect import untouched
@@ -54,6 +55,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         >>> cost(nn.Linear(3, 5), torch.zeros(2, 3))
         Cost(parameters=20, flops=60)
     """
+    checks.module("model", model)
     batches = batches_of(inputs)
     if len(batches) != 1:
         raise UsageError("inputs", f"found {len(batches)} batches", "Pass one batch.")

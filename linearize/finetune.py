@@ -6,18 +6,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from linearize.errors import DataError, TrainingError, UsageError
+from linearize import checks
+from linearize.errors import DataError, UsageError
 from linearize.running.batches import length_of
+from linearize.running.devices import bring, check_whole
+from linearize.running.order import set_epoch
 from linearize.running.outputs import Choice, Meaning
 from linearize.running.progress import progress_bar
-from linearize.training import state as trainstate
+from linearize.running.randomness import seed_everything
+from linearize.training.arguments import check_numbers, check_training
 from linearize.training.features import Features
+from linearize.training.kept import checkpoints_in
 from linearize.training.losses import Evaluate, scores_of
 from linearize.training.path import PlannedPath
 from linearize.training.priors import SparsityPrior, param_groups
@@ -82,8 +86,8 @@ def finetune(
 
     Args:
         model: with gates or without. It ends on accelerate's device, in the mode (train or eval) it was in.
-        data: batches, iterated once per epoch: tensors, tuples (inputs, labels) or dicts of keyword arguments. If it
-            has `set_epoch`, that is called before each epoch.
+        data: batches, iterated once per epoch: tensors, tuples (inputs, labels) or dicts of keyword arguments. If it,
+            or a sampler of it, has `set_epoch`, that is called before each epoch, and once more at the end.
         epochs: passes over the data.
         loss: a function of (the model's output, the labels or None) that gives a scalar. By default the output's own
             `loss`, or by what the labels are: cross entropy for classes (whole numbers, or rows that sum to 1), binary
@@ -103,13 +107,15 @@ def finetune(
         gate_lr: learning rate of the gates' alpha.
         weight_decay: for parameters of two and more dimensions; see `param_groups`.
         warmup: share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
-        clip: largest norm of the gradients of all but the gates; None does not clip.
+        clip: largest norm of the gradients of all but the gates, above 0; None does not clip.
         mixed_precision: "no", "bf16" or "fp16", by autocast; the gates' alpha stays float32.
         steps_per_epoch: ends each epoch early; needed if the data has no length.
-        checkpoint_dir: folder that gets a checkpoint after each epoch, complete or not at all.
+        checkpoint_dir: folder that gets a checkpoint after each epoch, complete or not at all. It is this run's alone
+            while the run goes on.
         keep: how many checkpoints stay there, the latest.
         resume: continue from the latest checkpoint in `checkpoint_dir`, if there is one. On a CPU the weights at the
-            end are bitwise those of a run that was never interrupted.
+            end are bitwise those of a run that was never interrupted. A damaged checkpoint is left out, with a line in
+            the log, and its epoch is done again.
         seed: if given, seeds every global random generator at the start.
         progress: show a bar, if standard error is a terminal.
         on_epoch: called with the record of each epoch.
@@ -132,61 +138,68 @@ def finetune(
         >>> result.history[1]["loss"] < result.history[0]["loss"]
         True
     """
-    _check_options(epochs=epochs, distill_weight=distill_weight, warmup=warmup, keep=keep)
-    folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
-    last = _last_checkpoint(folder, resume=resume)
+    check_training(
+        model, data, loss=loss, prior=prior, teacher=teacher, evaluate=evaluate, on_epoch=on_epoch,
+        accelerator=accelerator, features=features,
+    )  # fmt: skip
+    check_numbers(
+        epochs=epochs, distill_weight=distill_weight, temperature=temperature, feature_weight=feature_weight, lr=lr,
+        gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup, clip=clip, mixed_precision=mixed_precision,
+        steps_per_epoch=steps_per_epoch, keep=keep, resume=resume, seed=seed, progress=progress,
+    )  # fmt: skip
+    check_whole(model, values=True)
     length = _length(data, steps_per_epoch)
     options: dict[str, Any] = {
         "epochs": epochs, "steps per epoch": length, "lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay,
         "warmup": warmup, "clip": clip, "distill_weight": distill_weight, "temperature": temperature,
         "mixed_precision": mixed_precision,
     }  # fmt: skip
-    inside = _features(model, teacher, features, feature_weight)
+    options = {name: checks.plain(value) for name, value in options.items()}
+    inside = None if features is None or teacher is None else Features(model, teacher, features)
     if output is not None:
         options |= {"output": repr(output)}
     if inside is not None:
-        options |= {"features": list(inside.paths), "feature_weight": feature_weight}
+        options |= {"features": list(inside.paths), "feature_weight": checks.plain(feature_weight)}
     _check_prior(prior, model, epochs * length)
     accelerator = accelerator or _accelerator(mixed_precision)
-    if seed is not None:
-        from accelerate.utils import set_seed
-
-        set_seed(seed)
-    groups = param_groups(model, lr, gate_lr, weight_decay)
-    groups = [group for group in groups if prior is not None or group["name"] != "gates"]
-    model.to(accelerator.device)
-    run = Run(
-        model=model,
-        wrapped=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
-        optimizer=accelerator.prepare_optimizer(torch.optim.AdamW(groups)),
-        accelerator=accelerator,
-        objective=Objective(loss, teacher, distill_weight, temperature, prior, inside, feature_weight),
-        total=epochs * length,
-        warmup=round(warmup * epochs * length),
-        clip=clip,
-        meaning=Meaning.of(model, output),
-    )
-    if last is not None:
-        state = trainstate.read_state(last)
-        _check_same(last, state["options"], options)
-        run.load_state_dict(state["run"], data)
-    done = len(run.history)
-    watching = nullcontext() if inside is None else inside.watching()
-    with _modes_kept(model, teacher), watching, progress_bar("fine-tune", run.total, enabled=progress) as advance:
-        for _ in range(run.step):
-            advance("")
-        if teacher is not None:
-            teacher.to(accelerator.device).eval()
-        while len(run.history) < epochs:
-            record = run.epoch(data, length, advance)
-            record |= {"share": run.share} | _evaluated(run, evaluate)
-            run.history.append(record)
-            if folder is not None:
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    _write(folder, {"options": options, "run": run.state_dict(data)}, len(run.history), keep)
-            if on_epoch is not None:
-                on_epoch(record)
+    main = accelerator.is_main_process
+    with checkpoints_in(checkpoint_dir, options, keep=keep, resume=resume, main=main) as kept:
+        if seed is not None:
+            seed_everything(seed)
+        groups = param_groups(model, lr, gate_lr, weight_decay)
+        groups = [group for group in groups if prior is not None or group["name"] != "gates"]
+        bring(model, accelerator.device)
+        run = Run(
+            model=model,
+            wrapped=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
+            optimizer=accelerator.prepare_optimizer(torch.optim.AdamW(groups)),
+            accelerator=accelerator,
+            objective=Objective(loss, teacher, distill_weight, temperature, prior, inside, feature_weight),
+            total=epochs * length,
+            warmup=round(warmup * epochs * length),
+            clip=clip,
+            meaning=Meaning.of(model, output),
+        )
+        kept.restore(lambda state: run.load_state_dict(state, data))
+        done = len(run.history)
+        watching = nullcontext() if inside is None else inside.watching()
+        with _modes_kept(model, teacher), watching, progress_bar("fine-tune", run.total, enabled=progress) as advance:
+            for _ in range(run.step):
+                advance("")
+            if teacher is not None:
+                bring(teacher, accelerator.device)
+                teacher.eval()
+            while len(run.history) < epochs:
+                record = run.epoch(data, length, advance)
+                record |= {"share": run.share} | _evaluated(run, evaluate)
+                run.history.append(record)
+                if checkpoint_dir is not None:
+                    accelerator.wait_for_everyone()
+                    if main:
+                        kept.write(run.state_dict(data), len(run.history))
+                if on_epoch is not None:
+                    on_epoch(record)
+        set_epoch(data, epochs)  # where a run that was not interrupted leaves it
     model.zero_grad()  # leave no gradients behind: they take as much memory as the weights
     return FinetuneResult(model, run.history, run.step, done)
 
@@ -196,29 +209,6 @@ def _evaluated(run: Run, evaluate: Evaluate | None) -> dict[str, float]:
         return {}
     with run.accelerator.autocast():
         return scores_of(run.model, evaluate)
-
-
-def _check_options(*, epochs: int, distill_weight: float, warmup: float, keep: int) -> None:
-    for name, value, valid, expected in (
-        ("epochs", epochs, epochs >= 1, "at least 1"),
-        ("distill_weight", distill_weight, 0 <= distill_weight <= 1, "in [0, 1]"),
-        ("warmup", warmup, 0 <= warmup <= 1, "a share of the steps, in [0, 1]"),
-        ("keep", keep, keep >= 1, "at least 1"),
-    ):
-        if not valid:
-            raise UsageError("finetune", f"found {name}={value}", f"{name} must be {expected}.")
-
-
-def _features(
-    model: nn.Module, teacher: nn.Module | None, patterns: str | Sequence[str] | None, weight: float
-) -> Features | None:
-    if patterns is None:
-        return None
-    if teacher is None:
-        raise UsageError("features", "found no teacher whose features could be learned", "Pass teacher= as well.")
-    if not weight > 0:
-        raise UsageError("finetune", f"found feature_weight={weight}", "Pass a number above 0.")
-    return Features(model, teacher, patterns)
 
 
 def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, total: int) -> None:
@@ -235,8 +225,6 @@ def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, to
 
 def _length(data: Iterable[Any], steps_per_epoch: int | None) -> int:
     if steps_per_epoch is not None:
-        if steps_per_epoch < 1:
-            raise UsageError("finetune", f"found steps_per_epoch={steps_per_epoch}", "Pass at least 1.")
         return steps_per_epoch
     length = length_of(data)
     if length is None:
@@ -252,9 +240,6 @@ def _accelerator(mixed_precision: Precision) -> Accelerator:
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise UsageError("finetune", "found no accelerate", "Run: pip install 'linearize[train]'") from error
-    if mixed_precision not in get_args(Precision):
-        expected = f"Pass one of {', '.join(get_args(Precision))}."
-        raise UsageError("finetune", f"found mixed_precision={mixed_precision!r}", expected)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         # accelerate remembers the precision of the first run in a process, and refuses any other.
         AcceleratorState._reset_state()
@@ -262,32 +247,6 @@ def _accelerator(mixed_precision: Precision) -> Accelerator:
         return Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:  # fp16 on a CPU, for one
         raise UsageError("finetune", f"accelerate says: {error}", "Pass another mixed_precision.") from error
-
-
-def _last_checkpoint(folder: Path | None, *, resume: bool) -> Path | None:
-    if folder is None:
-        if resume:
-            raise UsageError("finetune", "found resume=True without checkpoint_dir", "Pass the folder.")
-        return None
-    found = trainstate.checkpoints(folder)
-    if found and not resume:
-        remedy = "Pass resume=True to continue that run, or another folder."
-        raise UsageError(str(folder), f"found checkpoints of an earlier run, {found[-1].name} the last", remedy)
-    return found[-1] if found else None
-
-
-def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if before.get(name) != value:
-            found = f"found {name}={before.get(name)} in the checkpoint, but {value} in this call"
-            raise TrainingError(str(path), found, "Resume with the options of that run, or begin in a new folder.")
-
-
-def _write(folder: Path, state: dict[str, Any], epoch: int, keep: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    trainstate.write_state(trainstate.checkpoint_path(folder, epoch), state)
-    for old in trainstate.checkpoints(folder)[:-keep]:
-        old.unlink()
 
 
 @contextmanager

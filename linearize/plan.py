@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from linearize.algebra.forms import FORMS
 from linearize.errors import UsageError
+from linearize.schema import LARGEST, array, integer, number, optional, parse, struct, text
 from linearize.text_table import render
 
 When = Literal["cheaper", "always"]
@@ -105,12 +109,18 @@ class Plan:
             UsageError: the text is no plan.
         """
         try:
-            data = json.loads(text)
+            data = parse(text)
+            _PLAN(data, "")
             plan = cls(tuple(_site(site) for site in data["sites"]))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            found = f"found no plan ({type(error).__name__}: {error})"
+        except (ValueError, TypeError) as error:
+            found = f"found no plan ({str(error)[:200]})"
             raise UsageError("Plan.from_json", found, "Pass what Plan.to_json gave.") from error
         return plan.checked()
+
+    @property
+    def sha256(self) -> str:
+        """What tells this plan from any other: SHA-256 of `to_json`."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def checked(self) -> Plan:
         """The same plan.
@@ -118,9 +128,9 @@ class Plan:
         Raises:
             UsageError: it says something that no plan can mean.
         """
-        names = [site.site for site in self.sites]
+        names = Counter(site.site for site in self.sites)
         for site in self.sites:
-            why = "it is there twice" if names.count(site.site) > 1 else _nonsense(site)
+            why = "it is there twice" if names[site.site] > 1 else _nonsense(site)
             if why:
                 raise UsageError(f"plan of {site.site!r}", why, "Correct the plan, or make it anew.")
         return self
@@ -137,9 +147,29 @@ class Plan:
         return render(("site", "form", "nonlinear", "linear", "rank", "loss", "why not"), rows)
 
 
+# Which forms and channels make sense together is for `checked` to say, with the name of the site.
+_CHANNELS = array(integer(-LARGEST), LARGEST)
+_PLAN = struct(
+    {
+        "sites": array(
+            struct(
+                {"site": text(), "form": text(), "linear": _CHANNELS},
+                {
+                    "before": number(0),
+                    "after": number(0),
+                    "reason": optional(text()),
+                    "dropped": _CHANNELS,
+                    "rank": integer(-LARGEST),
+                    "loss": number(),
+                    "channels": integer(-LARGEST),
+                },
+            )
+        )
+    }
+)
+
+
 def _site(data: dict[str, Any]) -> SitePlan:
-    if not isinstance(data["site"], str):
-        raise TypeError(f"{data['site']!r} is no name of a site")
     return SitePlan(**{**data, "linear": tuple(data["linear"]), "dropped": tuple(data.get("dropped", ()))})
 
 
@@ -148,6 +178,9 @@ def _nonsense(site: SitePlan) -> str:
     known = (*_COLLAPSING, *_ADDED)
     if site.form not in known:
         return f"found the form {site.form!r}; known are {', '.join(known)}"
+    for name, figure in (("before", site.before), ("after", site.after), ("loss", site.loss)):
+        if isinstance(figure, bool) or not isinstance(figure, (int, float)) or not math.isfinite(figure):
+            return f"found {name} {figure!r:.40}, which is no number"
     for name, value in (("rank", site.rank), ("channels", site.channels)):
         if type(value) is not int or value < 0:
             return f"found {name} {value!r}, which is no count"

@@ -124,16 +124,16 @@ class _Scope:
     seen: set[CodeType] = field(default_factory=set)
 
 
-def _findings(code: CodeType, scope: _Scope) -> Iterator[str]:
+def _findings(code: CodeType, scope: _Scope) -> Iterator[str]:  # noqa: PLR0912 - a table of instructions
     me = code.co_varnames[0] if code.co_argcount and scope.module is not None else ""
     top: Any = _UNKNOWN  # what the last instruction has put on the stack, where that is known
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
-        if top is scope.module and me and name not in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield f"hands {me} on"
         if name.startswith(_WRITES):
             yield f"writes to {value or 'an object'}"
-        elif name.startswith(_OUTSIDE):
+        if top is scope.module and me and name not in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield f"hands {me} on"
+        if name.startswith(_OUTSIDE):
             yield f"reads or makes what a graph does not hold ({name})"
         elif name.startswith("LOAD_FAST"):
             loaded = value if isinstance(value, tuple) else (value,)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linearize import checks
 from linearize.convert import convert, unwrapped
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
@@ -97,8 +98,10 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         >>> summary(net, torch.randn(2, 4)).sites[0].form
         'vanished'
     """
-    model = unwrapped(model)
+    model = unwrapped(checks.module("model", model))
     found = gates(model)
+    for gate in found.values():
+        gate.check()
     known = record_of(model)
     if not found and known is not None and known.sites:  # every gate that there was has been taken away again
         return Summary(tuple(_row(site, None, Plan(())) for site in known.sites))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs
 from linearize.nest import leaves_of
@@ -97,11 +98,10 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance
         >>> bool(verify(model, model, torch.randn(3, 4)))
         True
     """
-    if tolerance is not None and not tolerance >= 0:
-        raise UsageError("tolerance", f"found {tolerance}", "Pass a number of at least 0, or None.")
+    if tolerance is not None and (not checks.is_number(tolerance) or not tolerance >= 0):
+        checks.refuse("tolerance", tolerance, "a number of at least 0, or None")
     for name, given in (("reference", reference), ("candidate", candidate)):
-        if not isinstance(given, nn.Module):
-            raise UsageError(name, f"found {type(given).__name__}", "Pass a torch.nn.Module.")
+        checks.weights(name, checks.module(name, given))
     parameters = [p for model in (reference, candidate) for p in model.parameters()]
     comparison = _Comparison(tolerance, max((_tolerance(p.dtype) for p in parameters), default=0.0))
     with evaluating(reference, candidate):

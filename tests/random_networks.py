@@ -7,6 +7,7 @@ A network is text, so that one that breaks can be printed, read and made into a 
 
 from __future__ import annotations
 
+import linecache
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name in user code
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 
 class Scale(nn.Module):
@@ -502,16 +504,20 @@ class Writer:
 
 @dataclass(frozen=True)
 class Network:
-    """A random network: its source, its input's shape, and the seed that made it."""
+    """A random network: its source, its input's shape, the seed that made it, and the features it was given."""
 
     seed: int
     source: str
     shape: tuple[int, ...]
+    features: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
-        space: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
+        space: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "prune": prune}
         space |= {part.__name__: part for part in (Scale, Stored, Normed, Quick, Odd)}
-        exec(self.source, space)  # noqa: S102 - our own source
+        file = f"<random network {self.seed} {'+'.join(self.features)}>"
+        if self.seed % 2:  # every other network's source can be read, as that of a class in a file
+            linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
+        exec(compile(self.source, file, "exec"), space)  # noqa: S102 - our own source
         torch.manual_seed(self.seed)
         model: nn.Module = space["Net"]().double().eval()
         with torch.no_grad():
@@ -523,8 +529,8 @@ class Network:
         return model
 
 
-def network(seed: int) -> Network:
-    """The random network of a seed."""
+def network(seed: int, feature: Callable[[Writer], str] | None = None) -> Network:
+    """The random network of a seed; with `feature`, about every other step is one that it writes."""
     rng = random.Random(seed)  # noqa: S311 - not for secrets
     kind = rng.choice(("vec", "seq", "sig", "map", "map"))
     channels = rng.choice((1, 3, 4, 6))
@@ -536,7 +542,10 @@ def network(seed: int) -> Network:
         "map": (batch, channels, max(size, 5), rng.choice((5, 6, 8))),
     }[kind]
     writer = Writer(rng, kind, channels)
+    features: list[str] = []
     for _ in range(rng.choice((1, 1, 2, 3))):
+        if feature is not None and (not features or rng.random() < 0.5):
+            features.append(feature(writer))
         rng.choice(Writer.STEPS)(writer)
     source = "\n\n".join([*writer.blocks, writer.source("Net")])
-    return Network(seed, source, shape)
+    return Network(seed, source, shape, tuple(features))

@@ -1,8 +1,8 @@
 """Random networks whose forwards read and write what can change, as Python source.
 
-Temperatures, dropout rates and slopes that a schedule moves, counters, Python's and torch's random numbers, features and
-losses that are stored, lists that grow, globals, closures, functions in attributes and in lists. `transcript` runs one
-over several calls and returns all that can be seen of it.
+Temperatures, dropout rates and slopes that a schedule moves, counters, Python's and torch's random numbers, features
+and losses that are stored, lists that grow, globals, closures, functions in attributes and in lists. `transcript` runs
+one over several calls and returns all that can be seen of it.
 """
 
 from __future__ import annotations
@@ -186,9 +186,9 @@ def _block(rng: random.Random, name: str) -> str:
         block.body.append("act = F.relu")
         activated = "act(h)"
     block.body.append(f"h = {activated}")
-    for made, lines in rng.sample(HABITS, rng.choice((1, 2, 3))):
-        block.made += [block.fill(line) for line in made]
-        block.body += [block.fill(line) for line in lines]
+    for makes, does in rng.sample(HABITS, rng.choice((1, 2, 3))):
+        block.made += [block.fill(line) for line in makes]
+        block.body += [block.fill(line) for line in does]
     block.body.append(f"return x + {block.me}.b(h)")
     decorator = ["    @counted"] if rng.random() < 0.2 else []
     lines = [f"class {name}(nn.Module):", f"    def __init__({block.me}):", "        super().__init__()"]

@@ -189,7 +189,7 @@ def test_same_padding_keeps_every_position(data: st.DataObject) -> None:
     x = sample(affine, extra=data.draw(st.integers(5, 9)))
     y = apply(affine, x)
     assert y.shape[2:] == tuple(math.ceil(n / s) for n, s in zip(x.shape[2:], affine.stride, strict=True))
-    padding = same_padding(tuple(x.shape[2:]), affine.kernel, affine.stride, affine.dilation)
+    padding = same_padding(list(x.shape[2:]), *map(list, (affine.kernel, affine.stride, affine.dilation)))
     assert all(0 <= after - before <= 1 for before, after in zip(padding[::2], padding[1::2], strict=True))
 
 

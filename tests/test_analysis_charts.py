@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from linearize.analysis import (
     symmetry_table,
     tangent_kernel,
 )
+from tests.fixtures import heights, labels, values, widths
 
 
 def network() -> nn.Sequential:
@@ -43,25 +45,37 @@ class Branching(nn.Module):
 
 
 def written(path: Path) -> bool:
-    return path.stat().st_size > 5000
+    return path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_path_lengths(tmp_path: Path) -> None:
+def test_path_lengths(tmp_path: Path, drawn: list[Any]) -> None:
     found = linearize.average_path_length(network(), SAMPLES)
     found.draw(tmp_path / "a.png", "a network")
     assert written(tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    assert heights(axes) == pytest.approx([0, 0, 100])  # every path holds both units
+    assert [float(x) for x in axes.lines[0].get_xdata()] == [2, 2]
+    assert labels(axes) == ("nonlinear units on a path", f"paths, % ({found.weighting})")
+    assert axes.get_title(loc="left") == "a network: average path length 2.00"
     assert json.loads(json.dumps(found.to_dict()))["mean"] == 2
 
 
-def test_functional_dimension(tmp_path: Path) -> None:
+def test_functional_dimension(tmp_path: Path, drawn: list[Any]) -> None:
     found = linearize.functional_dimension(network(), SAMPLES)
     found.draw(tmp_path / "a.png")
     assert written(tmp_path / "a.png")
+    left, right = drawn[0].axes
+    assert (labels(left), labels(right)) == (("samples", "rank"), ("index", "singular value"))
+    assert values(left.lines[0]) == [rank for _, rank in found.batches]
+    assert values(left.lines[1]) == [found.bound] * 2
+    assert values(right.lines[0]) == pytest.approx(found.spectrum.tolist())
+    assert values(right.lines[1]) == [found.tolerance] * 2
+    assert left.get_title(loc="left") == f"functional dimension {found.rank} of {found.parameters}"
     assert json.dumps(found.to_dict())
     assert "functional dimension" in str(found)
 
 
-def test_a_function_that_never_changes_has_a_picture_too(tmp_path: Path) -> None:
+def test_a_function_that_never_changes_has_a_picture_too(tmp_path: Path, drawn: list[Any]) -> None:
     net = network()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -69,9 +83,12 @@ def test_a_function_that_never_changes_has_a_picture_too(tmp_path: Path) -> None
     found = linearize.functional_dimension(net, torch.zeros(4, 3))
     found.draw(tmp_path / "a.png")
     assert written(tmp_path / "a.png")
+    left, _ = drawn[0].axes
+    assert set(values(left.lines[0])) == {found.rank} == {2}  # the biases of the last layer
+    assert left.get_title(loc="left") == f"functional dimension 2 of {found.parameters}"
 
 
-def test_tangent_kernel(tmp_path: Path) -> None:
+def test_tangent_kernel(tmp_path: Path, drawn: list[Any]) -> None:
     net, recorder = network(), TangentRecorder(SAMPLES[:6])
     with pytest.raises(linearize.UsageError, match="record"):
         recorder.draw(tmp_path / "a.png")
@@ -81,6 +98,12 @@ def test_tangent_kernel(tmp_path: Path) -> None:
     row = recorder.record(net)
     recorder.draw(tmp_path / "a.png")
     assert written(tmp_path / "a.png")
+    left, right = drawn[0].axes
+    assert values(left.lines[0]) == [entry["distance"] for entry in recorder.curve]
+    assert values(right.lines[0]) == [entry["rank"] for entry in recorder.curve]
+    assert values(right.lines[1]) == [entry["effective_rank"] for entry in recorder.curve]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["rank", "effective rank"]
+    assert (labels(left), labels(right)) == (("step", "distance from the start"), ("step", ""))
     assert len(str(recorder).splitlines()) == 4
     assert json.loads(json.dumps(recorder.to_dict()))["curve"][1]["distance"] == row["distance"]
     assert 1 <= row["effective_rank"] <= row["rank"] <= 12
@@ -99,7 +122,7 @@ def test_core_curve_prints_and_returns_plain_data() -> None:
     assert json.loads(json.dumps(recorder.to_dict()))["curve"][0]["accuracy"] == 0.5
 
 
-def test_symmetries(tmp_path: Path) -> None:
+def test_symmetries(tmp_path: Path, drawn: list[Any]) -> None:
     net = network()
     weight, bias, *_ = net.parameters()
     with torch.no_grad():
@@ -110,15 +133,27 @@ def test_symmetries(tmp_path: Path) -> None:
     draw_symmetries([], tmp_path / "none.png")
     assert written(tmp_path / "a.png")
     assert written(tmp_path / "none.png")
+    (axes,), (empty,) = (figure.axes for figure in drawn)
+    bars = [length for length in widths(axes) if length]  # the rest are there for the legend
+    assert bars == [len(record.channels) - (record.kind == "parallel") for record in found]
+    assert sum(bars) >= 3  # an inactive, a linear and a parallel channel were planted
+    assert axes.get_title(loc="left") == f"planted: {sum(bars):.0f} redundant channels"
+    kinds = dict.fromkeys(record.kind for record in found)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()][: len(kinds)] == list(kinds)
+    assert (widths(empty), labels(empty)) == ([], ("redundant channels", ""))
     assert json.dumps([record.to_dict() for record in found])
     assert "inactive" in symmetry_table(found)
 
 
-def test_separability(tmp_path: Path) -> None:
+def test_separability(tmp_path: Path, drawn: list[Any]) -> None:
     pytest.importorskip("sklearn")
     found = class_separability(network(), SAMPLES, LABELS)
     found.draw(tmp_path / "a.png")
     assert written(tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    assert values(axes.lines[0]) == [100 * layer.accuracy for layer in found.layers]
+    assert values(axes.lines[1]) == [100 * layer.separable / layer.classes for layer in found.layers]
+    assert [text.get_text() for text in axes.get_xticklabels()] == [layer.name for layer in found.layers]
     assert json.dumps(found.to_dict())
     with pytest.raises(linearize.UsageError, match="cannot be written"):
         found.draw(tmp_path / "no" / "a.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_a_block_that_runs_twice_is_one_layer_and_two_units_deep() -> None:
     assert core.depth > 1.5
 
 
-def test_the_recorder_follows_a_prior(tmp_path: Path) -> None:
+def test_the_recorder_follows_a_prior(tmp_path: Path, drawn: list[Any]) -> None:
     model, inputs = toys.make("deep_mlp")
     gated = linearize.convert(model, inputs)
     prior = linearize.SparsityPrior(gated, kind="target", target=0.5, steps=4)
@@ -59,7 +60,15 @@ def test_the_recorder_follows_a_prior(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     recorder.draw(tmp_path / "curve.png", "a prior")
     core_network(gated).draw(tmp_path / "core.svg")
-    assert (tmp_path / "curve.png").stat().st_size > 5000
+    curve, core = drawn
+    assert curve.get_suptitle() == "a prior"
+    assert [float(y) for y in curve.axes[0].lines[0].get_ydata()] == depths
+    assert [float(y) for y in curve.axes[1].lines[0].get_ydata()] == [row["width"] for row in recorder.curve]
+    assert [float(y) for y in curve.axes[2].lines[0].get_ydata()] == [100 * row["share"] for row in recorder.curve]
+    layers = core_network(gated).layers
+    assert [text.get_text() for text in core.axes[0].texts] == [f" {a.width} of {a.channels}" for a in layers]
+    cells = [mesh.get_array().flatten().tolist() for mesh in core.axes[0].collections]
+    assert cells == [layer.nonlinear.double().tolist() for layer in layers]
     assert "<svg" in (tmp_path / "core.svg").read_text()
 
 
@@ -71,7 +80,7 @@ def test_pictures_say_what_is_wrong(tmp_path: Path) -> None:
         core_network(*toys.make("mlp")).draw(tmp_path / "missing" / "x.png")
 
 
-def test_inspect_writes_the_picture(tmp_path: Path) -> None:
+def test_inspect_writes_the_picture(tmp_path: Path, drawn: list[Any]) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("matplotlib")
     picture = tmp_path / "core.png"
@@ -79,3 +88,7 @@ def test_inspect_writes_the_picture(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "effective depth" in done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    (figure,) = drawn
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == [f"blocks.{i}.mlp.act" for i in range(len(names))]
+    assert len(names) > 1

@@ -371,7 +371,22 @@ def test_given_inputs_of_the_decoder_are_taken() -> None:
     given = {**batch, "decoder_input_ids": torch.ones(4, 5, dtype=torch.long)}
     assert "labels" not in some_batches(Translator(), [given])[0]
     assert "labels" in some_batches(Translator(), [batch])[0]
-    assert "decoder_attention_mask" not in (read_batch(Translator(), given).masks or {})
+    for some in (batch, given):  # collators that know the model give both
+        masks = read_batch(Translator(), some).masks or {}
+        assert torch.equal(masks["decoder_attention_mask"], batch["labels"] != -100)
+
+
+def test_a_decoder_is_not_masked_by_its_encoder() -> None:
+    batches = [{**batch, "decoder_input_ids": torch.ones(4, 7, dtype=torch.long)} for batch in pairs(7, 7)]
+    for batch in batches:
+        del batch["labels"]
+    model, other = Translator().eval(), Translator().eval()
+    counts = {name: s.count for name, s in calibrate(convert(model, batches[0]), batches, progress=False).sites.items()}
+    assert counts == {"encoder.1": 6 * 4 * 5, "decoder.1": 6 * 4 * 7}
+    with torch.no_grad():
+        a, b = (torch.stack([m(**batch)["logits"] for batch in batches]) for m in (model, other))
+    by_hand = [float((q - p).square().sum() / p.square().sum()) for p, q in zip(a, b, strict=True)]
+    assert real_loss(model, other, batches) == pytest.approx(sum(by_hand) / 6, rel=1e-5)
 
 
 def test_plain_batches_are_new_containers() -> None:

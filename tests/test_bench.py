@@ -14,34 +14,47 @@ from torch import Tensor, nn
 from linearize.bench import benchmark
 from linearize.errors import UsageError
 from linearize.report.timing import quartiles
+from tests.fixtures import Clock
 
 
 class Sleeps(nn.Module):
-    """Takes a known time."""
+    """Takes a known time, by a clock that nothing else moves."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: Clock) -> None:
         super().__init__()
+        self.sleep = clock.sleep
         self.seconds = seconds
         self.weight = nn.Parameter(torch.ones(1))
         self.sizes: list[int] = []
         self.dtypes: set[torch.dtype] = set()
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        time.sleep(self.seconds)
+        self.sleep(self.seconds)
         self.sizes.append(x.shape[0])
         self.dtypes.add(x.dtype)
         return x * scale
 
 
-def test_latency_is_in_seconds_and_the_ratio_follows() -> None:
-    result = benchmark((Sleeps(0.004), Sleeps(0.002)), torch.ones(1), rounds=3, warmup=0)
+def test_latency_is_in_seconds_and_the_ratio_follows(clock: Clock) -> None:
+    result = benchmark((Sleeps(0.004, clock), Sleeps(0.002, clock)), torch.ones(1), rounds=3, warmup=0)
     slow, fast = result.timings
-    assert 0.004 <= slow.q1 <= slow.median <= slow.q3 < 0.04
-    assert 0.002 <= fast.median < slow.median
+    assert [slow.q1, slow.median, slow.q3] == pytest.approx([0.004] * 3)
+    assert fast.median == pytest.approx(0.002)
     (ratio,) = result.ratios
     assert (ratio.model, ratio.reference) == ("candidate", "reference")
-    assert 0.3 < ratio.median < 0.95
-    assert ratio.q1 <= ratio.median <= ratio.q3
+    assert [ratio.q1, ratio.median, ratio.q3] == pytest.approx([0.5] * 3)
+
+
+def test_real_time_passes_too() -> None:
+    """Sleeping takes at least as long as it says: no upper bound, since the machine may be busy."""
+
+    class Waits(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.003)
+            return x
+
+    (timing, _) = benchmark((Waits(), nn.Identity()), torch.ones(1), rounds=3, warmup=0).timings
+    assert timing.q1 >= 0.003
 
 
 def test_runs_are_interleaved() -> None:
@@ -67,8 +80,8 @@ def test_many_models_against_the_first() -> None:
     assert [(r.model, r.reference) for r in result.ratios] == [("b", "a"), ("c", "a")]
 
 
-def test_batch_sizes_repeat_and_cut_keyword_inputs() -> None:
-    model = Sleeps(0.02)
+def test_batch_sizes_repeat_and_cut_keyword_inputs(clock: Clock) -> None:
+    model = Sleeps(0.02, clock)
     result = benchmark((model, model), {"x": torch.ones(2, 3), "scale": 2.0}, rounds=1, warmup=0, batch_sizes=[1, 5])
     assert set(model.sizes) == {1, 5}
     assert [t.batch_size for t in result.timings] == [1, 1, 5, 5]

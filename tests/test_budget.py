@@ -30,8 +30,9 @@ from linearize.planning.settle import Settled
 from linearize.planning.survey import Survey, survey
 from linearize.planning.timing.table import LatencyTable, cache_file
 from linearize.training.path import PlannedPath
+from tests.processors import assert_same_outputs, assert_same_tensors
+from tests.toys import QUIET
 
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -234,6 +235,7 @@ def test_the_whole_budget_changes_nothing(model: nn.Module, data: Batches) -> No
     assert torch.equal(result.model(x), model(x))
 
 
+@pytest.mark.usefixtures("timed_by_flops")
 def test_a_latency_budget_uses_measured_times(data: Batches, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64))
     batches = [torch.randn(64, 64) for _ in range(20)]
@@ -244,7 +246,8 @@ def test_a_latency_budget_uses_measured_times(data: Batches, tmp_path: Path) -> 
     assert outcome.measure == "latency"
     assert outcome.asked == 0.5
     assert outcome.reached is not None
-    assert outcome.reached < 0.9  # a busy machine may keep it from 0.5, not from any gain at all
+    assert outcome.met
+    assert 0.3 < outcome.reached <= 0.5
     stored = json.loads(file.read_text())
     assert stored
     assert all(0 < value < 10 for value in stored.values())
@@ -502,6 +505,7 @@ def test_a_model_of_which_nothing_can_be_refitted(data: Batches) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
+@pytest.mark.zoo
 def test_timm_models(name: str) -> None:
     zoo = pytest.importorskip("linearize.zoo")
     pytest.importorskip("timm")
@@ -568,8 +572,8 @@ def test_tiny_transformers(kind: str, tmp_path: Path) -> None:
     assert result.report.verification
     linearize.save(result.model, tmp_path / "small.safetensors")
     again = linearize.load(tmp_path / "small.safetensors")
-    with torch.no_grad():
-        assert torch.equal(again(**data[0])[0], result.model(**data[0])[0])
+    assert_same_tensors(result.model, again)
+    assert_same_outputs(result.model, again, lambda each: [each(**data[0])[0]])
     if kind == "llama":
         assert result.model.generate(**data[0], max_new_tokens=3, do_sample=False).shape == (4, 43)  # type: ignore[operator]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,7 +71,10 @@ def test_training_step_in_one_graph(name: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++, and there is no compiler")
-def test_inductor() -> None:
+@pytest.mark.slow
+def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A cache of its own: code that was compiled for another instruction set must not be found.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     models, inputs = pair("mlp", 0.5)
     for model in models.values():
         expected = outputs(model, inputs)
@@ -119,13 +123,25 @@ def test_dynamic_sizes(name: str) -> None:
             assert error(outputs(model, other), tensors_of(program.module()(other))) <= 1e-6
 
 
-def test_onnx() -> None:
-    pytest.importorskip("onnx", reason="onnx is not installed")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_onnx(tmp_path: Path) -> None:
+    """Both programs compute in another runtime what the models compute here."""
+    for library in ("onnx", "onnxscript"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     models, inputs = pair("mlp", 0.5)
-    program = torch.onnx.export(models["collapsed"], (inputs,), dynamo=True)
-    assert program is not None
-    assert len(program.model.graph) > 0
+    sizes = {}
+    for kind, model in models.items():
+        program = torch.onnx.export(model, (inputs,), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(str(tmp_path / f"{kind}.onnx"))
+        session = runtime.InferenceSession(str(tmp_path / f"{kind}.onnx"), providers=["CPUExecutionProvider"])
+        found = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        assert error(outputs(model, inputs), [torch.from_numpy(array) for array in found]) <= 1e-5
+        weights: Any = program.model.graph.initializers
+        sizes[kind] = sum(int(tensor.const_value.size) for tensor in weights.values())
+    assert sizes["collapsed"] < sizes["gated"]
 
 
 def test_a_module_that_was_compiled_before() -> None:

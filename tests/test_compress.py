@@ -15,6 +15,8 @@ from linearize.compress import compress
 from linearize.errors import DataError, UsageError
 from linearize.report.compression import outcome_table
 from linearize.report.pictures import draw
+from tests.fixtures import heights, widths
+from tests.toys import QUIET
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -28,9 +30,6 @@ def data() -> Batches:
 @pytest.fixture
 def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 2))
-
-
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False}
 
 
 def test_reaches_the_share_and_leaves_no_gate(model: nn.Module, data: Batches) -> None:
@@ -155,7 +154,7 @@ def test_no_data(model: nn.Module) -> None:
         compress(model, [], flops=0.5, **QUIET)
 
 
-def test_report_as_table_json_and_picture(model: nn.Module, data: Batches, tmp_path: Path) -> None:
+def test_report_as_table_json_and_picture(model: nn.Module, data: Batches, tmp_path: Path, drawn: list[Any]) -> None:
     report = compress(model, data, linear=0.6, evaluate=data, rounds=2, progress=False).report
     assert "latency ratio, batch 16" in str(report)
     assert "accuracy collapsed" in outcome_table({"one": report, "two": report})
@@ -164,7 +163,19 @@ def test_report_as_table_json_and_picture(model: nn.Module, data: Batches, tmp_p
     assert stored["cost"]["before"]["parameters"] == sum(p.numel() for p in model.parameters())
     pytest.importorskip("matplotlib")
     draw({"one": stored, "two": report.to_dict()}, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    sites, gains, *again = drawn[0].axes
+    assert [axes.get_title(loc="left") for axes in (sites, again[0])] == ["one", "two"]
+    shares = [site["linear"] / site["channels"] for site in stored["sites"] if site["gated"]]
+    assert heights(sites) == pytest.approx([1.0] * len(shares) + shares) == heights(again[0])
+    assert sum(shares) == pytest.approx(0.6 * len(shares), abs=0.02)
+    assert [text.get_text() for text in sites.get_xticklabels()] == ["1", "3"]
+    before, after = stored["cost"]["before"], stored["cost"]["after"]
+    names = [text.get_text() for text in gains.get_yticklabels()]
+    assert names == ["latency, batch 16", "FLOPs", "parameters"]
+    latency = stored["timing"]["ratios"][0]["median"]
+    ratios = [latency, after["flops"] / before["flops"], after["parameters"] / before["parameters"]]
+    assert widths(gains) == pytest.approx(ratios)
     with pytest.raises(UsageError, match="cannot be written"):
         draw({"one": stored}, tmp_path / "picture.nonsense")
     with pytest.raises(UsageError, match="reports"):

@@ -336,3 +336,18 @@ def test_what_budgets_leave_alone_says_why() -> None:
         gated = linearize.convert(*made(name))
         found = [obstacle_to_refit(gated, gate.site) or "" for gate in linearize.gates(gated).values()]
         assert any(reason in why for why in found)
+
+
+def test_code_that_cuts_what_is_wider() -> None:
+    """A branch may only become narrower then: forms that leave it so are taken, and no others."""
+    torch.manual_seed(0)
+    model, x = Ghost().double().eval(), torch.randn(IMAGE, dtype=torch.float64)
+    for share, some in ((0.5, False), (0.9, True)):
+        gated, collapsed = check_chain(model, x, share)
+        wide, narrow = (
+            [site.form.startswith("merged") for site in make_plan(gated, when="always", widen=widen).sites]
+            for widen in (True, False)
+        )
+        assert all(wide)
+        assert any(narrow) == some
+        assert collapsed.get_parameter("out.weight").shape[1] <= 12

@@ -18,6 +18,8 @@ from benchmarks.coverage.report import write_report
 from benchmarks.coverage.row import EQUAL, NOTHING, UNREACHED, Row
 from benchmarks.coverage.tables import smallest_of, totals, verdict
 
+pytestmark = pytest.mark.zoo
+
 # One of each kind of thing that the graph analysis must understand; small, so that all of them take some minutes.
 TIMM = (
     "botnet26t_256 cait_xxs24_224 coatnet_nano_rw_224 convnextv2_atto cs3darknet_focus_s eca_nfnet_l0 "

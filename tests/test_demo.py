@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,4 +29,5 @@ def test_demo_runs_to_its_end(tmp_path: Path) -> None:
         assert report["verification"]["passed"]
         assert report["reloaded_error"] <= 1e-5
         assert Path(report["compressed"]).stat().st_size < Path(report["original"]).stat().st_size
-    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    # What is drawn is judged where the figure can be seen: tests/test_compress.py.
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

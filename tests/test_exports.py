@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import linearize
 
 
@@ -38,10 +40,12 @@ def test_import_is_silent_and_pulls_in_no_optional_library() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_import_costs_little_more_than_torch() -> None:
     code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import linearize;"
-        "print((time.perf_counter() - b) / (b - a))"
+        "import time; a = time.process_time(); import torch; b = time.process_time(); import linearize;"
+        "print((time.process_time() - b) / (b - a))"
     )
-    # The least of three: other processes can only make it look slower than it is.
+    # Time of this process on the processor: waiting for a busy machine does not count. The least of three, as caches
+    # that others empty can only make it look slower than it is.
     assert min(float(run(code).stdout) for _ in range(3)) < 0.3

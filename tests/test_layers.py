@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+import linearize
 from linearize.surgery.layers import PartialActivation
 
 # Input shape, channel axis, channels kept: odd sizes, no channel carried, nothing in the batch.
@@ -52,6 +55,23 @@ def test_in_place_gives_the_same_bits(shape: tuple[int, ...], axis: int, keep: i
     recorded = PartialActivation(nn.GELU(), keep, axis, inplace=True)(x.clone().requires_grad_())
     recorded.sum().backward()
     assert torch.equal(recorded.detach(), expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_in_place_only_where_the_original_was(inplace: bool) -> None:
+    """Whoever keeps what the layer before it puts out finds it unchanged, unless the original changed it, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(inplace=inplace), nn.Linear(16, 4))
+    gated = linearize.convert(model, torch.randn(2, 4))
+    linearize.gates(gated)["1"].linearize_(torch.arange(16) < 9)
+    small: Any = linearize.collapse(gated, when="always")
+    assert isinstance(small[1], PartialActivation)
+    assert small[1].inplace is inplace
+    seen: list[torch.Tensor] = []
+    small[0].register_forward_hook(lambda *call: seen.extend((call[-1], call[-1].clone())))
+    with torch.no_grad():
+        small(torch.randn(3, 4))
+    assert torch.equal(*seen) is not inplace
 
 
 @torch.no_grad()

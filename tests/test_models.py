@@ -15,6 +15,8 @@ from tests.chain import check_chain, error, outputs, randomize
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.zoo
+
 TIMM = sorted(timm.list_models("test_*"))
 IDS = torch.randint(0, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 

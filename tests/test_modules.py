@@ -30,10 +30,12 @@ from linearize.planning.knapsack import choose
 from linearize.planning.survey import layers_of, survey
 from linearize.planning.timing.enclosing import with_enclosing_latencies
 from linearize.planning.timing.in_place import shares_in_place
-from linearize.surgery.carriers import OnlyLinear
+from linearize.surgery.only import OnlyLinear
 from linearize.training.distance import losses_with
+from tests.processors import assert_same_outputs, assert_same_tensors, moved
+from tests.toys import QUIET
 
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+ROOT = Path(__file__).parents[1]  # a new process finds the helpers of the tests here
 
 
 class Mixer(nn.Module):
@@ -236,7 +238,8 @@ def test_attention_of_transformers_saved_and_loaded(kind: str, tmp_path: Path) -
     assert (model(**batch)[0] - expected).abs().max() > 1e-4  # another function: this is approximate
     linearize.save(small, tmp_path / "m.safetensors")
     loaded = linearize.load(tmp_path / "m.safetensors")
-    assert torch.equal(loaded(**batch)[0], expected)
+    assert_same_tensors(small, loaded)
+    assert_same_outputs(small, loaded, lambda each: [each(**batch)[0]])
 
 
 def test_the_users_choice_of_sites_counts_for_modules(data: list[Tensor]) -> None:
@@ -368,14 +371,17 @@ def test_replaced_is_collapsed_is_saved_is_loaded_in_a_new_process(
         expected = small(images[0])
         error = (gated(images[0]) - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 1e-12)
-    torch.save((images[0], expected), tmp_path / "expected.pt")
+    with torch.no_grad():
+        torch.save((images[0], moved(small)(images[0])), tmp_path / "expected.pt")
     linearize.save(small, tmp_path / "m.safetensors")
     code = (
-        "import sys, torch, linearize; x, y = torch.load(sys.argv[2]); m = linearize.load(sys.argv[1]);"
-        "assert torch.equal(m(x), y); print(*(type(x).__name__ for x in (m, m.blocks[0], m.blocks[1].attn)))"
+        "import sys, torch, linearize; from tests.processors import moved, other_sums;"
+        "same = other_sums(); same.__enter__();"
+        "x, y = torch.load(sys.argv[2]); m = linearize.load(sys.argv[1]);"
+        "assert torch.equal(moved(m)(x), y); print(*(type(x).__name__ for x in (m, m.blocks[0], m.blocks[1].attn)))"
     )
     files = [str(tmp_path / "m.safetensors"), str(tmp_path / "expected.pt")]
-    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["VisionTransformer", "Linear", "OnlyLinear"]
 
@@ -502,9 +508,9 @@ def test_compress_takes_the_modules_that_do_little(data: list[Tensor], tmp_path:
     with torch.no_grad():
         assert torch.equal(again.model(data[0]), result.model(data[0]))
     linearize.save(result.model, tmp_path / "m.safetensors")
-    with torch.no_grad():
-        assert torch.equal(linearize.load(tmp_path / "m.safetensors", model=network(1.0, 0.01, 1.0))(data[0]),
-                           result.model(data[0]))  # fmt: skip
+    loaded = linearize.load(tmp_path / "m.safetensors", model=network(1.0, 0.01, 1.0))
+    assert_same_tensors(result.model, loaded)
+    assert_same_outputs(result.model, loaded, lambda each: [each(data[0])])
 
 
 @pytest.mark.parametrize("options", [{"sequential": True}, {"finetune": {"epochs": 1, "gradual": 0.5}}])

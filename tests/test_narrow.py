@@ -19,6 +19,7 @@ from linearize.plan import NARROWED, Plan
 from linearize.surgery.form_choice import make_plan
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.specs import all_steps
+from tests.processors import assert_same_outputs, assert_same_tensors, moved, reordering
 
 
 class Inverted(nn.Module):
@@ -150,6 +151,7 @@ def test_neighbours_in_a_stack() -> None:
             assert error(linearize.collapse(made, when=when), made, x) < 1e-12
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_new_process(tmp_path: Path) -> None:
     torch.manual_seed(5)
     net = linearize.zoo.create("timm:mobilenetv2_050", in_chans=1, num_classes=4)
@@ -160,16 +162,20 @@ def test_saved_and_loaded_in_a_new_process(tmp_path: Path) -> None:
     linearize.save(small, tmp_path / "small.safetensors")
     torch.save(x, tmp_path / "x.pt")
     code = (
-        f"import linearize, torch; torch.set_num_threads({torch.get_num_threads()});"
-        "m = linearize.load('small.safetensors').eval();"
-        "torch.save((m.state_dict(), m(torch.load('x.pt')).detach()), 'y.pt')"
+        f"import sys, linearize, torch; torch.set_num_threads({torch.get_num_threads()});"
+        "from tests.processors import moved, other_sums; same = other_sums(); same.__enter__();"
+        "folder, x = sys.argv[1], torch.load(sys.argv[1] + '/x.pt');"
+        "m = linearize.load(folder + '/small.safetensors').eval();"
+        "torch.save((m.state_dict(), moved(m)(x).detach(), m(x).detach()), folder + '/y.pt')"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    state, y = torch.load(tmp_path / "y.pt")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=True)
+    state, y, mapped = torch.load(tmp_path / "y.pt")
     assert state.keys() == small.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in small.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(y, small(x))
+        expected = moved(small)(x)
+    assert torch.equal(y, expected)
+    assert (mapped - expected).abs().max() <= reordering(small, x.dtype) * expected.abs().max()
 
 
 def test_plans_are_checked() -> None:
@@ -231,4 +237,5 @@ def test_activations_work_in_place_again_once_collapsed(share: float, tmp_path: 
     loaded = linearize.load(tmp_path / "m.safetensors", model=copy.deepcopy(body))
     flags = [[getattr(module, "inplace", None) for module in model.modules()] for model in (loaded, small)]
     assert flags[0] == flags[1]
-    assert torch.equal(loaded(x), small(x))
+    assert_same_tensors(small, loaded)
+    assert_same_outputs(small, loaded, lambda each: [each(x)])

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from linearize.compress import compress
 from linearize.planning.resume import Notes, fingerprint
-
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+from tests.toys import QUIET
 
 
 class Data:
@@ -46,6 +45,7 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, 3)).eval()
 
 
+@pytest.mark.slow
 def test_statistics_are_not_gathered_twice(model: nn.Module, tmp_path: Path) -> None:
     options: dict[str, Any] = {"flops": 0.5, "sequential": True, "search": 0, **QUIET}
     whole = Data()
@@ -63,6 +63,7 @@ def test_statistics_are_not_gathered_twice(model: nn.Module, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_model_and_damaged_files_are_not_taken_for_it(model: nn.Module, tmp_path: Path) -> None:
     options: dict[str, Any] = {"flops": 0.5, "sequential": True, **QUIET}
     with pytest.raises(KeyboardInterrupt):
@@ -80,6 +81,7 @@ def test_another_model_and_damaged_files_are_not_taken_for_it(model: nn.Module, 
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_with_its_plan(model: nn.Module, tmp_path: Path) -> None:
     options: dict[str, Any] = {"flops": 0.5, "finetune": {"epochs": 3, "lr": 1e-3}, **QUIET}
     expected = compress(model, Data(), **options).model
@@ -101,12 +103,12 @@ def test_fine_tuning_goes_on_with_its_plan(model: nn.Module, tmp_path: Path) -> 
 
 def test_notes_by_name(tmp_path: Path) -> None:
     notes = Notes(tmp_path / "notes", "one job")
-    notes.write("site", {"a.b": {"x": torch.ones(2)}, "a/b": {"x": torch.zeros(2)}})
-    assert set(notes.some("site", ["a.b", "a/b", "c"])) == {"a.b", "a/b"}
-    assert float(notes.read("site a/b")["x"].sum()) == 0  # type: ignore[index]
-    assert Notes(tmp_path / "notes", "another").read("site a.b") is None
+    notes.write("thing", {"a.b": {"x": torch.ones(2)}, "a/b": {"x": torch.zeros(2)}})
+    assert set(notes.some("thing", ["a.b", "a/b", "c"])) == {"a.b", "a/b"}
+    assert float(notes.read("thing a/b")["x"].sum()) == 0  # type: ignore[index]
+    assert Notes(tmp_path / "notes", "another").read("thing a.b") is None
     notes.forget()
-    assert notes.read("site a.b") is None
+    assert notes.read("thing a.b") is None
 
 
 def test_fingerprints_tell_jobs_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from linearize import DataError, LinearizeError, TrainingError, UsageError, compress, finetune
+from linearize.cli import run
 from linearize.running.batches import Batch
 from linearize.running.outputs import Meaning, main_part, tensors_in
 from linearize.running.targets import fitted
@@ -381,3 +383,22 @@ def test_segmentation_is_evaluated_on_its_axis() -> None:
 def test_the_main_part() -> None:
     assert main_part((torch.ones(2, 3), torch.ones(4))).name == "0"
     assert main_part({"features": torch.ones(3), "head": {"logits": torch.ones(2)}}).name == "head.logits"
+
+
+def test_the_command_line_chooses_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    sizes = ["-a", "img_size=8", "-a", "patch_size=4", "-a", "depth=1", "-a", "in_chans=1"]
+    command = ["compress", "timm:test_vit", *sizes, "--data", "digits", "--limit", "64", "--batch", "16"]
+    command += ["--train", "0", "--json", "--search", "0", "--no-modules"]
+    command += ["--flops", "0.8", "--epochs", "0", "--dry-run"]
+    losses = []
+    for chosen in ("output=values", "output=classes", "output=multilabel"):
+        assert run([*command, "--output", chosen]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["budget"]["loss"])
+    assert len(set(losses)) == 3, losses
+    for wrong, said in (
+        ("boxes", "names no part of the output. Its parts are output"),
+        ("output=-1", "above 0 or kinds"),
+    ):
+        assert run([*command, "--output", wrong]) != 0
+        assert said in capsys.readouterr().err

@@ -25,6 +25,8 @@ from benchmarks.papers.statistics import mean_interval, trend, wilson
 from benchmarks.papers.training import Task, Trainer, impose, pace
 from benchmarks.runs import Job, Plain, finished, run_all
 
+pytestmark = pytest.mark.slow
+
 ENDS = ("at the start", "trained")
 
 

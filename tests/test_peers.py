@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from benchmarks.peers.tables import markdown
 from benchmarks.peers.training import epochs, pace, train
 from benchmarks.peers.widths import by_removal, by_width, from_scratch, no_cut
 from linearize.cost import cost
+from tests.test_data import write_idx
+
+pytestmark = pytest.mark.slow
 
 
 class Ffn(nn.Module):
@@ -228,7 +232,12 @@ def test_modelopt_meets_budgets_or_says_why() -> None:
     from benchmarks.peers.nas import modelopt
 
     first, second = modelopt(subject(), (0.7, 0.01))
-    assert first.met or "Error" in first.failed  # of an import, where it is not installed
+    if importlib.util.find_spec("modelopt") is None:
+        assert first.failed == second.failed == "ModuleNotFoundError: No module named 'modelopt'"
+    else:
+        assert first.met, first.failed
+        assert first.reached is not None
+        assert first.reached <= 0.7 * 1.005
     assert second.model is None
     assert second.failed
 
@@ -238,10 +247,14 @@ def test_a_small_vit_by_plan_and_by_width(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     from benchmarks.peers import images
 
-    if not images.FOLDER.is_dir():
-        pytest.skip("Fashion-MNIST is not installed")
-    size = replace(images.QUICK, steps=2, tune=1, calibrate=1, methods=("plan", "width + refit"), rounds=0)
-    (job,) = images.jobs(size, 1, images.FOLDER, tmp_path)
+    # In the format of Fashion-MNIST, and as many as the run asks for: the set itself need not be installed.
+    size = replace(images.QUICK, steps=2, tune=1, train=500, held=100, calibrate=1, rounds=0)
+    size = replace(size, methods=("plan", "width + refit"))
+    for prefix, count in (("train", size.train + size.held), ("t10k", size.test)):
+        pictures = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", pictures)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", torch.arange(count, dtype=torch.uint8) % 10)
+    (job,) = images.jobs(size, 1, tmp_path, tmp_path / "out")
     found = job.work()
     assert [row["method"] for row in found["rows"]] == ["plan", "width + refit"]
     assert all(row["met"] and row["flops"] <= 0.7 for row in found["rows"])

@@ -85,7 +85,7 @@ def test_gated_is_collapsed(seed: int) -> None:
     if gated is None:
         return
     randomize(gated, rng.choice((0.5, 1.0)), seed=seed)
-    collapsed = linearize.collapse(gated, when=rng.choice(("always", "cheaper")))  # type: ignore[arg-type]
+    collapsed = linearize.collapse(gated, when=rng.choice(("always", "cheaper")))
     for call in range(2):
         found = []
         for model in (gated, collapsed):

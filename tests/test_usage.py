@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import linearize
 from tests.chain import check_chain, randomize
 
+pytestmark = pytest.mark.zoo
+
 SIZE = (2, 3, 64, 64)
 
 

@@ -17,8 +17,10 @@ from torch import nn
 from linearize import zoo
 from linearize.errors import CaptureError, UsageError
 from linearize.zoo import tiny, tiny_models
+from linearize.zoo.building import parameters_on_meta
 from linearize.zoo.plain import is_plain, pack, unpack
-from linearize.zoo.structure import compare, parameters_on_meta, stored_tensors
+from linearize.zoo.structure import compare, stored_tensors
+from tests.processors import assert_same_outputs, assert_same_tensors
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -58,9 +60,8 @@ def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def assert_same_function(model: nn.Module, other: nn.Module) -> None:
     args, kwargs = zoo.example_inputs(model, batch=1)
-    ours, theirs = outputs(model, args, kwargs), outputs(other, args, kwargs)
-    assert len(ours) == len(theirs) > 0
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_same_tensors(model, other)
+    assert_same_outputs(model, other, lambda each: outputs(each, args, kwargs))
 
 
 def assert_rebuilds(model: nn.Module) -> None:
@@ -244,8 +245,11 @@ def test_a_recipe_for_too_much_is_stopped() -> None:
     recipe = zoo.recipe(TRANSFORMERS["bert"]())
     assert recipe is not None
     recipe["config"]["num_hidden_layers"] = 10**9
-    with pytest.raises(UsageError, match="far more weights"):
-        zoo.skeleton(recipe, zoo.Limit(parameters=1000))
+    with pytest.raises(UsageError, match=r"num_hidden_layers.* at most"):
+        zoo.skeleton(recipe, zoo.Limit(parts=1000))
+    recipe["config"]["num_hidden_layers"] = 5000
+    with pytest.raises(UsageError, match="far more layers"):
+        zoo.skeleton(recipe, zoo.Limit(parts=1000))
 
 
 def test_plain_data_survives_json() -> None:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name in user code
 from torch import Tensor, nn
 
+# What a test of `compress` mostly wants: no timing of models, no bar, nothing written to a folder of the user.
+QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+
 
 @dataclass(frozen=True)
 class Toy:

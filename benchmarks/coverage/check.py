@@ -243,7 +243,18 @@ def _reloaded(row: Row, base: nn.Module, collapsed: nn.Module, inputs: Inputs) -
         except linearize.CheckpointError as error:
             row.note += f" load needs the base model ({error.found[:60]});"
             loaded = linearize.load(path, model=copy.deepcopy(base))
-        return difference(run(collapsed.eval(), inputs), run(loaded.eval(), inputs))
+        return difference(*(run(in_memory(each).eval(), inputs) for each in (collapsed, loaded)))
+
+
+def in_memory(model: nn.Module) -> nn.Module:
+    """A copy whose tensors each lie in memory of their own.
+
+    Those of a file, and parts of others, are not aligned, and some processors then add up in another order.
+    """
+    model = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _verdict(row: Row, dtype: torch.dtype) -> str:

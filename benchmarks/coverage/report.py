@@ -36,7 +36,7 @@ channels of every gate made linear with random surrogates, collapsed, saved and 
 - the linear channels moved the output (the negative control);
 - the collapsed model's output equals the gated model's to 1e-12 in float64, or to 1e-5 where the model computes in
   single precision inside, or is so large that it is checked in float32;
-- the loaded model's output equals the collapsed model's bitwise.
+- the loaded model's output equals the collapsed model's bitwise, once the file's tensors are copied into memory.
 
 Images are as small as a model takes them; a timm model of more than 100 modules is built with fewer layers where timm
 has an option for that (EfficientNets: one block a stage), except for the smallest of each family. Configurations of

@@ -206,18 +206,33 @@ def border_kernel(outer: Affine, inner_bias: Tensor) -> Tensor:
     return torch.einsum("oc...,c->o...", outer.weight, inner_bias).unsqueeze(1)
 
 
-def same_padding(sizes: Sizes, kernel: Sizes, stride: Sizes, dilation: Sizes) -> list[int]:
+def same_padding(sizes: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
     """Padding for `functional.pad` by the "SAME" rule: what is odd goes to the end. Last dimension first.
 
+    Lists, and plain loops, so that TorchScript takes it.
+
     Example:
-        >>> same_padding((5, 4), (3, 3), (1, 2), (1, 1))
+        >>> same_padding([5, 4], [3, 3], [1, 2], [1, 1])
         [0, 1, 1, 1]
     """
     padding: list[int] = []
-    for size, k, s, d in zip(reversed(sizes), reversed(kernel), reversed(stride), reversed(dilation), strict=True):
-        total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
-        padding += [total // 2, total - total // 2]
+    for i in range(len(kernel) - 1, -1, -1):
+        steps = (sizes[i] + stride[i] - 1) // stride[i] - 1
+        total = max(steps * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - sizes[i], 0)
+        padding.append(total // 2)
+        padding.append(total - total // 2)
     return padding
+
+
+def pad_same(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    """Zero padding by the "SAME" rule.
+
+    Example:
+        >>> pad_same(torch.ones(1, 4), [3], [2], [1]).tolist()
+        [[1.0, 1.0, 1.0, 1.0, 0.0]]
+    """
+    sizes = [x.size(x.dim() - len(kernel) + i) for i in range(len(kernel))]
+    return functional.pad(x, same_padding(sizes, kernel, stride, dilation))
 
 
 def apply(affine: Affine, x: Tensor) -> Tensor:
@@ -225,8 +240,7 @@ def apply(affine: Affine, x: Tensor) -> Tensor:
     if affine.dims == 0:
         return functional.linear(x, affine.weight, affine.bias)
     if affine.same:
-        sizes = tuple(x.shape[2:])
-        x = functional.pad(x, same_padding(sizes, affine.kernel, affine.stride, affine.dilation))
+        x = pad_same(x, list(affine.kernel), list(affine.stride), list(affine.dilation))
     function = (functional.conv1d, functional.conv2d, functional.conv3d)[affine.dims - 1]
     return function(x, affine.weight, affine.bias, affine.stride, affine.padding, affine.dilation)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.analysis.canvas import FIRST, SECOND, head, new_figure, write_picture
 from linearize.analysis.jacobian import BYTES, Differentiable, chunks, human
 from linearize.analysis.units import inputs_of
@@ -138,8 +139,11 @@ def functional_dimension(
         >>> int(found), found.bound, found.parameters
         (13, 13, 17)
     """
-    if method not in ("auto", "jacobian", "gram"):
-        raise UsageError("method", f"found {method!r}", 'Pass "auto", "jacobian" or "gram".')
+    checks.module("model", model)
+    checks.choice("method", method, ("auto", "jacobian", "gram"))
+    checks.number("memory", memory, above=0)
+    if tolerance is not None:
+        checks.number("tolerance", tolerance, least=0)
     lens = Differentiable.of(model, inputs)
     outputs = lens.outputs(lens.sample(0, 1)).shape[1]
     bound = scaling_bound(model, inputs)

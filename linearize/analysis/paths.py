@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from linearize import checks
 from linearize.analysis.canvas import FIRST, SECOND, head, new_figure, write_picture
 from linearize.analysis.flow import Flow, average, passed, reduced, source
 from linearize.analysis.rules import Rules
@@ -151,6 +152,7 @@ def average_path_length(
         >>> float(average_path_length(net, torch.randn(1, 4)))
         2.0
     """
+    checks.module("model", model)
     check_weighting(weighting)
     return PathGraph.of(model, example_inputs).lengths(weighting)
 

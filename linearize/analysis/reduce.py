@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.analysis.symmetry import Symmetry
 from linearize.analysis.units import zeros_like_inputs
 from linearize.collapse import collapse
@@ -56,7 +57,10 @@ def reduce(model: nn.Module, symmetries: Sequence[Symmetry], *, when: When = "ch
         >>> small[0].out_features, bool(torch.allclose(small(x), net(x), atol=1e-4))
         (2, True)
     """
-    model = unwrapped(model)
+    checks.choice("when", when, ("cheaper", "always"))
+    model = unwrapped(checks.module("model", model))
+    if not isinstance(symmetries, Sequence) or not all(isinstance(record, Symmetry) for record in symmetries):
+        checks.refuse("symmetries", symmetries, "what hidden_symmetries gave")
     if not symmetries:
         return copy.deepcopy(model)
     gated = copy.deepcopy(model)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linearize import checks
 from linearize.analysis.ablation import ablated
 from linearize.analysis.bounds import bounds
 from linearize.analysis.channel_ranges import ChannelRange, channel_ranges, unread
@@ -64,7 +65,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
         inactive 1 (0,) box
         active 1 (1,) box
     """
-    twin, batches = _twin(model, inputs)
+    twin, batches = _twin(checks.module("model", model), inputs)
     shapes = fake_inputs(batches[0])
     found = gates(twin)
     observed = channel_ranges(twin, found, batches)

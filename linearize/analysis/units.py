@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from linearize.errors import UsageError
 from linearize.gating.gate import ChannelGate
 from linearize.graph.activations import Activation, find_activations
-from linearize.graph.capture import CONSTANT, Call, Capture, Inputs, fake_inputs, normalize_inputs, shape, users
+from linearize.graph.capture import CONSTANT, Capture, Inputs, fake_inputs, normalize_inputs, shape, users
 from linearize.graph.channels import channel_axes
 from linearize.graph.discover import _locate
+from linearize.graph.stacks import Call
 from linearize.sites.record import record_of
 from linearize.surgery.layers import BlendedActivation, MaskedActivation, PartialActivation
 

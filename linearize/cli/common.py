@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -14,8 +16,8 @@ from linearize.checkpoint import load
 from linearize.data import DataSource, load_data
 from linearize.errors import CaptureError, UsageError
 from linearize.sites.record import record_of
+from linearize.zoo.building import affordable, parameters_on_meta
 from linearize.zoo.images import image_format
-from linearize.zoo.structure import parameters_on_meta
 
 __all__ = [
     "Batch",
@@ -27,6 +29,7 @@ __all__ = [
     "Shape",
     "data_for",
     "inputs_for",
+    "named_as_typed",
     "open_hollow",
     "open_model",
     "open_pair",
@@ -60,6 +63,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def say(text: str) -> None:
     """A line about what is going on, on standard error."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def named_as_typed() -> Iterator[None]:
+    """Inside, an error about an argument of a function names the option of the command."""
+    try:
+        yield
+    except UsageError as error:
+        if not error.where.isidentifier() or error.where == "compress":
+            raise
+        raise UsageError(f"--{error.where.replace('_', '-')}", error.found, error.remedy) from error
 
 
 def print_json(data: Any) -> None:
@@ -152,8 +166,8 @@ def _stored_inputs(stored: Any, batch: int) -> Any:
         (tensor,), kwargs = stored
         if kwargs or not tensor.is_floating_point():
             return None
-        return torch.randn(batch, *tensor.shape[1:], dtype=tensor.dtype)
-    except (TypeError, ValueError, AttributeError):
+        return torch.randn(affordable("the stored inputs", batch, *tensor.shape[1:]), dtype=tensor.dtype)
+    except (TypeError, ValueError, AttributeError, CaptureError):
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,15 +13,17 @@ from torch import nn
 from linearize import zoo
 from linearize.checkpoint import save
 from linearize.cli import common
-from linearize.compress import Result
-from linearize.compress import compress as compress_model
+from linearize.compress import Result, carried_out
 from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
-from linearize.planning.budget import read_budget
-from linearize.planning.resume import fingerprint
+from linearize.planning.request import Request
+from linearize.planning.resume import facts_of, fingerprint
 from linearize.running.models import evaluating
+from linearize.running.order import Repeated
 from linearize.running.outputs import Choice, Meaning, main_part
+from linearize.storage.folders import clear, write_text
+from linearize.training.state import EPOCH_FILE
 
 __all__ = ["compress"]
 
@@ -78,59 +80,54 @@ def compress(
 
     Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --flops 0.6 --out runs/vit[/bold]
     """
-    budget = read_budget(latency=latency, speedup=speedup, flops=flops, params=params, activations=activations)
-    if linear is None and budget is None:
+    budgets: dict[str, Any] = {
+        "latency": latency,
+        "speedup": speedup,
+        "flops": flops,
+        "params": params,
+        "activations": activations,
+    }
+    if linear is None and all(value is None for value in budgets.values()):
         linear = _SHARE
-    if linear is not None and not 0 < linear <= 1:
-        raise UsageError("--linear", f"found {linear}", "Pass a share above 0 and up to 1.")
     if linear is not None and dry_run:
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
+    unfinished = None if out is None or dry_run else out / "unfinished"
+    parts = _parts(output)
+    with common.named_as_typed():
+        request = Request(
+            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules, output=parts,
+            search=search,
+            finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
+            seed=seed, progress=common.say,
+        )  # fmt: skip
     if out is None and not dry_run:
         raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
     folder = None if out is None else _folder(out)
-    parts = _parts(output)
     sizes: dict[str, Any] = {"batch": batch, "size": size, "limit": limit}
     network, source = _open(model, data, model_arg, pretrained, parts, seed=seed, **sizes)
-    unfinished = None if folder is None or dry_run else folder / "unfinished"
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
-    rate = _RATE if lr is None else lr
+    trained_in: Path | None = None
     if first:
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
-        resume: dict[str, Any] = {}
-        if unfinished is not None:
-            key = fingerprint(network, data, first, rate, batch, size, limit, seed)
-            resume = {"checkpoint_dir": unfinished / f"first-{key[:12]}", "resume": True}
+        rate = _RATE if lr is None else lr
+        facts = facts_of(Repeated(source.train, seed))
+        key = fingerprint(network, facts, seed, data, first, rate, parts, *sizes.values())
+        trained_in = None if unfinished is None else unfinished / f"first-{key[:12]}"
         torch.manual_seed(seed)
         finetune(
-            network, source.train, epochs=first, lr=rate, output=parts, evaluate=source.test, on_epoch=_tell, **resume
-        )
-    result = compress_model(
-        network,
-        source.train,
-        linear=linear,
-        latency=latency,
-        speedup=speedup,
-        flops=flops,
-        params=params,
-        activations=activations,
-        finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
-        evaluate=source.test,
-        dry_run=dry_run,
-        uniform=uniform,
-        stock=stock,
-        modules=modules,
-        output=parts,
-        search=search,
-        checkpoint_dir=unfinished,
-        seed=seed,
-        progress=common.say,
+            network, source.train, epochs=first, lr=rate, output=parts, evaluate=source.test, on_epoch=_tell,
+            checkpoint_dir=trained_in, resume=trained_in is not None,
+        )  # fmt: skip
+    result, notes = carried_out(
+        network, source.train, replace(request, evaluate=source.test, checkpoint_dir=unfinished)
     )
-    if unfinished is not None:
-        shutil.rmtree(unfinished, ignore_errors=True)
     if folder is not None:
         _write(folder, network, result, dry_run=dry_run)
         if stock and not dry_run and hasattr(result.model, "save_pretrained"):
             zoo.stock_copy(result.model).save_pretrained(folder / "stock")  # type: ignore[operator]
+    if trained_in is not None:  # only now that the results are safe, and only what is ours
+        clear(trained_in, [EPOCH_FILE])
+    notes.forget()
     if json:
         where = {} if folder is None or dry_run else {"model": str(folder / "compressed.safetensors")}
         common.print_json({**where, **result.report.to_dict()})
@@ -210,5 +207,5 @@ def _write(folder: Path, original: nn.Module, result: Result, *, dry_run: bool) 
     if not dry_run:
         save(original, folder / "original.safetensors")
         save(result.model, folder / "compressed.safetensors")
-    (folder / "plan.json").write_text(result.plan.to_json() + "\n", encoding="utf-8")
+    write_text(folder / "plan.json", result.plan.to_json() + "\n")
     result.report.save(folder / "report.json")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
 
 from linearize.cli import common
+from linearize.errors import UsageError
+from linearize.storage.atomic import file_checksum
 from linearize.verify import verify as verify_models
 
 __all__ = ["verify"]
@@ -14,7 +17,10 @@ __all__ = ["verify"]
 
 def verify(
     reference: Annotated[str, typer.Argument(metavar="A", help="The model that is right by definition.")],
-    candidate: Annotated[str, typer.Argument(metavar="B", help="The model in question.")],
+    candidate: Annotated[
+        str | None,
+        typer.Argument(metavar="B", help="The model in question; with --sha256 a file, a digest, or nothing."),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Compare on real images: digits, or a folder.")
     ] = None,
@@ -27,12 +33,22 @@ def verify(
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="Print the digest of file A, and compare it with B; load nothing.")
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """Are two models the same function? Ends with exit code 0 if so, 1 if not.
 
     Example: [bold]linearize verify original.safetensors small.safetensors[/bold]
+
+    Example: [bold]linearize verify small.safetensors --sha256[/bold]
     """
+    if sha256:
+        _digests(reference, candidate, json=json)
+        return
+    if candidate is None:
+        raise UsageError("B", "is missing", "Pass two models, or one file with --sha256.")
     a, b = common.open_pair(reference, candidate, model_arg, pretrained=pretrained, seed=seed)
     inputs: list[Any]
     if data is not None:
@@ -45,4 +61,21 @@ def verify(
     else:
         typer.echo(str(found))
     if not found:
+        raise typer.Exit(1)
+
+
+_DIGEST = re.compile("[0-9a-fA-F]{64}")
+
+
+def _digests(file: str, other: str | None, *, json: bool) -> None:
+    """The digest of a file; is it that of another file, or the digest given?"""
+    found = file_checksum(file)
+    wanted = None if other is None else other.lower() if _DIGEST.fullmatch(other) else file_checksum(other)
+    if json:
+        common.print_json({"file": file, "sha256": found, **({} if wanted is None else {"same": found == wanted})})
+    else:
+        typer.echo(f"{found}  {file}")
+        if wanted is not None:
+            typer.echo("the same" if found == wanted else f"not the same: expected {wanted}")
+    if wanted not in (None, found):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from linearize.errors import DataError
 __all__ = ["looks_like_classes", "read_folder"]
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# By content, whatever the name: others of the library start programs (Ghostscript for EPS).
+_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TEST_NAMES = ("test", "val", "validation")
 
 
@@ -93,13 +96,18 @@ def _read_images(paths: list[Path], size: tuple[int, int], chosen: Tensor) -> Te
 
 def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise DataError(str(path), "pillow is not installed", "pip install 'linearize[data]'") from error
     try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(str(path), "is no image that can be read", "Repair or remove the file.") from error
+        with warnings.catch_warnings():
+            # The library's own bound on pixels, as an error: a small file may unpack to gigabytes.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_DECODERS) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BILINEAR)
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        found = f"is no image that can be read ({type(error).__name__}: {str(error).replace(str(path), 'it')[:120]})"
+        remedy = f"Repair or remove the file; formats are {', '.join(_DECODERS)}."
+        raise DataError(str(path), found, remedy) from error
     values = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return values.view(size[0], size[1], 3).permute(2, 0, 1)

@@ -6,6 +6,7 @@ Source of the format: LeCun, Cortes and Burges, "The MNIST database of handwritt
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -19,6 +20,8 @@ from linearize.errors import DataError
 __all__ = ["looks_like_idx", "read_idx"]
 
 _DOWNLOAD_AGAIN = "Download the file again."
+_RATIO = 100  # MNIST compresses to a fifth; what promises far more is made to fill memories
+_PIECE = 2**20
 
 
 def looks_like_idx(folder: Path) -> bool:
@@ -59,25 +62,41 @@ def _read_file(path: Path, dims: int) -> Tensor:
     if not path.is_file():
         raise DataError(str(path), "does not exist", "All four idx .gz files must lie in the folder.")
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            shape = _shape(path, file.read(4 * (1 + dims)), dims)
+            values = bytearray(math.prod(shape))
+            held = _fill(values, file)
+            rest = file.read(1)
     except (EOFError, zlib.error) as error:
         raise DataError(str(path), "is truncated or damaged", _DOWNLOAD_AGAIN) from error
     except gzip.BadGzipFile as error:
         raise DataError(str(path), "is no gzip file", _DOWNLOAD_AGAIN) from error
     except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})", "Check its permissions.") from error
-    header = 4 * (1 + dims)
-    if len(content) < header:
-        raise DataError(str(path), f"holds {len(content)} bytes, too few for a header", _DOWNLOAD_AGAIN)
-    magic, *shape = struct.unpack(f">{1 + dims}I", content[:header])
+        raise DataError(str(path), f"cannot be read ({error.strerror or error})", "Check its permissions.") from error
+    if held != len(values) or rest or not values:
+        found = f"holds {'more' if rest else held} values where its header promises {len(values)}"
+        raise DataError(str(path), found, _DOWNLOAD_AGAIN)
+    return torch.frombuffer(values, dtype=torch.uint8).view(*shape)
+
+
+def _fill(values: bytearray, file: gzip.GzipFile) -> int:
+    """Read as many bytes as there is room for; how many there were."""
+    view, held = memoryview(values), 0
+    while held < len(values) and (count := file.readinto(view[held : held + _PIECE])):
+        held += count
+    return held
+
+
+def _shape(path: Path, header: bytes, dims: int) -> list[int]:
+    """What the header promises, if the file can hold that much."""
+    if len(header) < 4 * (1 + dims):
+        raise DataError(str(path), f"holds {len(header)} bytes, too few for a header", _DOWNLOAD_AGAIN)
+    magic, *shape = struct.unpack(f">{1 + dims}I", header)
     if magic != 0x0800 + dims:
         found = f"starts with {magic} instead of {0x0800 + dims}"
         raise DataError(str(path), found, "Pass the idx files of MNIST or Fashion-MNIST.")
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:]
-    expected = 1
-    for size in shape:
-        expected *= size
-    if len(values) != expected or not expected:
-        found = f"holds {len(values)} values where its header promises {expected}"
-        raise DataError(str(path), found, _DOWNLOAD_AGAIN)
-    return values.view(*shape)
+    size = path.stat().st_size
+    if math.prod(shape) > _RATIO * size:
+        found = f"holds {size} bytes, and its header promises {math.prod(shape)} values"
+        raise DataError(str(path), found, "No images compress that well: download the file again.")
+    return shape

@@ -38,7 +38,8 @@ class Context:
         modules: whether whole modules may be replaced.
         progress: show bars.
         calibration: by site name, the line of each channel and what it leaves; known once the data has been seen.
-        notes: what a reader should know, such as too little data; families add to it.
+        warned: what makes results doubtful, such as too little data, by site; families add to it.
+        told: what else a reader should know; likewise.
     """
 
     gated: nn.Module
@@ -52,7 +53,8 @@ class Context:
     modules: bool = True
     progress: bool = False
     calibration: Mapping[str, SiteCalibration] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from linearize.plan import NARROWED
 from linearize.sites.site import Site
 from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import chains_of, narrow
+from linearize.tensors import held
 
 __all__ = ["Price", "Pricer"]
 
@@ -126,7 +127,7 @@ class Pricer:
         )
 
     def _numel(self, path: str) -> int:
-        weight = getattr(self.model.get_submodule(path), "weight", None)
+        weight = held(self.model.get_submodule(path), "weight")
         return 0 if weight is None else int(weight.numel())
 
 

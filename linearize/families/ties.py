@@ -16,6 +16,8 @@ def tied(groups: list[Group], names: set[str]) -> list[Group]:
     common = [kind for kind in kinds[0] if all(kind in other for other in kinds[1:])]
     options = tuple(_merged([kind[key] for kind in kinds]) for key in common)
     reason = next((group.reason for group in inside if group.reason), None)
+    if len(options) == 1:
+        reason = reason or "the sites tied to equal widths have no other option in common"
     tied = Group(tuple(name for group in inside for name in group.sites), options, reason)
     place = groups.index(inside[0])
     rest = [group for group in groups if group not in inside]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.errors import UsageError
 from linearize.gating.arithmetic import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
 from linearize.purity import repeats
@@ -77,10 +78,10 @@ class ChannelGate(nn.Module):
         site: Site | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise UsageError("ChannelGate", f"found channels={channels}", "Pass the size of the channel axis.")
-        if axis >= 0:
-            raise UsageError("ChannelGate", f"found axis={axis}", "Count from the end: -1 is the last.")
+        checks.module("activation", activation)
+        checks.whole("channels", channels, 1)
+        if not checks.is_whole(axis) or axis >= 0:
+            checks.refuse("axis", axis, "a channel axis counted from the end: -1 is the last")
         self.activation = out_of_place(activation)
         self._inplace = tuple(name for name, module in activation.named_modules() if getattr(module, "inplace", False))
         self._repeats = repeats(activation)
@@ -100,6 +101,18 @@ class ChannelGate(nn.Module):
         """Which channels are linear now: bool (C,)."""
         return self.frozen | (self.alpha.detach() >= 1)
 
+    def check(self) -> None:
+        """See that nobody has given `alpha` or the line another shape.
+
+        Raises:
+            UsageError: one of them is not of shape (C,).
+        """
+        for name in ("alpha", "slope", "intercept", "frozen"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (self.channels,):
+                where = f"{self.site.name}.{name}" if self.site is not None else f"ChannelGate.{name}"
+                raise UsageError(where, f"found shape {shape}", f"Give it shape ({self.channels},), one per channel.")
+
     @torch.no_grad()
     def linearize_(self, mask: Tensor) -> ChannelGate:
         """Make the channels where `mask` (bool, (C,)) is True linear, for good; the others stay.
@@ -115,6 +128,39 @@ class ChannelGate(nn.Module):
         self.alpha.masked_fill_(mask, 1)
         self.frozen.logical_or_(mask)
         return self
+
+    @property
+    def half_way(self) -> Tensor:
+        """Which channels are neither nonlinear nor linear: bool (C,)."""
+        alpha = self.alpha.detach()
+        return (alpha > 0) & (alpha < 1) & ~self.frozen
+
+    @torch.no_grad()
+    def round_(self, threshold: float = 0.5) -> ChannelGate:
+        """Decide the channels that are half way: from `threshold` on they become linear, for good; others nonlinear.
+
+        Averaged weights (EMA) and training that ends early leave such channels. This changes the function.
+
+        Raises:
+            UsageError: threshold is not between 0 and 1.
+
+        Example:
+            >>> gate = ChannelGate(nn.ReLU(), channels=3)
+            >>> _ = gate.alpha.data.copy_(torch.tensor([0.0, 0.25, 0.75]))
+            >>> gate.round_().alpha.tolist(), gate.frozen.tolist()
+            ([0.0, 0.0, 1.0], [False, False, True])
+        """
+        if not 0 <= threshold <= 1:
+            raise UsageError("ChannelGate.round_", f"found threshold={threshold}", "Pass a number from 0 to 1.")
+        undecided = self.half_way
+        up = undecided & (self.alpha >= threshold)
+        self.alpha.masked_fill_(undecided & ~up, 0)
+        return self.linearize_(up)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the activation worked in place before it got the gate."""
+        return bool(self._inplace)
 
     def released(self) -> nn.Module:
         """The activation without the gate, working in place again if it did before."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from linearize.graph.capture import CONSTANT, Call, Capture, shape, users
+from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.ops import ACTIVATIONS, ARITHMETIC, is_constant, op_name
+from linearize.graph.stacks import Call
 
 # What may stand inside an activation module besides arithmetic: it moves no value.
 _CASTS = frozenset(("to _to_copy clone contiguous alias detach type_as lift_fresh empty_like expand_as").split())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -19,24 +18,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
-from linearize.graph.opaque import opaque_layers
+from linearize.graph.opaque import opaque_layers, packed_modules
 from linearize.graph.protect import untouched
+from linearize.graph.stacks import WRAPPED, Call, call_of, stack_of
 from linearize.nest import copied, plain
+from linearize.tensors import QUANTISE_LATER
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 CONSTANT = "linearize_constant"  # marks the nodes whose value does not depend on the input
-_WRAPPED = "model"
 # A guard on dtype or device that torch.export writes between the real ops: it reads, and computes nothing.
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_size", "sym_constrain_range")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of one module: its path in the model and which call of that module it is, from 0."""
-
-    path: str
-    index: int
 
 
 @dataclass
@@ -186,6 +178,10 @@ def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, s
         why = f"{type(failure).__name__}: {_line(failure)}"
         remedy = "Please report this model; convert the submodule that holds the activations until then."
         return name, f"runs by itself, but not where linearize watches it ({why})", remedy
+    packed = next(iter(packed_modules(model)), None)
+    if packed is not None:
+        found = f"runs, but torch.export cannot capture it with quantised or packed layers such as {packed}"
+        return name, found, f"{QUANTISE_LATER.capitalize()}."
     return (
         name,
         f"runs, but torch.export cannot capture it ({why})",
@@ -221,7 +217,7 @@ def _index(program: torch.export.ExportedProgram, model: nn.Module) -> Capture:
     for position, node in enumerate(program.graph.nodes):
         captured.order[node] = position
         if node.op == "placeholder" and node.name in names:
-            captured.parameters[node] = names[node.name].removeprefix(f"{_WRAPPED}.")
+            captured.parameters[node] = names[node.name].removeprefix(f"{WRAPPED}.")
         if node.name in names or node.name in signature.inputs_to_lifted_tensor_constants:
             node.meta[CONSTANT] = True
         if (
@@ -230,59 +226,20 @@ def _index(program: torch.export.ExportedProgram, model: nn.Module) -> Capture:
             and all(CONSTANT in n.meta for n in node.all_input_nodes)
         ):
             node.meta[CONSTANT] = True
-        stack = _stack(node, kinds)
+        stack = stack_of(node, kinds)
         for key, path in stack:
             called.setdefault(path, set()).add(key)
         if stack and node.op == "call_function" and not is_check(node):
-            captured.stacks[node] = tuple(_call(key, path) for key, path in stack)
+            captured.stacks[node] = tuple(call_of(key, path) for key, path in stack)
             captured.calls[node] = captured.stacks[node][-1]
             captured.ops.setdefault(captured.calls[node], []).append(node)
     for inner in program.graph_module.modules():  # regions under autocast or another grad mode are graphs of their own
         if isinstance(inner, fx.GraphModule) and inner is not program.graph_module:
             for node in inner.graph.nodes:
-                for key, path in _stack(node, kinds):
+                for key, path in stack_of(node, kinds):
                     called.setdefault(path, set()).add(key)
     captured.times = {path: len(keys) for path, keys in called.items()}
     return captured
-
-
-def _stack(node: fx.Node, kinds: dict[str, type]) -> list[tuple[str, str]]:
-    """The module calls around an op, outermost first: torch.export's key of each call, and the module's path.
-
-    Some calls are told by the path from their caller alone (a forward that was put on an object). A path that leads to
-    no module of the class that was called is left out: its ops then belong to the caller, as a function's do.
-    """
-    found: list[tuple[str, str]] = []
-    for key, (told, kind) in (node.meta.get("nn_module_stack") or {}).items():
-        caller = found[-1][1] if found else ""
-        below = re.sub(r"@\d+", "", told)
-        places = [_strip(told)] if _is_whole(told) else []
-        places += [f"{caller}.{below}" if caller else below]
-        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-        path = next((p for p in places if p in kinds and _named(kinds[p]) == name), None)
-        if path is None and not found:
-            path = ""  # the outermost call, of the wrapper that `capture` puts around the model
-        if path is not None:
-            found.append((key, path))
-    return found
-
-
-def _is_whole(told: str) -> bool:
-    return told in ("", _WRAPPED) or told.startswith((f"{_WRAPPED}.", f"{_WRAPPED}@"))
-
-
-def _named(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _call(key: str, path: str) -> Call:
-    repeat = re.search(r"@(\d+)$", key)
-    return Call(path, int(repeat.group(1)) if repeat else 0)
-
-
-def _strip(path: str) -> str:
-    path = re.sub(r"@\d+", "", path)
-    return "" if path == _WRAPPED else path.removeprefix(f"{_WRAPPED}.")
 
 
 def is_check(node: fx.Node) -> bool:

@@ -14,7 +14,9 @@ from typing import Any, Literal
 from torch import fx
 
 from linearize.graph.capture import shape
+from linearize.graph.opaque import OPAQUE
 from linearize.graph.ops import ACTIVATIONS, ARITHMETIC, IDENTITY, is_constant, op_name
+from linearize.tensors import QUANTISE_LATER
 
 _POOLS = frozenset(
     (
@@ -90,6 +92,8 @@ def move(node: fx.Node, source: fx.Node, axis: int) -> Motion:
     name = op_name(node)
     if name == "getitem":
         return _getitem(node, axis)
+    if name == OPAQUE:
+        return Motion(None, f"there is a quantised or packed layer: {QUANTISE_LATER}")
     if before is None or not 0 <= axis < len(before):
         return Motion(None, f"{name} reads something that is no tensor of fixed shape")
     if name in _SPLITS:

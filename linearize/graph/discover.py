@@ -14,10 +14,12 @@ from linearize.graph.capture import CONSTANT, Capture, Inputs, capture, shape, u
 from linearize.graph.channels import channel_axes, understood
 from linearize.graph.held import standing_in
 from linearize.graph.memory import overwrites, overwritten, stale_reader
+from linearize.graph.opaque import OPAQUE
 from linearize.graph.ops import is_constant, op_name
 from linearize.graph.problem import Dead
 from linearize.graph.walk import Reading, Walker
 from linearize.sites.site import Port, Site
+from linearize.tensors import QUANTISE_LATER, has_memory, held
 
 _PLAIN = (type(None), bool, int, float, str)  # what a record may hold: no nodes of a graph
 _SQUASHING = frozenset({"sigmoid", "hardsigmoid", "tanh", "softplus"})
@@ -78,7 +80,7 @@ def _overlapping(tensors: list[tuple[str, Tensor]]) -> list[list[str]]:
     """Names of tensors grouped by common memory, where only a part is common, too."""
     spans: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors:
-        if tensor.device.type == "meta" or not tensor.numel():
+        if tensor.device.type == "meta" or not tensor.numel() or not has_memory(tensor):
             spans.append(("object", id(tensor), id(tensor) + 1, name))
             continue
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -149,6 +151,8 @@ def _no_axis(captured: Capture, activation: Activation) -> str:
         node = node.all_input_nodes[0]
     if node.op != "call_function" or understood(node):
         return found
+    if op_name(node) == OPAQUE:
+        return f"{captured.path(node)} is quantised, or holds packed weights: {QUANTISE_LATER}"
     return (
         f"{found}: what {op_name(node)} does with channels is not known ({captured.path(node) or 'the model itself'})"
     )
@@ -318,7 +322,7 @@ def _saved(model: nn.Module, site: Site) -> float:
     """Multiply-adds that one channel costs in its producers and consumers."""
 
     def per_channel(port: Port) -> float:
-        weight = getattr(model.get_submodule(port.module), "weight", None)
+        weight = held(model.get_submodule(port.module), "weight")
         return 0.0 if weight is None else port.positions * weight.numel() / port.total
 
     producers = [port for port in (site.producer, site.up) if port is not None]

@@ -133,6 +133,7 @@ def dry_run(
                 name: torch.empty_like(tensor, device=device).requires_grad_(tensor.requires_grad)
                 for name, tensor in fake.items()
             }
+    given = copied(inputs)  # before the mode, in which no object with real tensors in it can be copied
     with (
         untouched(model, training=training),
         _quiet(),
@@ -141,11 +142,10 @@ def dry_run(
         torch.set_grad_enabled(gradients),
     ):
         if real:
-            given = copied(inputs)
             with _Noter(trace, silent) as noter:
                 out = model(*given[0], **given[1])
             return _finished(trace, noter, out)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), copied(inputs))
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), given)
         with _Noter(trace, silent) as noter:
             out = torch.func.functional_call(model, fake, args, kwargs)
     return _finished(trace, noter, out)

@@ -35,9 +35,11 @@ class Held(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives."""
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        """The function's name, for `print(model)`."""
         function = getattr(self.function, "func", self.function)
         return str(getattr(function, "__name__", type(function).__name__))
 
@@ -48,6 +50,11 @@ def may_hold(module: nn.Module, name: str) -> bool:
     if not name.isidentifier() or name.startswith("_") or name == "forward" or hasattr(type(module), name):
         return False
     return issubclass(type(value), (FunctionType, BuiltinFunctionType, functools.partial)) or _is_callable_object(value)
+
+
+def _is_nothing_else(module: nn.Module) -> bool:
+    """True for a module without children and tensors: it may be an activation itself, and one site as a whole."""
+    return not (module._modules or module._parameters or module._buffers)
 
 
 def _is_callable_object(value: Any) -> bool:
@@ -62,7 +69,9 @@ def called_functions(model: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
     The model runs once, as cheaply as it goes, if it has such attributes at all; it stays as it was.
     """
     candidates = {
-        path: [name for name in list(vars(module)) if may_hold(module, name)] for path, module in model.named_modules()
+        path: [name for name in list(vars(module)) if may_hold(module, name)]
+        for path, module in model.named_modules()
+        if not _is_nothing_else(module)
     }
     candidates = {path: names for path, names in candidates.items() if names}
     if not candidates:

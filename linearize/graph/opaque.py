@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.nest import copied
+from linearize.tensors import is_wrapper
 
+OPAQUE = "linearize.opaque"  # the name of the op that stands for such a layer
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -27,7 +29,7 @@ def _(inputs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Ten
 
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold something compiled which is no tensor: the packed weights of a quantised layer.
+    """The modules with packed or quantised weights: something compiled that is no tensor, or tensors of another class.
 
     Example:
         >>> packed_modules(nn.Linear(2, 2))
@@ -37,8 +39,15 @@ def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
         path: module
         for path, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
-        and any(issubclass(type(value), torch.ScriptObject) for value in vars(module).values())
+        and (
+            any(issubclass(type(value), torch.ScriptObject) for value in vars(module).values())
+            or any(map(is_wrapper, _own_tensors(module)))
+        )
     }
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
 @contextmanager
@@ -59,6 +68,9 @@ def opaque_layers(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any
         for part in module.modules():
             for name in [name for name, value in vars(part).items() if issubclass(type(value), torch.ScriptObject)]:
                 del vars(part)[name]  # torch.export would look into it
+            for held in (part._parameters, part._buffers):
+                for name in [n for n, t in held.items() if t is not None and is_wrapper(t)]:
+                    del held[name]
     yield
 
 

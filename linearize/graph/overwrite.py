@@ -43,7 +43,7 @@ def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequenc
     """
     if not working:
         return set()
-    noter = _Noter()
+    noter, found = _Noter(), set[str]()
     modules: list[Any] = [module for group in working.values() for module in group]
     hooks = [
         module.register_forward_hook(noter.hook(name), with_kwargs=True)
@@ -57,7 +57,8 @@ def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequenc
         for training in (False, True):
             try:
                 with noter:
-                    run_once(model, inputs, training=training, before=noter.overwritten.clear)
+                    run_once(model, inputs, training=training, before=noter.clear)
+                found |= noter.found
             except Exception as error:  # a batch of one in training mode, for example
                 _log.debug("no run: %s", error)
     finally:
@@ -65,7 +66,7 @@ def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequenc
             module.inplace = True
         for hook in hooks:
             hook.remove()
-    return noter.found
+    return found
 
 
 class _Noter(TorchDispatchMode):
@@ -75,6 +76,11 @@ class _Noter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.overwritten: dict[int, list[tuple[Tensor, str]]] = {}
         self.found: set[str] = set()
+
+    def clear(self) -> None:
+        """Forget an attempt."""
+        self.overwritten.clear()
+        self.found.clear()
 
     def hook(self, name: str) -> Any:
         def note(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:

@@ -157,7 +157,7 @@ def _values(container: Any) -> list[Any]:
         return list(dict.values(container))
     for base in (list, tuple, set, deque):
         if issubclass(kind, base):
-            return list(base.__iter__(container))  # type: ignore[arg-type]
+            return list(base.__iter__(container))
     return []
 
 

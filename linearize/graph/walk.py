@@ -14,6 +14,7 @@ from linearize.graph.ops import constant, op_name
 from linearize.graph.problem import Dead
 from linearize.graph.uses import Uses, Way
 from linearize.sites.site import Fold, Port
+from linearize.tensors import QUANTISE_LATER, held, meddler, oddity, quantised_part
 
 _LINEAR = {"linear": "linear", "addmm": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d"}
 _STILL = frozenset(("dropout contiguous clone alias detach to").split())
@@ -95,7 +96,10 @@ class Walker:
         if len(sources) != 1:
             what = "a sum or product of branches" if len(sources) > 1 else "a constant"
             what = "a concatenation of branches" if op_name(node) == "cat" else what
-            raise Dead(f"its input is {what} ({op_name(node)} in {self._where(node)})")
+            where = self._where(node)
+            if _is_adapter(self.model.get_submodule(self.captured.path(node))):
+                raise Dead(f"{where} has an adapter beside its weight: merge it first (peft: merge_and_unload())")
+            raise Dead(f"its input is {what} ({op_name(node)} in {where})")
         source = sources[0]
         sizes = shape(source) or shape_of_list(source)
         if sizes is None:
@@ -194,15 +198,18 @@ class Walker:
         module = self.model.get_submodule(path)
         weight = node.args[2 if name == "addmm" else 1] if len(node.args) > 1 else None
         bias = node.args[0] if name == "addmm" else (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"))
-        held = getattr(module, "weight", None)
-        if not isinstance(weight, fx.Node) or CONSTANT not in weight.meta or shape(weight) != shape_of(held):
+        own, odd = held(module, "weight"), quantised_part(module)
+        if odd is not None and (own is None or oddity(own) is not None):
+            raise Dead(f"in {path}, {odd}: {QUANTISE_LATER}")
+        if not isinstance(weight, fx.Node) or CONSTANT not in weight.meta or shape(weight) != shape_of(own):
             raise Dead(f"the weight of {path or 'the model'} depends on the input, or belongs to another module")
         if bias is not None and (not isinstance(bias, fx.Node) or CONSTANT not in bias.meta):
             raise Dead(f"the bias of {path or 'the model'} depends on the input")
         extra = [op_name(other) for other in self._own(node) if op_name(other) not in (*_AROUND, "pad")]
         if extra or self._has_inner(path):
             what = f"also computes {extra[0]}" if extra else "holds other modules that compute"
-            raise Dead(f"{path or 'the model'} {what}")
+            found = meddler(module)
+            raise Dead(f"{path or 'the model'} {what}" if found is None else f"{path} has {found}")
         for parameter in (*self._behind(weight), *self._behind(bias)):
             if parameter in self.shared:
                 raise Dead(f"{parameter} is shared with {self.shared[parameter]}")
@@ -253,6 +260,11 @@ class Walker:
 def _stays(node: fx.Node, motion: Motion) -> bool:
     """True for the identity, and for a slice of the channels that leaves every position where it is."""
     return op_name(node) in _STILL or op_name(node) in _PARTS or motion.rows is not None
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """True for a low-rank adapter around a linear map, which can be merged into it and taken out again."""
+    return all(callable(getattr(module, name, None)) for name in ("merge", "unmerge"))
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:

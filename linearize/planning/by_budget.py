@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,108 +16,113 @@ from linearize.families.registry import family_of
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.budget import Budget
-from linearize.planning.carry_out import collapsed, edited, planned, replaced, site_choices
+from linearize.planning.carry_out import collapsed, edited, explained, planned, replaced, site_choices
+from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job, Made
 from linearize.planning.knapsack import choose, uniform
+from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, settle
 from linearize.planning.survey import Survey, describe, survey
-from linearize.planning.timing.table import cache_file
 from linearize.report.budget import Outcome
 from linearize.surgery.form_choice import mask_of
 from linearize.training.distance import check_seen, real_loss, some_of
 
-__all__ = ["How", "to_budget"]
+__all__ = ["to_budget"]
 
 _log = logging.getLogger(__name__)
 _REMEDY = "Make the plan from this model."
 
 
-@dataclass(frozen=True)
-class How:
-    """Options of a budget, as `linearize.compress` describes them."""
-
-    seed: int = 0
-    rounds: int = 15
-    batch_sizes: Sequence[int] | None = None
-    round_to: int | None = None
-    uniform: bool | Sequence[str] = False
-    cache: bool | Path = True
-    sequential: bool = False
-    stock: bool = False
-    search: int = 0
-    modules: bool = True
-
-    @property
-    def table(self) -> Path | None:
-        """The file of latencies."""
-        if isinstance(self.cache, bool):
-            return cache_file() if self.cache else None
-        return Path(self.cache)
-
-
-def to_budget(job: Job, budget: Budget | None, plan: Plan | None, how: How, *, dry_run: bool) -> Made:
+def to_budget(job: Job, request: Request) -> Made:
     """Compress to a budget, or by a plan that was made before."""
+    steps, budget = job.steps, request.budget
+    held = job.notes.decision(job.gated) if budget is not None and not request.dry_run else None
+    found = _surveyed(job, request, held)
+    if request.plan is not None:
+        return _replayed(job, found, request.plan)
+    if budget is None:
+        raise UsageError("compress", "found no budget", "Pass exactly one.")
+    with steps("plan"):
+        if request.dry_run:
+            return _dry(found, _searched(job, found, request), budget)
+        if held is None:
+            decision, goal, small = _decided(job, found, request)
+            job.notes.decide(decision)
+        else:
+            steps.say("  the plan of the run that was interrupted")
+            decision, goal = held, edited(found, held.by_site)
+            small = collapsed(goal, held.plan)
+    told, choices = decision.told(), decision.by_site
+    if not decision.outcome.met:
+        _log.warning("%s", decision.outcome)
+    if request.sequential:
+        with steps("refit"):
+            goal = edited_in_order(
+                found, choices, job.data, seed=request.seed, progress=steps.bars, say=steps.say, notes=job.notes
+            )
+            small = collapsed(goal, decision.plan)
+    gated, tuned, history = _trained(job, found, choices, goal, decision.plan, small)
+    told["notes"] += _drift(job, small, tuned) if history else ()
+    return Made(gated, tuned, explained(decision.plan, found), history, told)
+
+
+def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
+    """The survey; without latencies if the plan is settled."""
     steps = job.steps
+    measure = "flops" if request.budget is None else request.budget.measure
     with steps("survey"):
-        found = survey(
+        return survey(
             job.original,
             job.gated,
             job.data,
             job.batch,
-            measure="flops" if budget is None else budget.measure,
-            batch_sizes=how.batch_sizes,
-            round_to=how.round_to,
-            uniform=how.uniform,
-            stock=how.stock,
-            modules=how.modules,
-            seed=how.seed,
-            rounds=min(how.rounds, 9),
-            cache=how.table,
+            measure="flops" if held is not None and measure == "latency" else measure,
+            batch_sizes=request.batch_sizes,
+            round_to=request.round_to,
+            uniform=request.uniform,
+            stock=request.stock,
+            modules=request.modules,
+            seed=request.seed,
+            rounds=min(_rounds(request), 9),
+            cache=request.table,
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
             notes=job.notes,
         )
-    noted = _plan_file(job)
-    if plan is None and noted is not None and noted.exists() and job.options.get("resume"):
-        plan = Plan.from_json(noted.read_text(encoding="utf-8"))  # of the run that was interrupted
-    if plan is not None:
-        return _replayed(job, found, plan)
+
+
+def _rounds(request: Request) -> int:
+    """Measurements of a latency that a plan rests on."""
+    return max(3, request.rounds)
+
+
+def _searched(job: Job, found: Survey, request: Request) -> Survey:
+    if not request.search or request.budget is None:
+        return found
+    aim = request.budget.fraction * found.total - found.fixed
+    return searched(found, aim, job.data, trials=request.search, seed=request.seed, say=job.steps.say)
+
+
+def _decided(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Module, nn.Module]:
+    """What is decided for the budget; the model in its planned state, and the same collapsed."""
+    budget = request.budget
     if budget is None:
         raise UsageError("compress", "found no budget", "Pass exactly one.")
 
     def time_ratio(small: nn.Module) -> float:
         pair = {"original": job.original, "collapsed": small}
-        timed = benchmark(pair, job.batch, rounds=how.rounds, batch_sizes=how.batch_sizes)
+        timed = benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes)
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
-    with steps("plan"):
-        around = found
-        if how.search:
-            aim = budget.fraction * found.total - found.fixed
-            around = searched(found, aim, job.data, trials=how.search, seed=how.seed, say=steps.say)
-        if dry_run:
-            return _dry(found, around, budget)
-        settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=steps.say)
+    around = _searched(job, found, request)
+    settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=job.steps.say)
     told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
-    if not settled.met:
-        _log.warning("%s", told["outcome"])
-    goal, small = settled.gated, settled.small
-    if noted is not None:
-        noted.parent.mkdir(parents=True, exist_ok=True)
-        noted.write_text(settled.plan.to_json() + "\n", encoding="utf-8")
-    if how.sequential:
-        with steps("refit"):
-            choices = site_choices(settled.choice)
-            goal = edited_in_order(
-                found, choices, job.data, seed=how.seed, progress=steps.bars, say=steps.say, notes=job.notes
-            )
-            small = collapsed(goal, settled.plan)
-    gated, tuned, history = _trained(job, found, site_choices(settled.choice), goal, settled.plan, small)
-    told["notes"] += _drift(job, small, tuned) if history else ()
-    return Made(gated, tuned, settled.plan, history, told)
+    choices = tuple(site_choices(settled.choice).values())
+    decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"])
+    return decision, settled.gated, settled.small
 
 
 def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
@@ -131,12 +135,6 @@ def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
     return (f"{text} on {len(some)} batches; if labels do not ask for that, lower the learning rate",)
 
 
-def _plan_file(job: Job) -> Path | None:
-    """Where the plan of a fine-tuning that can be resumed is noted, beside its checkpoints."""
-    folder = job.options.get("checkpoint_dir")
-    return None if folder is None or not job.training_steps else Path(folder) / "plan.json"
-
-
 def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     picked = choose(around.groups, found.measure, budget.fraction * found.total - found.fixed)
     choice = unscaled(picked, found)
@@ -145,7 +143,7 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     predicted = (found.fixed + choice.cost) / found.total
     outcome = _outcome(found, budget, predicted, None, choice.loss, None)
     told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
-    return Made(found.gated, found.gated, planned(gated, choices, choice), told=told)
+    return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
@@ -174,7 +172,8 @@ def _trained(
         way = int(job.options.get("gradual", 0) * total)
         start = edited(found, replaced(choices))
         model, path = path_to(start, goal, steps=way)
-        history = job.train(model, path, job.options)
+        told = f"{plan.to_json()} {sorted(map(repr, choices.values()))}"
+        history = job.train(model, path, {**job.options, **job.notes.training(told)})
     with job.steps("collapse"):
         return model, collapsed(model, plan), history
 
@@ -209,7 +208,7 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
             told = planned(gated, replaced(choices))
             small = collapsed(gated, told)
     gated, small, history = _trained(job, found, choices, gated, told, small)
-    return Made(gated, small, told, history, {"notes": tuple(found.notes)})
+    return Made(gated, small, explained(told, found), history, {"notes": tuple(found.notes)})
 
 
 def _check_site(site: SitePlan, gate: ChannelGate) -> None:

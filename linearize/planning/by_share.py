@@ -27,7 +27,7 @@ def to_share(job: Job, linear: float, when: When) -> Made:
     history: list[dict[str, float]] = []
     with steps("fine-tune"):
         if total:
-            history = job.train(gated, prior, job.options)
+            history = job.train(gated, prior, {**job.options, **job.notes.training("a share")})
         else:
             prior.step()
     with steps("collapse"):

@@ -19,7 +19,7 @@ from linearize.running.copies import duplicate
 from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.form_choice import make_plan
 
-__all__ = ["collapsed", "edited", "planned", "replaced", "site_choices"]
+__all__ = ["collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
 
 
 def site_choices(choice: Choice) -> dict[str, SiteChoice]:
@@ -52,6 +52,17 @@ def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
         set_record(small, Record((), record.steps, record.inputs))
         return small
     return collapse(gated, plan=Plan(tuple(site for site in plan.sites if site.site in named))).eval()
+
+
+def explained(plan: Plan, found: Survey) -> Plan:
+    """The plan with the reason at every site that stays for another one than its loss."""
+    reasons = found.reasons
+    return Plan(
+        tuple(
+            replace(site, reason=reasons.get(site.site)) if site.form == UNCHANGED and not site.reason else site
+            for site in plan.sites
+        )
+    )
 
 
 def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice | None = None) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from linearize.plan import Plan
 from linearize.planning.resume import NOTHING, Notes
-from linearize.running.batches import count_of
+from linearize.running.batches import Reading
 from linearize.running.steps import Steps
 
 __all__ = ["Job", "Made"]
@@ -23,7 +23,7 @@ class Job:
     Attributes:
         original: the model as it came.
         gated: the same, converted.
-        data: re-iterable batches, as they are read (`running.batches.Reading`).
+        data: batches as they are read, each pass over which begins alike.
         batch: one of them, without labels.
         steps: tells and times.
         options: of fine-tuning; 0 epochs for none.
@@ -33,7 +33,7 @@ class Job:
 
     original: nn.Module
     gated: nn.Module
-    data: Iterable[Any]
+    data: Reading
     batch: Any
     steps: Steps
     options: Mapping[str, Any]
@@ -46,8 +46,7 @@ class Job:
         if not self.options["epochs"]:
             return 0
         length = self.options.get("steps_per_epoch")
-        if length is None:
-            length = count_of(self.data)
+        length = len(self.data) if length is None else length
         return int(self.options["epochs"]) * int(length)
 
 

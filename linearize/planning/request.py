@@ -1,71 +1,197 @@
-"""What `compress` is called with, checked before any work begins."""
+"""What `compress` is called with: made, checked and told apart in one place, before any work begins."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from linearize import checks
 from linearize.errors import DataError, UsageError
 from linearize.finetune import finetune as train
-from linearize.plan import Plan
-from linearize.planning.budget import is_number
+from linearize.plan import Plan, When
+from linearize.planning.budget import Budget, read_budget
+from linearize.planning.timing.table import cache_file
 from linearize.running.batches import Batch, labels_are_inputs, read_batch, to_device
 from linearize.running.models import device_of, evaluating
+from linearize.running.outputs import Choice
+from linearize.training.arguments import check_numbers
+from linearize.training.kept import check_folder
 from linearize.training.losses import has_loss
 from linearize.training.run import Objective
 
-__all__ = ["check_call", "check_output", "check_request", "check_training", "some_batches", "training_options"]
+__all__ = ["Request", "check_inputs", "check_output", "check_training", "some_batches"]
 
 _log = logging.getLogger(__name__)
 
 _GENTLE = 3e-4  # learning rate behind a plan: the model is close already, and a large rate takes it away
 
-
-def check_call(model: Any, evaluate: Any, folder: Any, seed: Any) -> None:
-    """Arguments that nothing else looks at before the work begins."""
-    if not isinstance(model, nn.Module):
-        raise UsageError("model", f"found a {type(model).__name__}", "Pass a torch.nn.Module.")
-    if torch.is_inference_mode_enabled():
-        raise UsageError("compress", "found torch.inference_mode()", "Call it outside: it needs gradients.")
-    if evaluate is not None and not callable(evaluate) and not isinstance(evaluate, Iterable):
-        remedy = "Pass batches with labels, or a function of a model."
-        raise UsageError("evaluate", f"found a {type(evaluate).__name__}", remedy)
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        raise UsageError("checkpoint_dir", f"found {folder}, which is no folder", "Pass a folder, new or not.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise UsageError("seed", f"found {seed!r}", "Pass a whole number.")
+# What neither the plan nor the weights depend on.
+_ASIDE = {"evaluate", "dry_run", "cache", "checkpoint_dir", "progress"}
 
 
-def check_request(
-    budget: bool, linear: float | None, plan: Plan | None, *, round_to: int | None, rounds: int, search: int
-) -> None:
-    """Exactly one of a budget, a share and a plan, and whole numbers in range.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of `linearize.compress`, which describes them; whoever makes one has them checked.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: no budget or several, or an option out of range.
+
+    Example:
+        >>> Request(speedup=2).budget
+        Budget(measure='latency', fraction=0.5)
     """
-    given = int(budget) + (linear is not None) + (plan is not None)
-    if given != 1:
-        found = "found no budget" if not given else "found a budget beside linear= or plan="
-        remedy = "Pass exactly one of latency, flops, params, speedup, activations (or linear, or plan)."
-        raise UsageError("compress", found, remedy)
-    if linear is not None and (not is_number(linear) or not 0 < linear <= 1):
-        raise UsageError("linear", f"found {linear!r}", "Pass a share above 0 and up to 1.")
-    if plan is not None and not isinstance(plan, Plan):
-        raise UsageError("plan", f"found a {type(plan).__name__}", "Pass a Plan; Plan.from_json reads one from text.")
-    for name, value, least in (("round_to", round_to, 1), ("rounds", rounds, 0), ("search", search, 0)):
-        if value is None and name == "round_to":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(name, f"found {value!r}", f"Pass a whole number of at least {least}.")
+
+    latency: float | None = None
+    flops: float | None = None
+    params: float | None = None
+    speedup: float | None = None
+    activations: float | None = None
+    linear: float | None = None
+    plan: Plan | None = None
+    finetune: int | Mapping[str, Any] | None = None
+    evaluate: Any = None
+    distill: bool = True
+    example_inputs: Any = None
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    dry_run: bool = False
+    sequential: bool = False
+    search: int = 16
+    uniform: bool | Sequence[str] = False
+    stock: bool = False
+    modules: bool = True
+    output: Choice = None
+    round_to: int | None = None
+    when: When = "cheaper"
+    batch_sizes: Sequence[int] | None = None
+    rounds: int = 15
+    cache: bool | Path = True
+    checkpoint_dir: Any = None
+    seed: int = 0
+    progress: bool | Callable[[str], None] = True
+
+    def __post_init__(self) -> None:
+        self._check_what()
+        for name in ("distill", "dry_run", "sequential", "stock", "modules"):
+            checks.boolean(name, getattr(self, name))
+        for name in ("search", "rounds"):
+            checks.whole(name, getattr(self, name))
+        for name in ("include", "exclude"):
+            if getattr(self, name) is not None:
+                checks.patterns(name, getattr(self, name))
+        if self.round_to is not None:
+            checks.whole("round_to", self.round_to, 1)
+        if self.batch_sizes is not None:
+            self._set("batch_sizes", checks.wholes("batch_sizes", self.batch_sizes))
+        if not isinstance(self.uniform, bool):
+            self._set("uniform", checks.patterns("uniform", self.uniform, "True, False, or glob patterns of sites"))
+        if not isinstance(self.cache, bool):
+            self._set("cache", checks.path("cache", self.cache))
+        if self.evaluate is not None:
+            checks.evaluation("evaluate", self.evaluate)
+        if not isinstance(self.progress, bool):
+            checks.function("progress", self.progress, "True, False, or a function of a line of text")
+        checks.choice("when", self.when, ("cheaper", "always"))
+        checks.seed("seed", self.seed)
+        if self.checkpoint_dir is not None:
+            self._set("checkpoint_dir", checks.folder("checkpoint_dir", self.checkpoint_dir))
+        _ = self.training
+
+    def _check_what(self) -> None:
+        """Exactly one of a budget, a share and a plan."""
+        given = (self.budget is not None) + (self.linear is not None) + (self.plan is not None)
+        if given != 1:
+            found = "found no budget" if not given else "found a budget beside linear= or plan="
+            remedy = "Pass exactly one of latency, flops, params, speedup, activations (or linear, or plan)."
+            raise UsageError("compress", found, remedy)
+        if self.linear is not None:
+            checks.share("linear", self.linear, positive=True)
+        plan: Any = self.plan
+        if plan is not None and not isinstance(plan, Plan):
+            found, remedy = f"found a {type(plan).__name__}", "Pass a Plan; Plan.from_json reads one from text."
+            raise UsageError("plan", found, remedy)
+        if self.dry_run is True and self.budget is None:
+            remedy = "Pass one of latency, flops, params, speedup, activations."
+            raise UsageError("dry_run", "found without a budget", remedy)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        """What may remain of a cost; None if a share or a plan takes its place."""
+        given = {name: getattr(self, name) for name in ("latency", "flops", "params", "activations")}
+        return read_budget(speedup=self.speedup, **given)
+
+    @cached_property
+    def training(self) -> Mapping[str, Any]:
+        """Keyword arguments of `finetune`, the number of epochs among them, 0 for none; gentle behind a plan."""
+        if self.finetune is None:
+            return {"epochs": 0}
+        given = self.finetune
+        options: dict[str, Any] = {"epochs": 10, **given} if isinstance(given, Mapping) else {"epochs": given}
+        if self.linear is None:
+            options.setdefault("lr", _GENTLE)
+        if self.output is not None:
+            options.setdefault("output", self.output)
+        _check_options(options)
+        return options
+
+    @property
+    def table(self) -> Path | None:
+        """The file of latencies."""
+        if isinstance(self.cache, bool):
+            return cache_file() if self.cache else None
+        return Path(self.cache)
+
+    @property
+    def key(self) -> list[tuple[str, Any]]:
+        """All that the plan and the weights depend on, by name, besides model and data: every option but a few."""
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
+        told["finetune"] = {n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep")}
+        told["plan"] = None if self.plan is None else self.plan.to_json()
+        return sorted(told.items())
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Options of fine-tuning, before the plan that comes first is made."""
+    taken = sorted(set(options) & {"prior", "teacher", "evaluate", "progress", "on_epoch", "seed"})
+    if taken:
+        found = f"found {taken[0]!r} among the options of fine-tuning"
+        raise UsageError("finetune", found, "Use the argument of compress, which sets it.")
+    unknown = sorted(map(str, set(options) - set(inspect.signature(train).parameters) - {"gradual"}))
+    if unknown:
+        raise UsageError("finetune", f"found {unknown[0]!r}", "Pass keyword arguments of linearize.finetune.")
+    try:
+        check_numbers(**options)
+        checks.share("gradual", options.get("gradual", 0), "share of the steps")
+        if options.get("loss") is not None:
+            checks.function("loss", options["loss"], "a function of (output, labels)")
+        if options.get("features") is not None:
+            checks.patterns("features", options["features"])
+        check_folder(options.get("checkpoint_dir"), resume=options.get("resume", False))
+    except UsageError as error:
+        raise UsageError(f"finetune, {error.where}", error.found, error.remedy) from error
+
+
+def check_inputs(model: Any, data: Any) -> None:
+    """The model and its data, before anything is done with them.
+
+    Raises:
+        UsageError: the model is none, has no values, or nothing can be computed with gradients here.
+        DataError: the data cannot be iterated, or only once.
+    """
+    checks.weights("model", checks.module("model", model))
+    checks.normal_mode("compress")
+    checks.batches("data", data)
 
 
 def some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[Any]:
@@ -116,29 +242,6 @@ def _needs_labels(model: nn.Module, batch: Batch) -> bool:
             else:
                 return needed
     return False
-
-
-def training_options(finetune: int | Mapping[str, Any] | None, *, gentle: bool) -> dict[str, Any]:
-    """Keyword arguments of `finetune`, the number of epochs among them, 0 for none; if gentle, with a low rate."""
-    if finetune is None:
-        return {"epochs": 0}
-    options: dict[str, Any] = {"epochs": 10, **finetune} if isinstance(finetune, Mapping) else {"epochs": finetune}
-    if gentle:
-        options.setdefault("lr", _GENTLE)
-    taken = sorted(set(options) & {"prior", "teacher", "evaluate", "progress", "on_epoch", "seed"})
-    if taken:
-        found = f"found {taken[0]!r} among the options of fine-tuning"
-        raise UsageError("finetune", found, "Use the argument of compress, which sets it.")
-    unknown = sorted(set(options) - set(inspect.signature(train).parameters) - {"gradual"})
-    if unknown:
-        raise UsageError("finetune", f"found {unknown[0]!r}", "Pass keyword arguments of linearize.finetune.")
-    if isinstance(options["epochs"], bool) or not isinstance(options["epochs"], int) or options["epochs"] < 1:
-        remedy = "Pass a number of epochs, a dict of options, or None."
-        raise UsageError("finetune", f"found {options['epochs']!r} epochs", remedy)
-    gradual = options.get("gradual", 0)
-    if not is_number(gradual) or not 0 <= gradual <= 1:
-        raise UsageError("finetune", f"found gradual={gradual!r}", "Pass a share of the steps, from 0 to 1.")
-    return options
 
 
 def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], distill: bool) -> None:

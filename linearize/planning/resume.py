@@ -1,10 +1,10 @@
-"""What an interrupted compression has found out already: statistics of finished passes, in a folder."""
+"""What an interrupted compression has found out already, in a folder: statistics of finished passes, and the plan."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,37 +17,62 @@ from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
 from linearize.nest import plain
+from linearize.planning.decision import DECISION_FILE, Decision
+from linearize.planning.records import flaw_in
 from linearize.running.batches import count_of, length_of
-from linearize.training.state import read_state, write_state
+from linearize.storage.digest import take_in
+from linearize.storage.folders import clear
+from linearize.training.state import EPOCH_FILE, read_state, write_state
 
 __all__ = ["NOTHING", "Notes", "facts_of", "fingerprint"]
+
+_log = logging.getLogger(__name__)
+
+_STATISTICS = r"[A-Za-z0-9.-]+-[0-9a-f]{12}\.safetensors"
+_OF_A_REQUEST = ("training-*/epoch-*.safetensors", f"planned-*/{DECISION_FILE}")
 
 
 @dataclass(frozen=True)
 class Notes:
     """Results by name, one file each, written whole or not at all; those of another job are not read.
 
+    A file that is damaged is told of in the log and left out: what it held is found out again.
+
     Attributes:
-        folder: where the files are; None remembers nothing.
-        key: what tells this job from others, see `fingerprint`.
+        folder: where the statistics are, which any request to this model on this data can use; None remembers nothing.
+        key: what tells model and data from others, see `fingerprint`.
+        request: what tells the request from others: its plan and its training are for no other.
+        beside: the folder of the training, if the user named one: then the plan is noted there.
 
     Example:
-        >>> Notes(None, "").read("anything") is None
+        >>> Notes(None, "").read("site anything") is None
         True
     """
 
     folder: Path | None
     key: str
+    request: str = ""
+    beside: Path | None = None
 
     def read(self, name: str) -> Any | None:
         """What was noted under a name; None if nothing was, or by another job, or the file is damaged."""
-        if self.folder is None:
+        if self.folder is None or not self._path(name).exists():
             return None
+        path = self._path(name)
         try:
-            held = read_state(self._path(name))
-        except CheckpointError:
+            held = read_state(path)
+        except CheckpointError as error:
+            _leave_out(path, error.found)
             return None
-        return held["noted"] if isinstance(held, dict) and held.get("key") == self.key else None
+        if not isinstance(held, dict) or not {"key", "noted"} <= held.keys():
+            _leave_out(path, "it holds no statistics")
+            return None
+        if held["key"] != self.key:
+            return None
+        flaw = flaw_in(name.partition(" ")[0], held["noted"])
+        if flaw is not None:
+            _leave_out(path, f"found {flaw}")
+        return held["noted"] if flaw is None else None
 
     def some(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
         """What was noted of a kind, for those names of which anything was."""
@@ -65,17 +90,65 @@ class Notes:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_state(path, {"key": self.key, "noted": value})
 
+    def decision(self, model: nn.Module) -> Decision | None:
+        """What was decided for this request and this gated model, if anything was."""
+        path = self._decision_file
+        if path is None:
+            return None
+        try:
+            found = Decision.read(path, self.request)
+            return None if found is None else found.checked(model)
+        except CheckpointError as error:
+            _leave_out(path, error.found)
+            return None
+
+    def decide(self, decision: Decision) -> None:
+        """Note what was decided for this request.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self._decision_file is not None:
+            self._decision_file.parent.mkdir(parents=True, exist_ok=True)
+            decision.write(self._decision_file, self.request)
+
+    def training(self, plan: str) -> dict[str, Any]:
+        """Options of a training that leads to a plan, told as text: where its checkpoints are, and no others."""
+        if self.folder is None or self.beside is not None:
+            return {}
+        name = f"training-{self.request[:12]}-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
+        return {"checkpoint_dir": self.folder / name, "resume": True}
+
     def forget(self) -> None:
-        """Remove the folder, which is this job's own, and the one around it if nothing else is in it."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):
-                self.folder.parent.rmdir()
+        """Remove what this request has noted, and the statistics if no other request is unfinished.
+
+        Only files of ours go, and folders in which nothing else is.
+        """
+        if self.folder is None:
+            return
+        clear(self.folder / f"planned-{self.request[:12]}", [re.escape(DECISION_FILE)])
+        for place in self.folder.glob(f"training-{self.request[:12]}-*"):
+            clear(place, [EPOCH_FILE])
+        if any(path for pattern in _OF_A_REQUEST for path in self.folder.glob(pattern)):
+            return
+        clear(self.folder, [_STATISTICS])
+        with suppress(OSError):
+            self.folder.parent.rmdir()
+
+    @property
+    def _decision_file(self) -> Path | None:
+        place = None if self.folder is None else self.folder / f"planned-{self.request[:12]}"
+        place = place if self.beside is None else self.beside
+        return None if place is None else place / DECISION_FILE
 
     def _path(self, name: str) -> Path:
         """A file name that any system takes, and no other name has."""
         tail = hashlib.sha256(name.encode()).hexdigest()[:12]
         return Path(self.folder or "") / f"{re.sub('[^A-Za-z0-9.]+', '-', name)[:80]}-{tail}.safetensors"
+
+
+def _leave_out(path: Path, why: str) -> None:
+    _log.warning("%s is damaged and left out: %s", path, why)
 
 
 NOTHING = Notes(None, "")
@@ -84,7 +157,8 @@ NOTHING = Notes(None, "")
 def fingerprint(model: nn.Module, *others: Any) -> str:
     """A text that changes with the weights of a model, or with anything else that results depend on.
 
-    Tensors count by shape, dtype and sum: what is meant to be told apart are jobs, not forgeries.
+    Tensors count by every bit. An object counts by its name, or that of its class, never by its address, so that the
+    text is the same in another process.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -93,12 +167,15 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
     """
     told = hashlib.sha256()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for leaf in [*tensors, *pytree.tree_leaves((list(tensors.values()), others))]:
+    leaves, form = pytree.tree_flatten((list(tensors.values()), others))
+    for leaf in [*tensors, *leaves, str(form)]:
         if isinstance(leaf, Tensor):
-            value = leaf.detach()
-            told.update(f"{tuple(value.shape)} {value.dtype} {value.double().sum().item()!r}".encode())
+            take_in(told, leaf)
         else:
-            told.update(repr(leaf).encode())
+            text = repr(leaf)
+            named = callable(leaf) or " at 0x" in text
+            told.update((getattr(leaf, "__qualname__", type(leaf).__name__) if named else text).encode())
+        told.update(b"\0")
     return told.hexdigest()
 
 

@@ -24,6 +24,7 @@ from linearize.planning.knapsack import choose
 from linearize.planning.resume import NOTHING, Notes
 from linearize.planning.timing.all import timed
 from linearize.running.passes import Collector, run_passes
+from linearize.surgery.bake import bake
 from linearize.training.distance import some_of
 from linearize.training.probes import projection
 
@@ -58,7 +59,7 @@ class Survey:
     @property
     def notes(self) -> list[str]:
         """What a reader should know, such as too little data."""
-        return self.context.notes
+        return [*self.context.warned, *self.context.told]
 
     @property
     def fixed(self) -> float:
@@ -69,6 +70,16 @@ class Survey:
     def least(self) -> float:
         """The smallest fraction of the total that the options can reach, as predicted."""
         return (self.fixed + choose(self.groups, self.measure, -math.inf).cost) / self.total
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why sites stay for another reason than their loss, by name."""
+        found: dict[str, str] = {}
+        for group in self.groups:
+            cheaper = any(o.cost(self.measure) < group.stay.cost(self.measure) for o in group.options[1:])
+            why = group.reason or (None if cheaper else "no other option costs less")
+            found |= dict.fromkeys(() if group.encloses or why is None else group.sites, str(why))
+        return found
 
 
 def survey(
@@ -112,6 +123,9 @@ def survey(
         notes: of passes that an interrupted run has finished.
     """
     before = cost(original, batch)
+    baked = bake(gated)
+    if baked:
+        say(f"  {len(baked)} computed weights become plain ones, such as that of {baked[0]}")
     ties = _ties(gated, uniform or stock)
     context = Context(
         gated,
@@ -139,7 +153,7 @@ def survey(
         groups = family.options(context, places[family.name], groups)
     for names in ties:
         groups = tied(groups, set(names))
-    _warn(context.notes)
+    _warn(context.warned)
     total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
     if measure == "activations":
         total = sum(group.stay.activations for group in groups)

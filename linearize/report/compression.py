@@ -16,6 +16,8 @@ from linearize.text_table import render, render_markdown
 
 __all__ = ["Report", "outcome_table"]
 
+_SHOWN = 5  # sites that stay, in what is printed
+
 
 @dataclass(frozen=True)
 class Report:
@@ -32,6 +34,8 @@ class Report:
         outcome: the budget and what became of it; None for a share of linear channels.
         options: for each group of sites, its best options, as a table; empty for a share of linear channels.
         notes: what else a reader should know.
+        kept: by site that stays for another reason than its loss, or that has no gate, the reason.
+        plan: SHA-256 of the plan (`Plan.sha256`): which plan this reports on.
     """
 
     quality: Mapping[str, Mapping[str, float]]
@@ -45,6 +49,8 @@ class Report:
     outcome: Outcome | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def metric(self) -> str | None:
@@ -64,6 +70,8 @@ class Report:
             "seconds": dict(self.seconds),
             "budget": None if self.outcome is None else self.outcome.to_dict(),
             "notes": list(self.notes),
+            "kept": dict(self.kept),
+            "plan_sha256": self.plan,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -75,8 +83,17 @@ class Report:
         write_json(path, self.to_dict())
 
     def __str__(self) -> str:
-        lines = [outcome_table({"": self}), *(f"note: {note}" for note in self.notes)]
+        lines = [outcome_table({"": self}), *(f"note: {note}" for note in self.notes), *_kept(self.kept)]
         return "\n".join(lines)
+
+
+def _kept(kept: Mapping[str, str]) -> list[str]:
+    """The first sites that stay for another reason than their loss, and how many there are."""
+    if not kept:
+        return []
+    lines = [f"sites that stay for another reason than their loss: {len(kept)}"]
+    lines += [f"  {site}: {reason}" for site, reason in list(kept.items())[:_SHOWN]]
+    return [*lines, f"  ... and {len(kept) - _SHOWN} more (report.kept)"] if len(kept) > _SHOWN else lines
 
 
 def outcome_table(reports: Mapping[str, Report], *, markdown: bool = False) -> str:

@@ -115,8 +115,9 @@ def read_batch(model: nn.Module, batch: Any, meaning: Meaning | None = None) -> 
         labels = batch.get("labels")
         kwargs = batch if _takes(model, "labels") else {key: batch[key] for key in batch if key != "labels"}
         masks = _masks(kwargs)
-        if isinstance(labels, Tensor) and labels_are_inputs(model, batch):
-            masks.setdefault("decoder_attention_mask", labels.ne(IGNORED))
+        decoded = _decoded(model, batch)
+        if decoded is not None:
+            masks.setdefault("decoder_attention_mask", decoded)
         return Batch((), kwargs, labels, masks, meaning)
     if isinstance(batch, tuple | list) and batch:
         if len(batch) > 1 and len(batch) > _required(model):
@@ -203,11 +204,25 @@ def labels_are_inputs(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether a model makes its decoder's input from a batch's labels: its forward takes both, the batch has none."""
     if not _are_classes(batch.get("labels")) or not _takes(model, "labels"):
         return False
-    if any(batch.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
-        return False
+    given = any(batch.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    return not given and _has_decoder(model)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Whether a model is a sequence-to-sequence one: with a decoder that has an input of its own."""
     names = {parameter.name for parameter in _parameters(model)}
     told = hasattr(model, "prepare_decoder_input_ids_from_labels") or "decoder_input_ids" in names
     return told or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _decoded(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Bool (B, T): positions of the decoder that count, as the labels say; all, if only its input is given."""
+    labels, given = batch.get("labels"), batch.get("decoder_input_ids")
+    if not _has_decoder(model):
+        return None
+    if isinstance(labels, Tensor) and _are_classes(labels) and (given is None or given.shape == labels.shape):
+        return labels.ne(IGNORED)
+    return torch.ones_like(given, dtype=torch.bool) if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
 def _are_classes(labels: Any) -> bool:

@@ -21,13 +21,8 @@ def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
         >>> duplicate(layer, LinearizeError).last.requires_grad
         False
     """
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     try:
-        copied = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, computed_tensors(model))
     except Exception as failure:  # an attribute may be anything: a lock, a file, a generator
         found = f"cannot be copied ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
         remedy = "Take away the attribute that copy.deepcopy refuses, or convert with inplace=True."
@@ -37,3 +32,9 @@ def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
             if name in vars(new) and name not in vars(old):
                 del vars(new)[name]  # `nn.TransformerDecoderLayer` hides a child `activation` of every copy
     return copied
+
+
+def computed_tensors(model: nn.Module) -> dict[int, object]:
+    """Copies, by id, of the tensors in attributes that have a graph behind them: what `copy.deepcopy` would refuse."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}

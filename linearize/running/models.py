@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
 from linearize.nest import copied, leaves_of, mapped
+from linearize.running.devices import device_of
 
-__all__ = ["batches_of", "call", "device_of", "evaluating", "move", "watching"]
+__all__ = ["batches_of", "call", "device_of", "eagerly", "evaluating", "move", "watching"]
 
 
 def batches_of(inputs: Any) -> list[Inputs]:
@@ -37,13 +38,6 @@ def batches_of(inputs: Any) -> list[Inputs]:
                 "Pass a tensor, a tuple, a dict of keyword arguments, or a list of these.",
             )
     return found
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter or buffer; the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def move(batch: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
@@ -103,6 +97,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eagerly() -> Iterator[None]:
+    """Whatever is compiled runs as plain Python: compiled code does not see hooks that were put on after it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def watching(
     model: nn.Module, attach: Callable[[Tensor], Iterable[Any]], *, gradients: bool = True
 ) -> Iterator[Tensor]:
@@ -127,7 +128,7 @@ def watching(
     try:
         handles.extend(attach(source))
         model.eval()
-        with torch.set_grad_enabled(gradients):
+        with eagerly(), torch.set_grad_enabled(gradients):
             yield source
     finally:
         for handle in handles:

@@ -32,6 +32,7 @@ def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
     Other targets of that shape are values.
 
     Example:
+        >>> import torch
         >>> fitted(torch.zeros(2, 5, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))
         ('classes', 1)
         >>> fitted(torch.zeros(2, 3, 8, 8), torch.rand(2, 3, 8, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ Step = dict[str, Any]
 """One change of the module tree: ``{"path": where, "module": the spec of what stands there now}``."""
 
 _ATTRIBUTE = "_linearize"
+_WATCHERS: list[Callable[[nn.Module, Record], None]] = []
 
 
 @dataclass
@@ -49,3 +51,10 @@ def converted_parts(model: nn.Module) -> list[str]:
 def set_record(model: nn.Module, record: Record) -> None:
     """Attach a record to a model; it survives deepcopy and pickle, and is no part of the state dict."""
     model.__dict__[_ATTRIBUTE] = record
+    for watch in _WATCHERS:
+        watch(model, record)
+
+
+def when_recorded(watch: Callable[[nn.Module, Record], None]) -> None:
+    """Have a function called with every model that gets a record, and the record."""
+    _WATCHERS.append(watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 import torch
 
+from linearize import schema
 from linearize._version import __version__
 from linearize.errors import CheckpointError
+from linearize.schema import Unfit, array, mapping, optional, path, plain, text
 from linearize.sites.record import Record, Step
+from linearize.sites.schema import EXTRA, SITE, STEP
 from linearize.sites.site import Site
+from linearize.storage import tensorfile
 from linearize.surgery.specs import IN_PLACE
 from linearize.zoo.plain import is_plain, pack, unpack
 
-FORMAT, VERSION = "linearize", 1
+FORMAT, VERSION = "linearize", 2
 """Name of the format, and the newest version that this code reads and the one that it writes."""
 
 _TENSOR = "__tensor__"
@@ -37,6 +42,7 @@ class Manifest:
         attributes: plain attributes that differ from the rebuilt model's: (module path, name, value).
         sites: the sites of the model's record.
         inputs: its example inputs, with tensors on the meta device.
+        version: of the format in which it was read.
     """
 
     recipe: dict[str, Any] | None = None
@@ -48,6 +54,7 @@ class Manifest:
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     sites: list[dict[str, Any]] = field(default_factory=list)
     inputs: Any = None
+    version: int = VERSION
 
     def to_texts(self) -> dict[str, str]:
         """The metadata as a .safetensors file holds it: texts by name, JSON where there is structure."""
@@ -68,36 +75,37 @@ class Manifest:
         return {"format": FORMAT, "version": str(VERSION), **texts}
 
     @classmethod
-    def from_texts(cls, path: Path, texts: dict[str, str]) -> Manifest:
-        """Read the metadata of the file at ``path``.
+    def from_texts(cls, source: Path, texts: dict[str, str]) -> Manifest:
+        """Read the metadata of the file ``source``, all of it checked before any of it is used.
 
         Raises:
             CheckpointError: it is not ours, of a newer version, or not of the form that `to_texts` writes.
         """
-        _check_version(path, texts)
+        _check_version(source, texts)
         try:
-            data = {name: json.loads(text) for name, text in texts.items() if name not in ("format", "version")}
+            data = {name: schema.parse(texts[name]) for name in _FORM}
+            for name, check in _FORM.items():
+                check(data[name], name)
             found = cls(
-                recipe=_of_type(data["recipe"], dict, type(None)),
-                no_recipe=_of_type(data["no_recipe"], str),
-                steps=[_of_type(step, dict) for step in _of_type(data["steps"], list)],
-                aliases=_texts(data["aliases"]),
-                frozen=[_of_type(name, str) for name in _of_type(data["frozen"], list)],
-                extras=[(*_pair(key, path), _where(where)) for key, path, where in data["extras"]],
-                attributes=[(*_pair(path, name), unpack(value)) for path, name, value in data["attributes"]],
+                recipe=data["recipe"],
+                no_recipe=data["no_recipe"],
+                steps=data["steps"],
+                aliases=data["aliases"],
+                frozen=data["frozen"],
+                extras=[(key, where, tuple(inner)) for key, where, inner in data["extras"]],
+                attributes=[(where, name, unpack(value)) for where, name, value in data["attributes"]],
                 sites=[Site.from_dict(site).to_dict() for site in data["sites"]],
                 inputs=_inputs_from_json(data["inputs"]),
+                version=int(texts["version"]),
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")
             # What changes a model in place may change the whole of it.
-            if not all(
-                step["module"]["type"] and (step["path"] or step["module"]["type"] in IN_PLACE) for step in found.steps
-            ):
-                raise ValueError("a step is not complete")
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
-            what = f"its metadata is damaged ({type(error).__name__}: {str(error)[:80]})"
-            raise CheckpointError(str(path), what, "Copy or save the file again.") from error
+            if not all(step["path"] or step["module"]["type"] in IN_PLACE for step in found.steps):
+                raise ValueError("a step replaces the whole model")
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            what = f"its metadata is damaged ({type(error).__name__}: {str(error)[:120]})"
+            raise CheckpointError(str(source), what, "Copy or save the file again.") from error
         return found
 
     def record(self) -> Record:
@@ -116,6 +124,14 @@ def may_hold(value: Any) -> bool:
     return is_plain(value, simple=True)
 
 
+def _any_scalar(value: Any, where: str) -> None:
+    """As JSON has them: settings may be infinite, and numbers are held to their range where they are used."""
+    if isinstance(value, str):
+        text()(value, where)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise Unfit(where, "a number", "one of 64 bits")
+
+
 def _check_version(path: Path, texts: dict[str, str]) -> None:
     if texts.get("format") != FORMAT:
         found = "it is a safetensors file that linearize did not write"
@@ -127,25 +143,6 @@ def _check_version(path: Path, texts: dict[str, str]) -> None:
     if int(version) > VERSION:
         found = f"it has format version {int(version)}, this linearize ({__version__}) reads up to {VERSION}"
         raise CheckpointError(str(path), found, "Upgrade: pip install --upgrade linearize.")
-
-
-def _of_type(value: Any, *kinds: type) -> Any:
-    if not isinstance(value, kinds):
-        raise TypeError(f"found {type(value).__name__}, not {kinds[0].__name__}")
-    return value
-
-
-def _texts(value: Any) -> dict[str, str]:
-    return {name: _of_type(text, str) for name, text in _of_type(value, dict).items()}
-
-
-def _pair(first: Any, second: Any) -> tuple[str, str]:
-    return _of_type(first, str), _of_type(second, str)
-
-
-def _where(value: Any) -> tuple[Any, ...]:
-    name, *inner = _of_type(value, list)
-    return (_of_type(name, str), *(_of_type(key, str, int) for key in inner))
 
 
 def _inputs_to_json(value: Any) -> Any:
@@ -175,10 +172,28 @@ def _inputs_from_json(value: Any) -> Any:
 def _with_tensors(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
+            _STORED_TENSOR(value[_TENSOR], "an input")
             shape, name = value[_TENSOR]
-            dtype = _of_type(getattr(torch, _of_type(name, str), None), torch.dtype)
-            return torch.empty(shape, dtype=dtype, device="meta")
+            if math.prod(shape) >= 2**60:
+                raise Unfit("an input", shape, "a shape")
+            return torch.empty(shape, dtype=getattr(torch, name), device="meta")
         return {key: _with_tensors(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_with_tensors(item) for item in value)
     return value
+
+
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in tensorfile.DTYPE_NAMES)
+_STORED_TENSOR = schema.each(array(schema.integer(0, 2**40), 16), schema.one_of(*_DTYPES))
+_FORM: dict[str, schema.Check] = {
+    "recipe": optional(mapping(text(100), plain(_any_scalar, entries=500_000), 20)),
+    "no_recipe": text(),
+    "steps": array(STEP, 100_000),
+    "aliases": mapping(text(), text()),
+    "frozen": array(text()),
+    "extras": array(EXTRA),
+    "attributes": array(schema.each(path, schema.identifier, plain(_any_scalar))),
+    "sites": array(SITE, 100_000),
+    "inputs": plain(_any_scalar, entries=10_000),
+}
+"""What each text of the metadata must hold."""

@@ -6,10 +6,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from linearize.errors import CheckpointError
+from linearize.running.copies import computed_tensors
 from linearize.storage.manifest import Manifest
+from linearize.tensors import at_rest, computes, is_computed
 from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
@@ -22,7 +26,7 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
         >>> copy_without_weights(nn.Linear(2, 3)).weight.is_meta
         True
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed_tensors(model)
     for tensor in stored_tensors(model).values():
         empty = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -30,49 +34,38 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def check_fit(path: str, model: nn.Module, content: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check names and shapes of a file's tensors against the model that they are for.
+def take_plain_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Take the computation of a weight off a model without values, where a file holds the weight itself.
 
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape, or not shared as in the model.
+    The file was made when the weight norm, spectral norm or pruning had been removed; the model is built with it.
     """
-    extras = {key for key, _, _ in content.extras}
-    found = {name: shape for name, shape in shapes.items() if name not in extras}
-    for name, stored in content.aliases.items():
-        if stored not in found or name in shapes:
-            raise CheckpointError(path, f"tensor {name!r} shares {stored!r}, which is not stored", _REMEDY)
-    found.update({name: shapes[stored] for name, stored in content.aliases.items()})
-    if lost := extras - set(shapes):
-        raise CheckpointError(path, f"tensor {min(lost)!r} is missing", "Copy or save the file again.")
-    expected = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
-    problems = [
-        *(f"tensor {name!r} is missing" for name in expected if name not in found),
-        *(f"tensor {name!r} is not expected" for name in found if name not in expected),
-        *(
-            f"tensor {name!r} is of shape {found[name]}, the model has {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ),
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(path, f"it does not fit the model: {problems[0]}{more}", _REMEDY)
-    _check_sharing(path, model, content)
+    for path, module in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        for name in ("weight", "bias"):
+            if prefix + name in shapes and is_computed(module, name):
+                kept = {other for other in module._parameters if prefix + other in shapes}
+                _take_plain(module, name, shapes[prefix + name], kept)
 
 
-def _check_sharing(path: str, model: nn.Module, content: Manifest) -> None:
-    """A slot that the model reaches under two names must be one tensor in the file, too."""
-    slots: dict[tuple[int, str], str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name in (*module._parameters, *module._buffers):
-            full = f"{prefix}.{name}" if prefix else name
-            other = slots.setdefault((id(module), name), full)
-            if content.aliases.get(full, full) != content.aliases.get(other, other):
-                raise CheckpointError(path, f"{full!r} and {other!r} are one tensor in the model", _REMEDY)
+def _take_plain(module: nn.Module, name: str, shape: tuple[int, ...], kept: set[str]) -> None:
+    like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    if parametrize.is_parametrized(module, name):
+        with at_rest(module):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    else:
+        for key in [key for key in module._forward_pre_hooks if computes(module, key, name)]:
+            del module._forward_pre_hooks[key]
+        for held in (module._parameters, module._buffers):
+            for other in [other for other in held if other.startswith(f"{name}_") and other not in kept]:
+                del held[other]
+    for holder in (vars(module), module._buffers):
+        holder.pop(name, None)
+    dtype = None if like is None else like.dtype
+    module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
 
 
 def fill(model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Assign, without copying, the tensors of a file to a model that `check_fit` has passed."""
+    """Assign, without copying, the tensors of a file to a model that `fit.check_fit` has passed."""
     frozen, made, replaced = set(content.frozen), dict[str, Tensor](), dict[int, Tensor]()
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
@@ -100,6 +93,17 @@ def _parameter(tensor: Tensor, old: nn.Parameter, trainable: bool) -> nn.Paramet
     return new
 
 
+def _alike(old: Any, new: Any) -> bool:
+    """True for values of one kind: numbers, texts, sequences; None says that nothing is set."""
+    if old is None or new is None:
+        return True
+    if isinstance(old, (list, tuple)):
+        return isinstance(new, (list, tuple))
+    if isinstance(old, (bool, int, float)) and isinstance(new, (bool, int, float)):
+        return isinstance(old, float) or not isinstance(new, float)
+    return type(old) is type(new)
+
+
 def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors outside the state dict, and plain attributes; then nothing may be left without memory.
 
@@ -108,11 +112,17 @@ def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[st
     """
     modules = dict(model.named_modules())
     for key, name, where in content.extras:
-        if name in modules:
-            put_tensor(modules[name], where, tensors[key])
+        # What has no place is left out: the model makes it anew in its forward.
+        if name in modules and not put_tensor(modules[name], where, tensors[key]) and hasattr(modules[name], where[0]):
+            found = f"tensor {key!r:.80} would stand in the place of {'.'.join(map(str, (name, *where)))!r:.80}"
+            raise CheckpointError(path, found, _REMEDY)
     for name, attribute, value in content.attributes:
-        if name in modules and attribute in plain_attributes(modules[name]):
-            modules[name].__dict__[attribute] = value
+        if name not in modules or attribute not in (known := plain_attributes(modules[name])):
+            continue
+        if not _alike(known[attribute], value):
+            found = f"attribute {f'{name}.{attribute}'.strip('.')!r:.80} is {value!r:.80}, the model has another kind"
+            raise CheckpointError(path, found, _REMEDY)
+        modules[name].__dict__[attribute] = value
     for name, module in modules.items():
         for where, tensor in plain_tensors(module).items():
             if tensor.is_meta:

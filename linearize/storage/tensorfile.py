@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,12 @@ import torch
 from torch import Tensor
 
 from linearize.errors import CheckpointError
+from linearize.schema import parse
+from linearize.storage import atomic
 
-MAX_HEADER = 100_000_000
-"""Longest header in bytes, as the safetensors library has it."""
+MAX_HEADER = 16_000_000
+"""Longest header in bytes: a hundred thousand tensors. Parsed, it takes some twenty times that in memory."""
+_MAX_DIMS = 16
 
 _DTYPES = {
     "F64": torch.float64,
@@ -54,10 +55,23 @@ class Header:
     Attributes:
         shapes: shape of each tensor by name.
         metadata: the file's own texts.
+        dtypes: dtype of each tensor by name.
     """
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+
+    def renamed(self, names: Mapping[str, str]) -> Header:
+        """The same with other names of tensors."""
+        shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
+        return Header(shapes, self.metadata, {names.get(name, name): dtype for name, dtype in self.dtypes.items()})
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors and texts together."""
+        tensors = sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+        return tensors + sum(len(name) + len(text) for name, text in self.metadata.items())
 
     @property
     def elements(self) -> int:
@@ -71,24 +85,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         CheckpointError: the folder is missing or not writable, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            # x: never write into a file that someone else has opened under this name.
-            with beside.open("xb") as file:
-                _stream(file, tensors, metadata)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
-    except OSError as error:
-        found = f"it cannot be written: {error.strerror or error}"
-        remedy = "Free some space or choose another folder; a file that was there before is as it was."
-        raise CheckpointError(str(path), found, remedy) from error
+    atomic.write(path, lambda file: _stream(file, tensors, metadata))
 
 
 def _stream(file: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -119,42 +116,33 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # other systems do not open folders, and rename safely without
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_header(path: Path) -> Header:
     """Read and check what stands in front of the tensors.
 
     Raises:
-        CheckpointError: there is no such file, it is a folder, it is truncated, or not in safetensors format.
+        CheckpointError: there is no such file, it is something else than a file, it is truncated, or not in
+            safetensors format.
     """
-    if path.is_dir():
-        raise CheckpointError(str(path), "it is a folder", "Pass the path of a .safetensors file.")
+    size = atomic.check_readable(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            raw = file.read(min(length, MAX_HEADER, size)) if size >= 8 else b""
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), "there is no such file", "Check the path.") from error
+            first = file.read(1)
+            fits = first == b"{" and length <= min(MAX_HEADER, size)
+            raw = first + file.read(length - 1) if fits else first
     except OSError as error:
         raise CheckpointError(str(path), f"it cannot be read: {error.strerror or error}", "Check the file.") from error
     if size < 8:
         raise _truncated(path, f"it ends after {size} bytes")
-    if raw[:1] != b"{" or length > MAX_HEADER:
+    if first != b"{" or length > 2**40:
         raise _foreign(path, "it does not start like a safetensors file")
+    if length > MAX_HEADER:
+        raise _foreign(path, f"its header has {length} bytes, more than the {MAX_HEADER} that a model needs")
     if 8 + length > size:
         raise _truncated(path, f"its header should have {length} bytes, {size - 8} are there")
     try:
-        return _parse(path, json.loads(raw), size - 8 - length)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return _parse(path, parse(raw), size - 8 - length)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _foreign(path, "its header is not that of a safetensors file") from error
 
 
@@ -162,19 +150,20 @@ def _parse(path: Path, entries: Any, room: int) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise _foreign(path, "its metadata is not text")
-    shapes, reach = {}, 0
+    header, reach = Header({}, dict(metadata), {}), 0
     for name, entry in entries.items():
         shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        if len(shape) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
             raise _foreign(path, f"the shape of {name!r:.80} is not one")
         if entry["dtype"] not in _DTYPES:
             raise _foreign(path, f"the dtype of {name!r:.80} is {entry['dtype']!r:.20}")
         if end - start != math.prod(shape) * _DTYPES[entry["dtype"]].itemsize:
             raise _foreign(path, f"the size of {name!r:.80} is not that of its shape")
-        shapes[name], reach = shape, max(reach, end)
+        header.shapes[name], header.dtypes[name] = shape, _DTYPES[entry["dtype"]]
+        reach = max(reach, end)
     if reach > room:
         raise _truncated(path, f"its tensors should take {reach} bytes, {room} are there")
-    return Header(shapes, dict(metadata))
+    return header
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ def place_of(piece: Piece | None, start: int) -> int:
     return start + sum(now - (stop - begin) for begin, stop, now in changed if begin < start)
 
 
-def spliced(whole: Affine, before: Piece | None, port: Port, part: Piece) -> tuple[Piece, Affine]:
+def spliced(
+    whole: Affine, before: Piece | None, port: Port, part: Piece, *, widen: bool = True
+) -> tuple[Piece, Affine]:
     """The consumer with new columns for one branch, as a piece and as the map in it.
 
     Args:
@@ -38,6 +40,7 @@ def spliced(whole: Affine, before: Piece | None, port: Port, part: Piece) -> tup
         before: the piece that it is already, if other branches have been changed.
         port: which inputs are the branch's.
         part: what a form made of the branch's columns. Its bias is the result's.
+        widen: whether the branch may have more columns than before.
 
     Raises:
         Infeasible: the form leaves no map of the branch's channels.
@@ -51,6 +54,9 @@ def spliced(whole: Affine, before: Piece | None, port: Port, part: Piece) -> tup
         layer, number = "carry", part.number
     elif part.layer == "carry":
         weight = torch.cat((weight, _added(part, whole)), dim=1)
+    wider = part.beside + part.affine.weight.shape[1] > port.stop - port.start
+    if wider and not widen:
+        raise Infeasible("the code behind the concatenation takes no more channels")
     left, right = whole.weight[:, :first], whole.weight[:, first + port.stop - port.start :]
     changed = () if before is None else before.branches
     made = replace(whole, weight=torch.cat((left, weight, right), dim=1), bias=bias)

@@ -1,7 +1,9 @@
 """Linear maps that a collapsed model may contain besides torch's own: they carry the merged term past the activation.
 
-So the forward code around a site can stay as it is. Shape letters: K channels that stay nonlinear, O output features, I
-input features. There is one class per number of spatial dimensions, described by its mixin.
+So the forward code around a site can stay as it is. Every one of them is a module around an ordinary `nn.Linear` or
+`nn.Conv1d`, `2d`, `3d` of true width, with slices, concatenations and additions beside it: nothing that a tracer, an
+exporter or a quantiser does not know, and no branch on what a tensor is. Shape letters: K channels that stay nonlinear,
+O output features, I input features. Convolutions hold their number of spatial dimensions in `dims`.
 """
 
 from __future__ import annotations
@@ -9,173 +11,223 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from linearize.algebra.affine import same_padding
+from linearize.algebra.affine import pad_same
 from linearize.errors import UsageError
+from linearize.surgery.slices import every, ones_beside, part
+
+fx.wrap("ones_beside")  # leaves of symbolic tracing, as torch's own functions are
+fx.wrap("pad_same")
+
+_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def _every(x: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """Every so many positions along the last axes."""
-    if all(step == 1 for step in steps):
-        return x
-    index: Any = (..., *(slice(None, None, step) for step in steps))
-    return x[index]
+_GEOMETRY = {"stride", "padding", "dilation", "groups", "kernel_size", "padding_mode", "out_channels", "out_features"}
 
 
-class CarryLinear(nn.Linear):
-    """Consumer of a site that carries its output: `weight @ h[:K] + h[K + start : K + start + O] + bias`."""
+class Around(nn.Module):
+    """A module around an ordinary layer, whose weight, bias and geometry can be read as its own.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, start: int) -> None:
+    Forward code may look at them (transformers asks for the dtype of `self.wo.weight`).
+
+    Raises:
+        UsageError: somebody sets its weight or bias, as code that folds norms does.
+    """
+
+    __jit_unused_properties__ = ("weight", "bias", "inner", "start", "in_channels", "in_features")
+
+    @property
+    def weight(self) -> Any:
+        """Of the layer inside."""
+        return self.inner.weight
+
+    @property
+    def bias(self) -> Any:
+        """Of the layer inside; None if it has none."""
+        return self.inner.bias
+
+    @property
+    def inner(self) -> Any:
+        """The layer inside."""
+        return self._modules["linear" if "linear" in self._modules else "conv"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name) if name in _GEOMETRY else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in {"weight", "bias"}:
+            found = f"does more than a linear map of its {name}, which cannot be set from outside"
+            remedy = "Fuse or re-parameterise the model before linearize.convert, or set it on the layer inside."
+            raise UsageError(type(self).__name__, found, remedy)
+        super().__setattr__(name, value)
+
+
+class AroundLinear(Around):
+    """A module around a matrix."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias)
+
+
+class AroundConv(Around):
+    """A module around a convolution."""
+
+    def __init__(self, dims: int, **geometry: Any) -> None:
+        super().__init__()
+        self.dims = dims
+        self.conv = _CONVS[dims](**geometry)
+
+
+class _Carry(Around):
+    """A consumer of a site that carries its output.
+
+    Attributes:
+        keep: K, the features that its own map reads.
+        first, last: the carried features that are its own.
+        whole: `weight` is that of the ordinary layer that computes the same, for code that folds norms.
+    """
+
+    def _place(self, start: int, whole: bool) -> None:
+        outputs, self.keep = self.inner.weight.shape[:2]
+        self.first, self.last = self.keep + start, self.keep + start + outputs
+        self.whole = whole
+
+    @property
+    def start(self) -> int:
+        """Where its part of the carried features starts."""
+        return int(self.first - self.keep)
+
+    @property
+    def weight(self) -> Any:
+        """Of the layer inside, or (O, all inputs) with ones for what is carried."""
+        own: Tensor = self.inner.weight
+        if not self.whole:
+            return own
+        passed = torch.eye(len(own), self.last - self.keep, dtype=own.dtype, device=own.device).roll(self.start, 1)
+        return torch.cat((own, passed.view(*passed.shape, *own.shape[2:])), dim=1)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, as far as it reads."""
+        return int(self.last)
+
+    in_channels = in_features
+
+
+class CarryLinear(_Carry, AroundLinear):
+    """Consumer of a site that carries its output: `weight @ h[:K] + bias + h[K + start : K + start + O]`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, start: int = 0, whole: bool = False
+    ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.start = start
+        self._place(start, whole)
 
     def forward(self, input: Tensor) -> Tensor:
-        k, o = self.in_features, self.out_features
-        rows = input.flatten(0, -2) if input.dim() > 1 else input[None]
-        carried = rows[:, k + self.start : k + self.start + o]
-        if self.bias is not None:
-            carried = carried + self.bias
-        out = torch.addmm(carried, rows[:, :k], self.weight.t())
-        return out.view(*input.shape[:-1], o)
+        out: Tensor = self.linear(input[..., : self.keep]) + input[..., self.first : self.last]
+        return out
 
 
-class _CarryConv(nn.Module):
+class CarryConv(_Carry, AroundConv):
     """Consumer of a site that carries its output, as a pointwise convolution."""
 
-    start: int
+    def __init__(self, dims: int, start: int = 0, whole: bool = False, **geometry: Any) -> None:
+        super().__init__(dims, **geometry)
+        self._place(start, whole)
+        self.axis = -1 - dims
+        self.steps = list(self.conv.stride)
 
     def forward(self, input: Tensor) -> Tensor:
-        conv: Any = self
-        axis = input.dim() - len(conv.kernel_size) - 1
-        carried = _every(input.narrow(axis, conv.in_channels + self.start, conv.out_channels), conv.stride)
-        out: Tensor = conv._conv_forward(input.narrow(axis, 0, conv.in_channels), conv.weight, conv.bias) + carried
+        carried = every(part(input, self.axis, self.first, self.last), self.steps)
+        out: Tensor = self.conv(part(input, self.axis, 0, self.keep)) + carried
         return out
 
 
-class CarryConv1d(_CarryConv, nn.Conv1d):
-    pass
-
-
-class CarryConv2d(_CarryConv, nn.Conv2d):
-    pass
-
-
-class CarryConv3d(_CarryConv, nn.Conv3d):
-    pass
-
-
-class _InputCarryConv(nn.Module):
+class InputCarryConv(AroundConv):
     """Producer of a site that carries its input: its own output, then the input, then `ones` channels of ones."""
 
-    ones: int
+    def __init__(self, dims: int, ones: int = 0, **geometry: Any) -> None:
+        super().__init__(dims, **geometry)
+        self.ones = ones
+        self.axis = -1 - dims
+        self.steps = list(self.conv.stride)
 
     def forward(self, input: Tensor) -> Tensor:
-        conv: Any = self
-        axis = input.dim() - len(conv.kernel_size) - 1
-        carried = _every(input, conv.stride)
-        parts = [conv._conv_forward(input, conv.weight, conv.bias), carried]
-        if self.ones:
-            parts.append(torch.ones_like(carried.narrow(axis, 0, self.ones)))
-        return torch.cat(parts, dim=axis)
+        carried = every(input, self.steps)
+        parts = [self.conv(input), carried]
+        if self.ones > 0:
+            parts.append(torch.ones_like(part(carried, self.axis, 0, self.ones)))
+        return torch.cat(parts, dim=self.axis)
 
 
-class InputCarryConv1d(_InputCarryConv, nn.Conv1d):
-    pass
-
-
-class InputCarryConv2d(_InputCarryConv, nn.Conv2d):
-    pass
-
-
-class InputCarryConv3d(_InputCarryConv, nn.Conv3d):
-    pass
-
-
-class _SameConv(nn.Module):
+class SameConv(AroundConv):
     """A convolution that pads by the "SAME" rule: as many outputs as inputs, divided by the stride and rounded up."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        conv: Any = self
-        sizes = tuple(input.shape[-len(conv.kernel_size) :])
-        padded = functional.pad(input, same_padding(sizes, conv.kernel_size, conv.stride, conv.dilation))
-        inner: Any = super()
-        out: Tensor = inner._conv_forward(padded, weight, bias)
+    def __init__(self, dims: int, **geometry: Any) -> None:
+        super().__init__(dims, **geometry)
+        self.kernel, self.steps, self.spread = map(list, (self.conv.kernel_size, self.conv.stride, self.conv.dilation))
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = self.conv(pad_same(input, self.kernel, self.steps, self.spread))
         return out
 
 
-class SameConv1d(_SameConv, nn.Conv1d):
-    pass
-
-
-class SameConv2d(_SameConv, nn.Conv2d):
-    pass
-
-
-class SameConv3d(_SameConv, nn.Conv3d):
-    pass
-
-
-class _BorderConv(nn.Module):
+class BorderConv(AroundConv):
     """A convolution whose bias came through zero padding: near the border only a part of it holds.
 
-    `border` (O, 1, kernel) is the kernel of a constant-one channel that is padded with zeros like every other channel.
+    `border` is a convolution of one channel of ones, padded with zeros like every other channel. It holds the bias.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        conv: Any = self
-        self.border = nn.Parameter(torch.zeros(conv.out_channels, 1, *conv.kernel_size))
+    def __init__(self, dims: int, bias: bool = True, **geometry: Any) -> None:
+        super().__init__(dims, **geometry, bias=False)
+        self.border = _CONVS[dims](**{**geometry, "in_channels": 1}, bias=bias)
+        self.axis = -1 - dims
+
+    @property
+    def bias(self) -> Any:
+        """Of the border's convolution."""
+        return self.border.bias
+
+    def padded(self, input: Tensor) -> Tensor:
+        """The input as both convolutions get it."""
+        return input
 
     def forward(self, input: Tensor) -> Tensor:
-        conv: Any = self
-        dims = len(conv.kernel_size)
-        ones = input.new_ones(1, 1, *input.shape[-dims:])
-        bias = conv._conv_forward(ones, self.border, conv.bias)
-        out: Tensor = conv._conv_forward(input, conv.weight, None)
-        return out.add(bias if input.dim() == dims + 2 else bias[0])
+        sizes = [1, 1]
+        for axis in range(self.axis + 1, 0):
+            sizes.append(input.shape[axis])  # noqa: PERF401 - what TorchScript understands
+        border = self.border(self.padded(input.new_ones(sizes)))
+        out: Tensor = self.conv(self.padded(input)) + border.flatten(0, 1)
+        return out
 
 
-class BorderConv1d(_BorderConv, nn.Conv1d):
-    pass
+class BorderSameConv(BorderConv):
+    """Both: a border, and padding by the "SAME" rule."""
+
+    def __init__(self, dims: int, bias: bool = True, **geometry: Any) -> None:
+        super().__init__(dims, bias, **geometry)
+        self.kernel, self.steps, self.spread = map(list, (self.conv.kernel_size, self.conv.stride, self.conv.dilation))
+
+    def padded(self, input: Tensor) -> Tensor:
+        """Padded by the "SAME" rule."""
+        return pad_same(input, self.kernel, self.steps, self.spread)
 
 
-class BorderConv2d(_BorderConv, nn.Conv2d):
-    pass
+class OnesLinear(AroundLinear):
+    """A linear map with `ones` features of ones put in at `at`: the gate factor of carried channels in a gated unit."""
 
-
-class BorderConv3d(_BorderConv, nn.Conv3d):
-    pass
-
-
-class BorderSameConv1d(_BorderConv, SameConv1d):
-    pass
-
-
-class BorderSameConv2d(_BorderConv, SameConv2d):
-    pass
-
-
-class BorderSameConv3d(_BorderConv, SameConv3d):
-    pass
-
-
-class OnesLinear(nn.Linear):
-    """A linear map with `ones` features of ones put in at `at`: the gate factor of carried channels in a gated unit.
-
-    `out_features` counts the computed features only.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, at: int, ones: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, at: int = 0, ones: int = 0) -> None:
         super().__init__(in_features, out_features, bias)
         self.at = at
         self.ones = ones
 
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
-        before, after = y.split((self.at, self.out_features - self.at), dim=-1)
-        return torch.cat((before, y.new_ones(*y.shape[:-1], self.ones), after), dim=-1)
+        y = self.linear(input)
+        before = functional.pad(y[..., : self.at], [0, self.ones], value=1.0)
+        return torch.cat((before, y[..., self.at :]), dim=-1)
 
 
 class Ones(nn.Module):
@@ -186,53 +238,22 @@ class Ones(nn.Module):
         self.width = width
 
     def forward(self, input: Tensor) -> Tensor:
-        kind, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # as a linear layer would do here
-            dtype = torch.get_autocast_dtype(kind)
-        return input.new_ones(*input.shape[:-1], self.width, dtype=dtype)
+        return ones_beside(input, self.width)
 
     def extra_repr(self) -> str:
         return str(self.width)
 
 
-_TOLD = (Tensor, type(None), bool, int, float, str, tuple, list, dict, torch.SymInt, torch.SymFloat, torch.SymBool)
+def roles_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where a linear layer, ours or torch's, keeps its "weight", "bias" and "border": (module, name of the parameter).
 
-
-class _Only(nn.Module):
-    """Stands where a module was called with more than one argument, or gave more: the first of each alone counts.
-
-    Args:
-        keyword: the name by which the first argument may come.
-        nones: how many None stand behind the result, as attention gives them where its weights are not asked for.
-
-    Raises:
-        UsageError: it is told something that is neither a tensor nor plain.
+    Example:
+        >>> sorted(roles_of(CarryLinear(2, 3))), sorted(roles_of(nn.Linear(2, 3, bias=False)))
+        (['bias', 'weight'], ['weight'])
     """
-
-    def __init__(self, *args: Any, keyword: str = "", nones: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.keyword, self.nones = keyword, nones
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if not isinstance(value, _TOLD):  # a cache of keys and values, say, that would stay empty
-                found = f"stands for a module that was told no {type(value).__name__} when it was replaced, and is now"
-                raise UsageError(type(self).__name__, found, "Without caches: pass use_cache=False, or modules=False.")
-        out = super().forward(args[0] if args else kwargs[self.keyword])
-        return (out, *(None,) * self.nones) if self.nones else out
-
-
-class OnlyLinear(_Only, nn.Linear):
-    pass
-
-
-class OnlyConv1d(_Only, nn.Conv1d):
-    pass
-
-
-class OnlyConv2d(_Only, nn.Conv2d):
-    pass
-
-
-class OnlyConv3d(_Only, nn.Conv3d):
-    pass
+    inner = layer.inner if isinstance(layer, Around) else layer
+    found = {name: (inner, name) for name, held in inner._parameters.items() if held is not None}
+    if isinstance(layer, BorderConv):
+        border = {"weight": "border", "bias": "bias"}
+        found |= {border[name]: (layer.border, name) for name, p in layer.border._parameters.items() if p is not None}
+    return found

@@ -26,6 +26,7 @@ def make_plan(
     when: When = "cheaper",
     linear: Mapping[str, Tensor] | None = None,
     barred: Mapping[str, str] | None = None,
+    widen: bool = True,
 ) -> Plan:
     """Choose a form for every gate of a model, from shapes alone; nothing is computed and nothing changes.
 
@@ -36,10 +37,11 @@ def make_plan(
         when: "cheaper" changes a site only where that saves cost; "always" merges every linear channel that can be.
         linear: masks to use instead of the gates' own.
         barred: sites that must stay a partial activation, with the reason.
+        widen: whether a branch of a concatenation may become wider than it was.
     """
     if when not in ("cheaper", "always"):
         raise UsageError("when", f"found {when!r}", 'Pass "cheaper" or "always".')
-    reader = Reader(model, "meta")
+    reader = Reader(model, "meta", widen=widen)
     found = gates(model)
     barred = barred or {}
     masks = masks_of(found) if linear is None else {**masks_of(found), **linear}

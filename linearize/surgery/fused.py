@@ -1,8 +1,8 @@
 """Fused paths of torch's transformer layers: they compute an activation without calling it.
 
 `nn.TransformerEncoderLayer` in eval mode without gradients hands its weights to one kernel, as long as its attribute
-`activation_relu_or_gelu` names an activation that the kernel knows. A gate is none of these, so the attribute becomes 0,
-as the layer itself would have it for any other activation, and the layer's own plain code runs.
+`activation_relu_or_gelu` names an activation that the kernel knows. A gate is none of these, so the attribute becomes
+0, as the layer itself would have it for any other activation, and the layer's own plain code runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _take_nested(module: nn.Module) -> None:
 def _padded(forward: Callable[..., Tensor], src: Tensor) -> Tensor:
     """A layer's plain code on sequences of several lengths: padded, and the padding masked."""
     padded = src.to_padded_tensor(0.0)
-    lengths = src._nested_tensor_size()[:, 0].to(padded.device)  # type: ignore[operator]
+    lengths = src._nested_tensor_size()[:, 0].to(padded.device)
     inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
     out: Tensor = torch._nested_tensor_from_mask(forward(padded, src_key_padding_mask=~inside), inside)
     return out

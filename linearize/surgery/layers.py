@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from linearize.errors import CheckpointError
 from linearize.gating.gate import out_of_place
 from linearize.graph.ops import ACTIVATIONS
 from linearize.purity import is_torch
+from linearize.surgery.slices import behind, part
 
 
 class PartialActivation(nn.Module):
     """An activation on the first `keep` channels of `axis` (counted from the end); the others pass.
 
-    With `inplace`, as in torch's own activations, it may overwrite its input instead of copying the channels that pass.
-    It does so only where no gradients are recorded.
+    With `inplace`, for an activation that worked in place where it stood, it overwrites its input where nothing records
+    or traces it.
 
     Example:
         >>> PartialActivation(nn.ReLU(), keep=1, axis=-1)(torch.tensor([-1.0, -2.0])).tolist()
@@ -32,27 +33,36 @@ class PartialActivation(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        kept, carried = input.split((self.keep, input.shape[self.axis] - self.keep), dim=self.axis)
-        y: Tensor = self.activation(kept)
-        if self.inplace and type(input) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kept.copy_(y)
-            return input
-        return torch.cat((y, carried), dim=self.axis)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.inplace and _unrecorded(input):
+                kept = part(input, self.axis, 0, self.keep)
+                kept.copy_(self.activation(kept))
+                return input
+        kept, carried = part(input, self.axis, 0, self.keep), behind(input, self.axis, self.keep)
+        return torch.cat((self.activation(kept), carried), dim=self.axis)
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}, axis={self.axis}" + (", inplace=True" if self.inplace else "")
 
 
+def _unrecorded(x: Tensor) -> bool:
+    """True in plain evaluation: no gradients are recorded, and no tracer of any kind looks on."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return type(x) is Tensor and not torch.is_grad_enabled() and not traced
+
+
 class _BesideLines(nn.Module):
     """An activation, and a line `slope * x + intercept` for each channel."""
 
-    slope: Tensor
-    intercept: Tensor
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none that are texts
+        slope: Tensor
+        intercept: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
         super().__init__()
         self.activation = out_of_place(activation)
         self.axis = axis
+        self.sizes = [-1] + [1] * (-1 - axis)
         self.register_buffer("slope", torch.ones(channels))
         self.register_buffer("intercept", torch.zeros(channels))
 
@@ -72,18 +82,18 @@ class MaskedActivation(_BesideLines):
         [0.0, -2.0]
     """
 
-    linear: Tensor
+    if TYPE_CHECKING:
+        linear: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
         super().__init__(activation, channels, axis)
         self.register_buffer("linear", torch.zeros(channels, dtype=torch.bool))
 
     def forward(self, input: Tensor) -> Tensor:
-        x, y = input, self.activation(input)
-        sizes = (-1, *(1,) * (-1 - self.axis))
-        line = self.slope.view(sizes).to(x.dtype) * x + self.intercept.view(sizes).to(x.dtype)
-        out: Tensor = torch.where(self.linear.view(sizes), line.to(y.dtype), y)
-        return out
+        y = self.activation(input)
+        slope, intercept = (self.slope.view(self.sizes), self.intercept.view(self.sizes))
+        line = slope.to(input.dtype) * input + intercept.to(input.dtype)
+        return torch.where(self.linear.view(self.sizes), line.to(y.dtype), y)
 
 
 class BlendedActivation(_BesideLines):
@@ -98,20 +108,53 @@ class BlendedActivation(_BesideLines):
         [0.0, -0.25]
     """
 
-    alpha: Tensor
+    if TYPE_CHECKING:
+        alpha: Tensor
 
     def __init__(self, activation: nn.Module, channels: int, axis: int) -> None:
         super().__init__(activation, channels, axis)
         self.register_buffer("alpha", torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
-        x, y = input, self.activation(input)
-        sizes = (-1, *(1,) * (-1 - self.axis))
-        of_y, of_x, of_one = (
-            value.view(sizes) for value in (1 - self.alpha, self.alpha * self.slope, self.alpha * self.intercept)
-        )
-        out: Tensor = torch.addcmul(torch.addcmul(of_one, of_x, x), of_y, y)
-        return out.to(y.dtype)
+        y = self.activation(input)
+        of_y = (1 - self.alpha).view(self.sizes)
+        of_x = (self.alpha * self.slope).view(self.sizes)
+        of_one = (self.alpha * self.intercept).view(self.sizes)
+        return torch.addcmul(torch.addcmul(of_one, of_x, input), of_y, y).to(y.dtype)
+
+
+class FoldedNorm(nn.Module):
+    """What stands where a batch norm was folded into the layer before it: nothing, or the bias that it left.
+
+    Its numbers are those of a batch norm that does this, for code that folds norms (`linearize.surgery.fusing`).
+
+    Example:
+        >>> layer = FoldedNorm(channels=2, axis=-1)
+        >>> layer(torch.ones(1, 2)).tolist(), layer.running_var.tolist(), layer.eps
+        ([[1.0, 1.0]], [1.0, 1.0], 0.0)
+    """
+
+    eps = 0.0
+    momentum = 0.1
+    affine = True
+    track_running_stats = True
+
+    def __init__(self, channels: int, axis: int, shift: bool = False) -> None:
+        super().__init__()
+        self.num_features, self.axis, self.shift = channels, axis, shift
+        self.sizes = [-1] + [1] * (-1 - axis)
+        for name, value in (("weight", 1.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value), persistent=False)
+        if shift:
+            self.bias = nn.Parameter(torch.zeros(channels))
+        else:
+            self.register_buffer("bias", torch.zeros(channels), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.bias.view(self.sizes) if self.shift else input
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, axis={self.axis}" + (", shift=True" if self.shift else "")
 
 
 class Elementwise(nn.Module):
@@ -163,10 +206,10 @@ def activate(layer: nn.Module, input: Tensor, **arguments: Any) -> Tensor:
     """
     if isinstance(layer, Elementwise):
         layer.options = {**layer.options, **arguments}
-    for part in layer.modules():
-        for name, child in part._modules.items():
+    for module in layer.modules():
+        for name, child in module._modules.items():
             if isinstance(child, Elementwise) and any(child.options.get(n) != v for n, v in arguments.items()):
                 # A new one: what has run already may be run again on its way back, with what it was told then.
-                part._modules[name] = Elementwise(child.function, {**child.options, **arguments})
+                module._modules[name] = Elementwise(child.function, {**child.options, **arguments})
     out: Tensor = layer(input)
     return out

@@ -60,11 +60,11 @@ def shrink_activation(model: nn.Module, gate: ChannelGate, linear: Tensor, *, ca
         steps.append({"path": path, "module": spec_of(made)})
     activation = gate.activation if made is None else made
     # What lies directly between two maps that only this site reads is nobody else's memory.
-    inplace = site is not None and site.direct
+    inplace = gate.in_place and site is not None and site.direct
     spec: Spec = {"type": "PartialActivation", "keep": keep, "axis": gate.axis, "inplace": inplace}
     spec = spec if keep else {"type": "Identity"}
     if carries or not keep:
-        activation = build(spec, activation)
+        activation = build(spec, gate.released() if activation is gate.activation else activation)
         steps.append({"path": path, "module": spec})
     replace_module(model, path, gate.released() if activation is gate.activation else activation)
     return steps

@@ -18,6 +18,7 @@ from linearize.sites.site import Fold, Port, Site
 from linearize.surgery.branches import place_of, spliced
 from linearize.surgery.folds import scale_shift
 from linearize.surgery.probe import has_own_forward, padding_of, probed
+from linearize.tensors import held, meddler
 
 
 @dataclass
@@ -28,11 +29,13 @@ class Reader:
         model: where the weights are.
         device: where the maps go; "meta" for shapes only, None to leave them.
         pieces: what has been decided so far, by place.
+        widen: whether a branch of a concatenation may become wider.
     """
 
     model: nn.Module
     device: str | None = None
     pieces: Pieces = field(default_factory=dict)
+    widen: bool = True
 
     def maps(self, site: Site, gate: ChannelGate, linear: Tensor, fixed_producer: bool) -> Maps:
         """The maps of a site whose channels in `linear` (bool, (C,)) are to become linear.
@@ -90,11 +93,11 @@ class Reader:
         folds = [f.module for f in (*site.folds, *site.up_folds, *site.consumer_folds) if not f.neutral]
         modules: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in (*ports, *folds)}
         for path, module in {**modules, site.name: gate.activation}.items():
-            hooks: list[Any] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-            if "weight" in module._parameters or path not in ports:  # else the hook is what computes the weight
-                hooks.append(module._forward_pre_hooks)
-            if any(hooks) or "forward" in vars(module):
-                raise Infeasible(f"{path} has a hook or a forward of its own, which would be lost")
+            found = meddler(module)
+            if found is not None:
+                raise Infeasible(
+                    f"{path} has {found}, which would be lost: take it off before, put it on again afterwards"
+                )
 
     def _surrogate(self, site: Site, gate: ChannelGate) -> tuple[Tensor, Tensor]:
         """Slope and intercept of the gate in float64; what they start from, if the model has no values yet."""
@@ -138,7 +141,7 @@ class Reader:
             return self._moved(probed(port, module))
         weight = self._place(self._parameter(port.module, "weight")).double()
         weight = weight.t() if port.transposed else weight
-        if getattr(module, "bias", None) is not None:
+        if held(module, "bias") is not None:
             bias = self._place(self._parameter(port.module, "bias")).double()
         else:
             bias = weight.new_zeros(weight.shape[0])
@@ -177,7 +180,7 @@ class Reader:
         if has_own_forward(module):
             weight = self._place(self._parameter(site.producer.module, "weight")).double()
             bias = weight.new_zeros(len(weight))
-            if module.bias is not None:
+            if held(module, "bias") is not None:
                 bias = self._place(self._parameter(site.producer.module, "bias")).double()
             made = Affine(weight, bias, tuple(module.stride), padding_of(module), tuple(module.dilation))
         else:
@@ -221,7 +224,7 @@ class Reader:
             whole, biases = self._whole(ports, site, before), list[Tensor]()
             folded = {} if before is None else dict.fromkeys(before.folded)
             for port in ports:
-                before, whole = spliced(whole, before, port, found.pop(port.key))
+                before, whole = spliced(whole, before, port, found.pop(port.key), widen=self.widen)
                 biases.append(whole.bias)
                 folded |= dict.fromkeys((site.consumer_folds[index], start) for index, start, _ in port.folds)
             if before is not None:
@@ -268,8 +271,8 @@ class Reader:
 
     def _parameter(self, path: str, name: str) -> Tensor:
         module = self.model.get_submodule(path)
-        tensor = getattr(module, name, None)
-        if not isinstance(tensor, Tensor):
+        tensor = held(module, name)
+        if tensor is None:
             found = f"is a {type(module).__name__} without {name}; another layer stood here when gates were put in"
             raise CollapseError(path or type(module).__name__, found, "Convert the model as it is now.")
         return self._finite(f"{path}.{name}" if path else name, tensor.detach())

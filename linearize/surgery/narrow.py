@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from linearize.algebra.forms import Infeasible, Piece, Pieces
 from linearize.gating.gate import ChannelGate
 from linearize.sites.site import Port, Site
 from linearize.surgery.maps import Reader
+from linearize.tensors import held
 
 __all__ = ["Chain", "chains_of", "constant_channels", "narrow"]
 
@@ -58,8 +58,8 @@ def chains_of(model: nn.Module, sites: Iterable[Site | None]) -> list[Chain]:
             continue
         chain = Chain(site, below)
         first, middle, *last = (getattr(model.get_submodule(port.module), "groups", 1) for port in chain.ports)
-        weight: Any = getattr(model.get_submodule(chain.ports[1].module), "weight", None)
-        depthwise = isinstance(weight, Tensor) and tuple(weight.shape[:2]) == (middle, 1) and middle == site.channels
+        weight = held(model.get_submodule(chain.ports[1].module), "weight")
+        depthwise = weight is not None and tuple(weight.shape[:2]) == (middle, 1) and middle == site.channels
         if depthwise and middle > 1 and first == 1 and set(last) == {1}:
             found.append(chain)
     return found

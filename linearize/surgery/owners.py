@@ -53,10 +53,11 @@ def rewrite_owners(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) ->
 
 def _held(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
     """Steps that make children of the functions in attributes that sites are called by."""
-    called = []
-    for site in sites:
-        if site.ungated is None and site.function is None:
-            called.append(site.name if site.call is None else ".".join(filter(None, (site.module, site.target))))
+    called = [
+        site.name if site.call is None else ".".join(filter(None, (site.module, site.target)))
+        for site in sites
+        if site.ungated is None and site.function is None
+    ]
     known = {path for path, _ in model.named_modules(remove_duplicate=False)}
     steps: list[Step] = []
     for path in dict.fromkeys(path for path in called if path not in known):
@@ -90,7 +91,7 @@ class _Rewriting:
         self.held = steps
 
     def rewrite(self, step: Step, *, checked: bool = False) -> None:
-        """In the source; in a graph if there is none. If `checked`, only so that the model's operations stay the same."""
+        """In the source; in a graph if there is none. If `checked`, only if the model's operations stay the same."""
         path, module = step["path"], self.model.get_submodule(step["path"])
         graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else None
         self.originals.setdefault(path, (type(module), set(dict(module.named_children())), graph))

@@ -20,7 +20,7 @@ from linearize.errors import ConvertError
 from linearize.graph.held import hold, may_hold
 from linearize.surgery.layers import Elementwise
 from linearize.surgery.source import Place, methods_with
-from linearize.surgery.subclass import fills_in, keep_attributes, subclass
+from linearize.surgery.subclass import subclass
 from linearize.surgery.symbolic import Options, redirect, traced_forward
 
 _REMEDY = "Make the activation a module of its own, called once, and convert again."
@@ -107,6 +107,4 @@ def hold_function(module: nn.Module, options: Options) -> nn.Module:
         found = f"has no attribute {name!r} that is a function"
         raise ConvertError(type(module).__name__, found, "Load it onto the model that it was made from.")
     hold(module, name)
-    if fills_in(module):
-        keep_attributes(module)
     return module

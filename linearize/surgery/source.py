@@ -6,33 +6,24 @@ from `F.gelu(x)` to `self.gelu_0(x)`. Which call of the source makes which call 
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
-import functools
 import inspect
-import operator
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from linearize.errors import ConvertError
+from linearize.surgery.compiled import Calls, Method, compiled, refused
 from linearize.surgery.layers import activate, pick
 
-Method = Callable[..., Any]
 Watch = Callable[[str, int, Any], Any]
 """Given a method's name, the number of a call in it, and what is called: what is called instead."""
 
-_WATCH, _ACTIVATE, _PICK, _FACTORY = (f"_linearize_{name}" for name in ("watch", "activate", "pick", "factory"))
-_REMEDY = "Make the activation a module of its own, called once, and convert again."
+_WATCH, _ACTIVATE, _PICK = (f"_linearize_{name}" for name in ("watch", "activate", "pick"))
 # They look at the frame that calls them.
-_FUTURES = functools.reduce(
-    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-)
 _FRAMED = frozenset(("super", "locals", "vars", "globals", "dir", "eval", "exec"))
 
 
@@ -71,12 +62,15 @@ def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) ->
         ConvertError: a method has no source, or not that call.
     """
     found: dict[str, Method] = {}
+    known = set(_methods(type(module)))
     for name in dict.fromkeys(place.method for place, _, _ in places):
+        if name not in known:
+            raise refused(module, f"it has no method {name!r:.80} of its own")
         redirect = _Redirect({entry[0].index: entry for entry in places if entry[0].method == name})
-        found[name] = _compiled(module, name, redirect, {_ACTIVATE: activate, _PICK: pick})
+        found[name] = compiled(module, name, redirect, {_ACTIVATE: activate, _PICK: pick})
         if redirect.waiting:
             missing = next(iter(redirect.waiting.values()))[0].callee
-            raise _refused(module, f"its {name} does not call {missing} where it did")
+            raise refused(module, f"its {name} does not call {missing} where it did")
     return found
 
 
@@ -86,7 +80,7 @@ def watched_methods(module: nn.Module, watch: Watch) -> dict[str, Method]:
     for name in _methods(type(module)):
         marking = _Mark(name)
         try:
-            marked = _compiled(module, name, marking, {_WATCH: watch})
+            marked = compiled(module, name, marking, {_WATCH: watch})
         except ConvertError:  # no source to read, so nothing to redirect there
             continue
         if marking.count:
@@ -97,7 +91,7 @@ def watched_methods(module: nn.Module, watch: Watch) -> dict[str, Method]:
 def has_source(module: nn.Module, name: str = "forward") -> bool:
     """Whether the source of a method can be read."""
     try:
-        _compiled(module, name, _Calls(), {})
+        compiled(module, name, Calls(), {})
     except ConvertError:
         return False
     return True
@@ -106,7 +100,7 @@ def has_source(module: nn.Module, name: str = "forward") -> bool:
 def callee_of(module: nn.Module, name: str, index: int) -> str | None:
     """What a method calls at a place, as its source has it; None if there is no such call."""
     asking = _Ask(index)
-    _compiled(module, name, asking, {})
+    compiled(module, name, asking, {})
     return asking.found
 
 
@@ -120,166 +114,13 @@ def _methods(cls: type) -> Iterator[str]:
     return iter(names)
 
 
-def _compiled(module: nn.Module, name: str, change: ast.NodeTransformer, given: dict[str, Any]) -> Method:
-    """One method of the module's class with its source changed: the same globals, closures, defaults, decorators.
-
-    `given` are values that the changed source reads under names of our own.
-    """
-    method = getattr(type(module), name, None)
-    function = inspect.unwrap(method) if callable(method) else None
-    if not isinstance(method, FunctionType) or not isinstance(function, FunctionType):
-        raise _refused(module, f"its {name} is no plain function")
-    definition = _definition(module, function)
-    _Unmangle(_class_of(module, name)).visit(definition)
-    try:
-        if not _words(_code(function, definition, ())) <= _words(function.__code__):
-            raise _refused(module, f"the source of its {name} is not what runs")
-        if isinstance(change, _Calls):
-            change.me, change.locals = _first_parameter(definition), frozenset(function.__code__.co_varnames)
-            change.locals |= {*function.__code__.co_cellvars, *function.__code__.co_freevars}
-        definition.body = [change.visit(statement) for statement in definition.body]
-        code = _code(function, definition, given)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise _refused(module, f"the source of its {name} cannot be compiled again ({error})") from error
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells.update({key: CellType(value) for key, value in given.items()})
-    new = FunctionType(
-        code.replace(co_qualname=function.__code__.co_qualname),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells[free_name] for free_name in code.co_freevars),
-    )
-    return _rewrapped(module, name, method, function, _like(function, new))
-
-
-def _code(function: FunctionType, definition: ast.FunctionDef, given: Iterable[str]) -> CodeType:
-    """The code of a definition, compiled as that of the function was: with its file, its lines, its free names."""
-    free = [*given, *function.__code__.co_freevars]
-    factory = ast.parse(f"def {_FACTORY}({', '.join(free)}): pass")
-    assert isinstance(factory.body[0], ast.FunctionDef)  # noqa: S101 -- it was written just above
-    factory.body[0].body = [definition]
-    flags = function.__code__.co_flags & _FUTURES
-    ast.fix_missing_locations(factory)
-    whole = compile(factory, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
-    return _inner(_inner(whole, _FACTORY), function.__name__)
-
-
-def _words(code: CodeType) -> set[str]:
-    """Names and constants of a code: more of them in a file than in what was loaded from it tell that it has changed."""
-    constants = [repr(value) for value in code.co_consts if not isinstance(value, CodeType)]
-    return {*code.co_names, *code.co_varnames, *constants}
-
-
-def _definition(module: nn.Module, function: FunctionType) -> ast.FunctionDef:
-    """The syntax tree of a function, with the line numbers of its file."""
-    name = function.__name__
-    try:
-        lines, first = inspect.getsourcelines(function)
-        tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
-    except (OSError, TypeError, SyntaxError, ValueError) as error:
-        raise _refused(module, f"the source of its {name} cannot be read") from error
-    definition = tree.body[0] if len(tree.body) == 1 else None
-    if not isinstance(definition, ast.FunctionDef) or definition.name != name:
-        raise _refused(module, f"the source of its {name} is no plain function")
-    definition.decorator_list = []
-    return definition
-
-
-def _class_of(module: nn.Module, name: str) -> str:
-    return next(cls.__name__ for cls in type(module).__mro__ if name in vars(cls))
-
-
-def _first_parameter(definition: ast.FunctionDef) -> str:
-    """The name that the method gives to its object, mostly `self`; nothing if it is used for something else, too."""
-    parameters = [*definition.args.posonlyargs, *definition.args.args]
-    name = parameters[0].arg if parameters else ""
-    for node in ast.walk(ast.Module(definition.body, [])):
-        bound = (node.id if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) else None,)
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            bound = tuple(a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-        if name in bound:
-            return ""
-    return name
-
-
-def _inner(code: CodeType, name: str) -> CodeType:
-    return next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
-
-
-def _like(old: FunctionType, new: FunctionType) -> FunctionType:
-    """A function with everything that hangs on another one: its keyword defaults, annotations and attributes."""
-    new.__kwdefaults__ = old.__kwdefaults__
-    new.__annotations__ = old.__annotations__
-    new.__doc__, new.__module__, new.__qualname__ = old.__doc__, old.__module__, old.__qualname__
-    vars(new).update(vars(old))
-    return new
-
-
-def _rewrapped(module: nn.Module, name: str, outer: Any, old: FunctionType, new: FunctionType) -> FunctionType:
-    """The decorated method around another function: the same decorators, with whatever they hold and count."""
-    if outer is old:
-        return new
-    inner = _rewrapped(module, name, getattr(outer, "__wrapped__", None), old, new) if outer is not None else None
-    held = getattr(outer, "__wrapped__", None)
-    cells = list(getattr(outer, "__closure__", None) or ())
-    found = [position for position, cell in enumerate(cells) if _content(cell) is held]
-    if not isinstance(outer, FunctionType) or not found or inner is None:
-        raise _refused(module, f"a decorator of its {name} hides the function that it wraps")
-    for position in found:
-        cells[position] = CellType(inner)
-    made = FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells))
-    made = _like(outer, made)
-    made.__wrapped__ = inner  # type: ignore[attr-defined]
-    return made
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that has no value yet
-        return None
-
-
-class _Unmangle(ast.NodeTransformer):
-    """Writes names that are private to a class in full, since the changed method is compiled outside of it."""
-
-    def __init__(self, cls: str) -> None:
-        self.prefix = f"_{cls.lstrip('_')}"
-
-    def _full(self, name: str) -> str:
-        return f"{self.prefix}{name}" if name.startswith("__") and not name.endswith("__") else name
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        self.generic_visit(node)
-        node.attr = self._full(node.attr)
-        return node
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        node.id = self._full(node.id)
-        return node
-
-
-class _Calls(ast.NodeTransformer):
-    """Visits calls in the order in which they are evaluated, arguments first, and numbers them."""
-
-    me = "self"
-    locals: frozenset[str] = frozenset()
-    count = 0
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        self.count += 1
-        return node
-
-
-class _Mark(_Calls):
+class _Mark(Calls):
     """Asks what to call at each call."""
 
     def __init__(self, method: str) -> None:
         self.method = method
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 - the syntax tree's name
         self.generic_visit(node)
         index, self.count = self.count, self.count + 1
         if isinstance(node.func, ast.Name) and node.func.id in _FRAMED:
@@ -288,13 +129,13 @@ class _Mark(_Calls):
         return ast.Call(ast.Call(ast.Name(_WATCH, ast.Load()), given, []), node.args, node.keywords)
 
 
-class _Ask(_Calls):
+class _Ask(Calls):
     """Remembers what one call calls."""
 
     def __init__(self, index: int) -> None:
         self.index, self.found = index, None if index < 0 else ""
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 - the syntax tree's name
         callee = ast.unparse(node.func)
         self.generic_visit(node)
         self.count += 1
@@ -302,13 +143,13 @@ class _Ask(_Calls):
         return node
 
 
-class _Redirect(_Calls):
+class _Redirect(Calls):
     """Turns some calls into calls of children."""
 
     def __init__(self, waiting: dict[int, tuple[Place, str, str]]) -> None:
         self.waiting = dict(waiting)
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 - the syntax tree's name
         callee = ast.unparse(node.func)  # before calls inside of it are redirected
         self.generic_visit(node)
         self.count += 1
@@ -370,7 +211,3 @@ def _written_out(value: ast.expr) -> bool:
     except (ValueError, TypeError, SyntaxError, RecursionError):
         return False
     return True
-
-
-def _refused(module: nn.Module, found: str) -> ConvertError:
-    return ConvertError(type(module).__name__, found, _REMEDY)

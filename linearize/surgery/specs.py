@@ -6,7 +6,7 @@ A saved model holds only such descriptions; building one runs no code from the f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,34 +14,36 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Step, record_of
-from linearize.surgery import carriers, fused, layers
+from linearize.surgery import carriers, fused, layers, only
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
+from linearize.surgery.schemas import check_options
+from linearize.surgery.subclass import keep_attributes
+from linearize.tensors import held
 
 Spec = dict[str, Any]
 
-IN_PLACE = ("Rewrite", "Held", "Neutral", fused.STEP)  # they change a module instead of replacing it
-_ONLY = ("keyword", "nones")
+IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP)  # they change a module instead of replacing it
+_DEEPEST = 30  # activations inside activations
+_COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-# Class of each plain layer, and the attributes that its constructor takes by name (besides the bias).
-_PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "Linear": (nn.Linear, ("in_features", "out_features")),
-    "CarryLinear": (carriers.CarryLinear, ("in_features", "out_features", "start")),
-    "OnlyLinear": (carriers.OnlyLinear, ("in_features", "out_features", *_ONLY)),
-    "OnesLinear": (carriers.OnesLinear, ("in_features", "out_features", "at", "ones")),
-    **{f"Conv{n}d": (getattr(nn, f"Conv{n}d"), _CONV) for n in (1, 2, 3)},
-    **{
-        f"{kind}{n}d": (getattr(carriers, f"{kind}{n}d"), _CONV)
-        for kind in ("SameConv", "BorderConv", "BorderSameConv")
-        for n in (1, 2, 3)
-    },
-    **{f"OnlyConv{n}d": (getattr(carriers, f"OnlyConv{n}d"), (*_CONV, *_ONLY)) for n in (1, 2, 3)},
+_MATRIX = ("in_features", "out_features")
+# Classes of linear layers, and what their constructors take by name besides the geometry of the layer inside.
+_MATRICES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Linear": (nn.Linear, ()),
+    "CarryLinear": (carriers.CarryLinear, ("start", "whole")),
+    "OnesLinear": (carriers.OnesLinear, ("at", "ones")),
+    "OnlyLinear": (only.OnlyLinear, ("keyword", "nones")),
 }
-# Set after construction: subclasses of convolutions with one number more.
-_EXTRA: dict[str, tuple[type[nn.Module], str]] = {
-    **{f"CarryConv{n}d": (getattr(carriers, f"CarryConv{n}d"), "start") for n in (1, 2, 3)},
-    **{f"InputCarryConv{n}d": (getattr(carriers, f"InputCarryConv{n}d"), "ones") for n in (1, 2, 3)},
+_CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "CarryConv": (carriers.CarryConv, ("start", "whole")),
+    "InputCarryConv": (carriers.InputCarryConv, ("ones",)),
+    "SameConv": (carriers.SameConv, ()),
+    "BorderConv": (carriers.BorderConv, ()),
+    "BorderSameConv": (carriers.BorderSameConv, ()),
+    "OnlyConv": (only.OnlyConv, ("keyword", "nones")),
 }
+_STOCK_CONVOLUTIONS: dict[str, type[nn.Module]] = {f"Conv{n}d": getattr(nn, f"Conv{n}d") for n in (1, 2, 3)}
 
 
 def spec_of(module: nn.Module) -> Spec:
@@ -55,14 +57,11 @@ def spec_of(module: nn.Module) -> Spec:
         {'type': 'Linear', 'in_features': 2, 'out_features': 3, 'bias': False}
     """
     name = type(module).__name__
-    if name in _PLAIN and type(module) is _PLAIN[name][0]:
-        return {"type": name, **_numbers(module, _PLAIN[name][1]), "bias": getattr(module, "bias", None) is not None}
-    if name in _EXTRA and type(module) is _EXTRA[name][0]:
-        return {
-            "type": name,
-            **_numbers(module, (*_CONV, _EXTRA[name][1])),
-            "bias": getattr(module, "bias", None) is not None,
-        }
+    if type(module) is _MATRICES.get(name, (None,))[0] or type(module) is _STOCK_CONVOLUTIONS.get(name):
+        stock = name in _STOCK_CONVOLUTIONS
+        return _linear_spec(name, module, _CONV if stock else _MATRIX, () if stock else _MATRICES[name][1])
+    if type(module) is _CONVOLUTIONS.get(name, (None,))[0]:
+        return _linear_spec(f"{name}{module.dims}d", module, _CONV, _CONVOLUTIONS[name][1])
     if isinstance(module, nn.Identity):
         return {"type": "Identity"}
     if isinstance(module, carriers.Ones):
@@ -73,6 +72,8 @@ def spec_of(module: nn.Module) -> Spec:
         return {"type": "PartialActivation", "keep": module.keep, "axis": module.axis, "inplace": module.inplace}
     if isinstance(module, layers.MaskedActivation):
         return {"type": "MaskedActivation", "channels": module.linear.numel(), "axis": module.axis}
+    if isinstance(module, layers.FoldedNorm):
+        return {"type": "FoldedNorm", "channels": module.num_features, "axis": module.axis, "shift": module.shift}
     if isinstance(module, layers.BlendedActivation):
         return {"type": "BlendedActivation", "channels": module.alpha.numel(), "axis": module.axis}
     if isinstance(module, ChannelGate):
@@ -87,9 +88,11 @@ def spec_of(module: nn.Module) -> Spec:
     raise CheckpointError(name, "is no layer that linearize puts into a model", f"Known: {sorted(_BUILDERS)}.")
 
 
-def _numbers(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(module, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _linear_spec(name: str, module: nn.Module, geometry: tuple[str, ...], extra: tuple[str, ...]) -> Spec:
+    inner = module.inner if isinstance(module, carriers.Around) else module
+    values = {name: getattr(inner, name) for name in geometry} | {name: getattr(module, name) for name in extra}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"type": name, **plain, "bias": getattr(module, "bias", None) is not None}
 
 
 def build(spec: Spec, current: nn.Module) -> nn.Module:
@@ -101,28 +104,38 @@ def build(spec: Spec, current: nn.Module) -> nn.Module:
     kind = spec.get("type")
     builder = _BUILDERS.get(kind) if isinstance(kind, str) else None
     if builder is None:
-        raise CheckpointError(str(kind), "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
+        raise CheckpointError(f"{kind!s:.80}", "is no layer that linearize knows", f"Known: {sorted(_BUILDERS)}.")
     options = {name: value for name, value in spec.items() if name != "type"}
     try:
+        check_options(str(kind), options, _names(str(kind)))
         return builder(current, options)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            str(kind), f"cannot be built from {options} ({error})", "The file is damaged: save it again."
-        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        shown = f"cannot be built from {options!s:.200} ({error!s:.200})"
+        raise CheckpointError(str(kind), shown, "The file is damaged: save it again.") from error
 
 
-def _plain(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
+def _names(kind: str) -> tuple[str, ...] | None:
+    """Names of all that a linear layer's description may hold; None for layers with a schema of their own."""
+    if kind in _MATRICES:
+        return (*_MATRIX, *_MATRICES[kind][1], "bias")
+    if kind in _STOCK_CONVOLUTIONS:
+        return (*_CONV, "bias")
+    name = kind[:-2] if kind[-2:] in ("1d", "2d", "3d") else ""
+    return (*_CONV, *_CONVOLUTIONS[name][1], "bias") if name in _CONVOLUTIONS else None
+
+
+def _matrix(kind: type[nn.Module]) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
     return lambda current, options: kind(**_tuples(options))
 
 
-def _extra(kind: type[nn.Module], name: str) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
-    def make(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-        value = int(options[name])
-        module = kind(**_tuples({key: option for key, option in options.items() if key != name}))
-        setattr(module, name, value)
-        return module
+def _convolution(kind: type[nn.Module], dims: int) -> Callable[[nn.Module, dict[str, Any]], nn.Module]:
+    return lambda current, options: kind(dims=dims, **_tuples(options))
 
-    return make
+
+def _partial(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+    # Files of version 1 say so where the original did not, too.
+    inplace = bool(options.get("inplace")) and any(getattr(module, "inplace", False) for module in current.modules())
+    return layers.PartialActivation(current, **{**options, "inplace": inplace})
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def _identity(current: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Forward code may look at `.weight` of the layer that stood here (transformers does): None says there is none."""
     module = nn.Identity()
     for name in ("weight", "bias"):
-        if hasattr(current, name):
+        if name in current._parameters or held(current, name) is not None:
             module.register_parameter(name, None)
     return module
 
@@ -151,42 +164,66 @@ def _gate(current: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
-    **{name: _plain(kind) for name, (kind, _) in _PLAIN.items()},
-    **{name: _extra(kind, extra) for name, (kind, extra) in _EXTRA.items()},
+    **{name: _matrix(kind) for name, (kind, _) in _MATRICES.items()},
+    **{name: _matrix(kind) for name, kind in _STOCK_CONVOLUTIONS.items()},
+    **{f"{name}{n}d": _convolution(kind, n) for name, (kind, _) in _CONVOLUTIONS.items() for n in (1, 2, 3)},
     "Identity": _identity,
     "Ones": lambda current, options: carriers.Ones(**options),
     "Elementwise": lambda current, options: layers.Elementwise(**options),
-    "PartialActivation": lambda current, options: layers.PartialActivation(current, **options),
+    "PartialActivation": _partial,
     "MaskedActivation": lambda current, options: layers.MaskedActivation(current, **options),
+    "FoldedNorm": lambda current, options: layers.FoldedNorm(**options),
     "BlendedActivation": lambda current, options: layers.BlendedActivation(current, **options),
     "Children": _children,
     "Neutral": neutralize,
     "ChannelGate": _gate,
     "Rewrite": rewrite_calls,
     "Held": hold_function,
+    "Kept": lambda current, options: keep_attributes(current, **options),
     fused.STEP: fused.unfuse,
 }
 
 
-def replay(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
+def replay(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
     """Replace modules of `model` in place, one step after the other.
 
     Raises:
-        CheckpointError: a step names a path that the model does not have, or a layer that cannot be built.
+        CheckpointError: a step names a path that the model does not have, a layer that cannot be built, or the steps
+            nest or copy layers without end.
     """
+    left = _COPIES * (len(steps) + 50)
     for step in steps:
         path = step.get("path")
         if not isinstance(path, str) or not isinstance(step.get("module"), dict):
-            raise CheckpointError(
-                str(path), f"found a step of another form: {step}", "The file is damaged: save it again."
-            )
+            found = f"found a step of another form: {step!s:.200}"
+            raise CheckpointError(str(path), found, "The file is damaged: save it again.")
         try:
             current = model.get_submodule(path)
         except AttributeError as error:
             remedy = "Load it onto the model that it was made from."
             raise CheckpointError(path, "the plan names a module that the model does not have", remedy) from error
+        left -= _copied(step["module"], current)
+        if left < 0:
+            raise CheckpointError(path, "the plan copies layers without end", "Check where the file came from.")
         replace_module(model, path, build(step["module"], current))
     return model
+
+
+def _copied(spec: Spec, current: nn.Module) -> int:
+    """How many modules a step may copy: what it wraps, or what a forward calls. Copies of copies double."""
+    calls = spec.get("calls")
+    if not isinstance(calls, list):
+        return _size(spec, current)
+    targets = [call.get("target") for call in calls if isinstance(call, dict) and not call.get("function")]
+    children = dict(current.named_modules())
+    return sum(_size(spec, children[target]) for target in targets if target in children)
+
+
+def _size(spec: Spec, module: nn.Module) -> int:
+    """Modules in a module, if they are not nested without end."""
+    if max(path.count(".") for path, _ in module.named_modules()) > _DEEPEST:
+        raise CheckpointError(str(spec.get("type")), "the plan nests layers without end", "Check where it came from.")
+    return sum(1 for _ in module.modules())
 
 
 def all_steps(model: nn.Module) -> list[Step]:

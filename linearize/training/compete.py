@@ -146,7 +146,7 @@ class Competition:
         Raises:
             TrainingError: it was taken from another number of channels.
         """
-        if state["won"].shape != self.won.shape:
+        if any(state[name].shape != self.won.shape for name in ("won", "start", "origin")):
             found = f"found the state of {len(state['won'])} channels, but the model has {len(self.won)}"
             raise TrainingError("SparsityPrior", found, "Resume with the model and the options of that run.")
         self.won, self.start = state["won"].clone(), state["start"].clone()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.training.compete import SCHEDULES
@@ -64,10 +65,8 @@ class PlannedPath:
         steps: int,
         schedule: str = "cosine",
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise UsageError("PlannedPath", f"found schedule={schedule!r}", f"Pass one of {', '.join(SCHEDULES)}.")
-        if steps < 1:
-            raise UsageError("PlannedPath", f"found steps={steps}", "Pass at least 1.")
+        checks.choice("schedule", schedule, tuple(SCHEDULES))
+        checks.whole("steps", steps, 1)
         named, parameters = gates(model), dict(model.named_parameters())
         unknown = [*(set(masks) - set(named)), *(set(ways) - set(parameters))]
         if unknown:
@@ -115,7 +114,8 @@ class PlannedPath:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model."""
         ways = {name: move.way for name, move in self._moves.items()}
-        return {"kind": self.kind, "steps_taken": self.steps_taken, "steps": self.steps, "ways": ways}
+        plain = {"kind": self.kind, "steps_taken": self.steps_taken, "steps": self.steps}
+        return {**plain, "ways": ways, "masks": dict(self.masks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -123,8 +123,15 @@ class PlannedPath:
         Raises:
             TrainingError: the state is of another kind of prior, or of another way.
         """
-        if state["kind"] != self.kind or set(state["ways"]) != set(self._moves) or state["steps"] != self.steps:
+        same = state["kind"] == self.kind and state["steps"] == self.steps
+        masks = state["masks"].keys() == self.masks.keys() and all(
+            torch.equal(mask.cpu(), self.masks[name].cpu()) for name, mask in state["masks"].items()
+        )
+        if not same or not masks or set(state["ways"]) != set(self._moves):
             found = "found the state of another prior or of another plan"
+            raise TrainingError("PlannedPath", found, "Resume with the plan and the options of that run.")
+        if any(way.shape != self._moves[name].way.shape for name, way in state["ways"].items()):
+            found = "found the ways of parameters of other shapes"
             raise TrainingError("PlannedPath", found, "Resume with the plan and the options of that run.")
         self.steps_taken = int(state["steps_taken"])
         for name, way in state["ways"].items():

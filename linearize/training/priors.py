@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from linearize import checks
 from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import groups_of
@@ -98,17 +99,23 @@ class SparsityPrior:
         tolerance: float = 1e-3,
         together: Together = "channels",
     ) -> None:
-        _check("kind", kind, kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}")
+        checks.choice("kind", kind, get_args(Kind))
         weight = (0.0 if kind == "target" else 1e-4) if weight is None else weight
-        _check("weight", weight, 0 <= weight < math.inf, "a finite number of at least 0")
-        _check("p", p, 0 < p < math.inf, "a positive number")
-        _check("tolerance", tolerance, 0 < tolerance < 1, "a number between 0 and 1")
-        _check("by", by, by in get_args(Unit), f"one of {', '.join(get_args(Unit))}")
-        _check("together", together, together in get_args(Together), f"one of {', '.join(get_args(Together))}")
-        _check("together", together, kind != "target" or together == "channels", '"channels" with kind="target"')
-        named = gates(model)
+        checks.number("weight", weight, least=0)
+        checks.number("p", p, above=0)
+        checks.number("tolerance", tolerance, above=0)
+        if tolerance >= 1:
+            checks.refuse("tolerance", tolerance, "a number between 0 and 1")
+        checks.choice("by", by, get_args(Unit))
+        checks.choice("together", together, get_args(Together))
+        checks.boolean("cost_weighted", cost_weighted)
+        if kind == "target" and together != "channels":
+            checks.refuse("together", together, '"channels" with kind="target"')
+        named = gates(checks.module("model", model))
         if not named:
             raise UsageError("SparsityPrior", "found no gate in the model", "Pass linearize.convert(model).")
+        for gate in named.values():
+            gate.check()
         self.kind, self.weight, self.p, self.tolerance = kind, float(weight), float(p), float(tolerance)
         self.gates = list(named.values())
         self.steps_taken = 0
@@ -123,12 +130,15 @@ class SparsityPrior:
         self._weights = relative.split(sizes) if cost_weighted else None
         self.competition: Competition | None = None
         if kind != "target":
-            _check("target", target, target is None and steps is None, 'left out, or kind="target"')
+            for name, value in (("target", target), ("steps", steps)):
+                if value is not None:
+                    checks.refuse(name, value, 'it with kind="target" only')
             return
-        _check("target", target, target is not None and 0 < target <= 1, "a share above 0 and up to 1")
-        _check("steps", steps, isinstance(steps, int) and steps >= 1, "the number of training steps")
-        _check("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        _check("ramp", ramp, 0 <= ramp < 1, "a share of the steps, from 0 to below 1")
+        checks.share("target", target, positive=True)
+        checks.whole("steps", steps, 1)
+        checks.choice("schedule", schedule, tuple(SCHEDULES))
+        if not checks.is_number(ramp) or not 0 <= ramp < 1:
+            checks.refuse("ramp", ramp, "a share of the steps, from 0 to below 1")
         worth = costs if by == "cost" else ones
         goal = (target or 0) * float(worth.sum())
         self.competition = Competition(
@@ -228,7 +238,8 @@ def param_groups(
         ['decay', 'plain']
     """
     for name, value in {"lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay}.items():
-        _check(name, value, 0 <= value < math.inf, "a finite number of at least 0", where="param_groups")
+        checks.number(name, value, least=0)
+    checks.module("model", model)
     alphas = {id(module.alpha) for module in model.modules() if isinstance(module, ChannelGate)}
     kinds: dict[str, dict[str, Any]] = {
         "decay": {"lr": lr, "weight_decay": weight_decay},
@@ -251,6 +262,8 @@ def _ease(named: Mapping[str, ChannelGate], calibration: Calibration) -> Tensor:
     Not the share of variance that the line explains: a few channels of a trained network carry values so large that
     the small part their line leaves outweighs all other channels together (docs/benchmarks.md).
     """
+    if not isinstance(getattr(calibration, "sites", None), Mapping):
+        checks.refuse("calibration", calibration, "what linearize.calibrate returned")
     rows = []
     for name, gate in named.items():
         site = calibration.sites.get(name)
@@ -261,8 +274,3 @@ def _ease(named: Mapping[str, ChannelGate], calibration: Calibration) -> Tensor:
     residual = torch.cat(rows)
     place = torch.searchsorted(residual.sort().values, residual)  # channels with equal residuals share a place
     return 1 - place.double() / max(1, len(residual) - 1)
-
-
-def _check(name: str, value: object, valid: bool, expected: str, where: str = "SparsityPrior") -> None:
-    if not valid:
-        raise UsageError(where, f"found {name}={value!r}", f"{name} must be {expected}.")

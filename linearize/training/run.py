@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from linearize.errors import DataError, TrainingError
+from linearize.errors import DataError, LinearizeError, TrainingError
 from linearize.gating.gate import gates
 from linearize.running.batches import Batch, read_batch, to_device
+from linearize.running.order import generators_of, set_epoch
 from linearize.running.outputs import Meaning
+from linearize.running.randomness import random_state, set_random_state
 from linearize.training.divergence import distillation_loss
 from linearize.training.features import Features
 from linearize.training.losses import task_loss
 from linearize.training.path import PlannedPath
 from linearize.training.priors import SparsityPrior
-from linearize.training.state import random_state, set_random_state
+from linearize.training.schema import fits_optimizer, flaw_in_run
+from linearize.training.state import Damaged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,8 +94,7 @@ class Run:
             TrainingError: see `update`.
         """
         number, start = len(self.history), time.perf_counter()
-        if hasattr(data, "set_epoch"):
-            data.set_epoch(number)
+        set_epoch(data, number)
         self.model.train()
         sums: dict[str, float] = {"loss": 0.0}
         count = 0
@@ -162,35 +164,74 @@ class Run:
             "prior": prior.state_dict() if prior is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random_state(),
-            "generators": [generator.get_state() for generator in _generators(data)],
+            "generators": [generator.get_state() for generator in generators_of(data)],
             "step": self.step,
             "history": self.history,
         }
 
-    def load_state_dict(self, state: dict[str, Any], data: Any) -> None:
-        """Continue where `state_dict` was called.
+    def load_state_dict(self, state: Any, data: Any) -> None:
+        """Continue where `state_dict` was called; after an error the run is as it was.
 
         Raises:
-            TrainingError: the state is of another model, optimizer or prior.
+            Damaged: it is no state of a run.
+            TrainingError: the state is of another model, optimizer, prior or data.
         """
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            found = f"found a checkpoint of another model or optimizer ({str(error).splitlines()[0]})"
-            raise TrainingError("finetune", found, "Resume with the model of that run.") from error
-        if self.objective.prior is not None:
-            self.objective.prior.load_state_dict(state["prior"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        generators = _generators(data)
+        if flaw := flaw_in_run(state):
+            raise Damaged("checkpoint", f"found {flaw}", "Resume from another.")
+        generators = generators_of(data)
         if len(generators) != len(state["generators"]):
             found = f"found data with {len(generators)} random generators, not {len(state['generators'])}"
             raise TrainingError("finetune", found, "Resume with the data of that run.")
+        try:
+            for generator, saved in zip(generators, state["generators"], strict=True):
+                torch.Generator(generator.device).set_state(saved)
+        except (RuntimeError, TypeError) as error:
+            raise Damaged("checkpoint", "found random states that are none", "Resume from another.") from error
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        fresh, prior = self.optimizer.state_dict(), self.objective.prior
+        schedule = None if prior is None else prior.state_dict()
+        try:
+            self._load_model(state)
+            self._load_rest(state)
+        except BaseException:
+            if prior is not None and schedule is not None:
+                prior.load_state_dict(schedule)
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(fresh)
+            raise
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.set_state(saved)
         self.step, self.history = state["step"], state["history"]
         set_random_state(state["random"])
+
+    def _load_model(self, state: dict[str, Any]) -> None:
+        own, stored = self.optimizer.state_dict(), state["optimizer"]
+        try:
+            if gone := self.model.state_dict().keys() - state["model"].keys():  # torch forgives a norm's counter
+                raise ValueError(f"without {min(gone)}")
+            self.model.load_state_dict(state["model"])
+            sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (own, stored)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"groups of {sizes[1]} parameters instead of {sizes[0]}")
+            # Rates and the like are those of this call, which are the checkpoint's: see the options beside it.
+            self.optimizer.load_state_dict({"state": stored["state"], "param_groups": own["param_groups"]})
+        except (RuntimeError, ValueError) as error:
+            found = f"found a checkpoint of another model or optimizer ({str(error).splitlines()[0]})"
+            raise TrainingError("finetune", found, "Resume with the model of that run.") from error
+        if not fits_optimizer(self.optimizer):
+            raise Damaged("checkpoint", "found an optimizer's state of other shapes", "Resume from another.")
+
+    def _load_rest(self, state: dict[str, Any]) -> None:
+        try:
+            if self.objective.prior is not None:
+                self.objective.prior.load_state_dict(state["prior"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, LinearizeError):
+                raise
+            found = f"found no state of this prior ({type(error).__name__}: {error})"
+            raise Damaged("checkpoint", found, "Resume from another.") from error
 
     @property
     def share(self) -> float:
@@ -208,10 +249,3 @@ def _scalar(loss: Any) -> Tensor:
 
 def _plain(term: Tensor) -> Tensor:
     return term.detach().float()
-
-
-def _generators(data: Any) -> list[torch.Generator]:
-    """The random generators that a DataLoader and its samplers own; the global ones are kept elsewhere."""
-    holders = [data, getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)]
-    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None}
-    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]

@@ -1,36 +1,39 @@
-"""The state of a training run in one .safetensors file: tensors as tensors, all else as JSON, no pickle.
+"""Plain state in one .safetensors file: tensors as tensors, all else as JSON, no pickle, and a checksum over it all.
 
 A nest of dicts, lists, tuples, numbers, texts and tensors is written as a skeleton in JSON, whose leaves name the
-tensors. Random states are part of it, so that a resumed run draws the numbers the whole run would have drawn.
+tensors. The state of a training run is such a nest, and so is what a pass over the data found out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
 import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from linearize.errors import CheckpointError
 from linearize.storage import tensorfile
+from linearize.storage.digest import take_in
 
-__all__ = [
-    "checkpoint_path",
-    "checkpoints",
-    "random_state",
-    "read_state",
-    "set_random_state",
-    "write_state",
-]
+__all__ = ["EPOCH_FILE", "Damaged", "checkpoint_path", "checkpoints", "read_state", "write_state"]
+
+EPOCH_FILE = r"epoch-(\d+)\.safetensors"
+"""The names of checkpoints, as a pattern."""
+
+Thing = TypeVar("Thing")
 
 _FORMAT = "linearize-training"
-_VERSION = 1
-_NAME = re.compile(r"epoch-(\d+)\.safetensors")
+_VERSION = 2  # 1 had no checksum
+_NAME = re.compile(EPOCH_FILE)
+
+
+class Damaged(CheckpointError):
+    """A file of ours that is not what was written: what it held has to be found out again."""
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -55,49 +58,59 @@ def write_state(path: Path, state: Any) -> None:
         TypeError: the nest holds something that is neither plain nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _take_apart(state, tensors, {})
-    metadata = {"format": _FORMAT, "version": str(_VERSION), "state": json.dumps(skeleton)}
+    skeleton = json.dumps(_take_apart(state, tensors, {}))
+    metadata = {"format": _FORMAT, "version": str(_VERSION), "state": skeleton, "sha256": _checksum(skeleton, tensors)}
     tensorfile.write(path, tensors, metadata)
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state` wrote, with its tensors on the CPU.
+    """What `write_state` wrote, with its tensors in memory of their own on the CPU.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated, not a training state, or of a newer version.
+        Damaged: it is truncated, no file of ours, or not what was written.
+        CheckpointError: there is no such file, or it is of another version.
     """
-    metadata = tensorfile.read_header(path).metadata
+    metadata = _read(path, tensorfile.read_header).metadata
     if metadata.get("format") != _FORMAT:
-        raise CheckpointError(str(path), "found no training state in it", "Pass a checkpoint of finetune.")
+        raise Damaged(str(path), "found no training state in it", "Pass a checkpoint of finetune.")
+    mapped = _read(path, lambda file: tensorfile.read_tensors(file, "cpu"))
+    # In memory of their own: what is mapped changes, or is gone, if another process writes into the file.
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     if metadata.get("version") != str(_VERSION):
-        found = f"found version {metadata.get('version')!r:.20} of the format, not {_VERSION}"
-        raise CheckpointError(str(path), found, "Resume with the linearize that wrote it.")
-    tensors = tensorfile.read_tensors(path, "cpu")
+        _refuse_version(path, metadata, tensors)
     try:
+        if metadata["sha256"] != _checksum(metadata["state"], tensors):
+            raise Damaged(str(path), "its checksum is not that of its content", "Resume from another.")
         return _put_together(json.loads(metadata["state"]), tensors)
     except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
-        raise CheckpointError(str(path), "its description is damaged", "Resume from another.") from error
+        raise Damaged(str(path), "its description is damaged", "Resume from another.") from error
 
 
-def random_state() -> dict[str, Any]:
-    """State of every global random generator: Python's, NumPy's, and PyTorch's on each device."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
-    return {
-        "python": random.getstate(),
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def _refuse_version(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> NoReturn:
+    """Another version; but if the content has our checksum, it is the version that is damaged."""
+    found = f"found version {metadata.get('version')!r:.20} of the format, not {_VERSION}"
+    with suppress(KeyError, ValueError):
+        if metadata["sha256"] == _checksum(metadata["state"], tensors):
+            raise Damaged(str(path), found, "Resume from another.")
+    raise CheckpointError(str(path), found, "Resume with the linearize that wrote it.")
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` took."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - the global one
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _read(path: Path, how: Callable[[Path], Thing]) -> Thing:
+    """What a reader makes of a file that is there: what it refuses is damaged."""
+    try:
+        return how(path)
+    except CheckpointError as error:
+        if not path.is_file():
+            raise
+        raise Damaged(error.where, error.found, error.remedy) from error
+
+
+def _checksum(skeleton: str, tensors: dict[str, Tensor]) -> str:
+    told = hashlib.sha256(skeleton.encode())
+    for name in sorted(tensors):
+        told.update(name.encode())
+        take_in(told, tensors[name])
+    return told.hexdigest()
 
 
 def _take_apart(value: Any, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]) -> Any:

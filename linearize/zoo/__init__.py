@@ -10,64 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.errors import CaptureError, UsageError
-from linearize.zoo import timm_models, transformers_inputs, transformers_models
+from linearize.errors import LinearizeError, UsageError
+from linearize.zoo import timm_models, transformers_models
+from linearize.zoo.building import NO_LIMIT, Limit, parameters_on_meta
+from linearize.zoo.inputs import example_inputs, unwrap
 from linearize.zoo.resolve import create
 from linearize.zoo.stock import stock_copy
-from linearize.zoo.structure import (
-    NO_LIMIT,
-    Limit,
-    compare,
-    forget_parameters,
-    parameters_on_meta,
-    plain_tensors,
-    put_tensor,
-)
+from linearize.zoo.structure import compare, forget_parameters, plain_tensors, put_tensor
 
 __all__ = ["Limit", "candidates", "create", "example_inputs", "rebuild", "recipe", "skeleton", "stock_copy", "unwrap"]
 
 Recipe = dict[str, Any]
 """How to build a model again: plain data for JSON, with the key ``library``."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel and ``torch.compile`` wrappers.
-
-    Example:
-        >>> inner = nn.Linear(2, 2)
-        >>> unwrap(nn.DataParallel(inner)) is inner
-        True
-    """
-    while True:
-        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs that the model's forward takes: ``(args, kwargs)`` with ``batch`` samples, small where allowed.
-
-    Tensors are on the device of the model's parameters (also if that is meta), floating ones in their dtype.
-
-    Raises:
-        CaptureError: the model comes from neither timm nor transformers, or its inputs cannot be derived.
-
-    Example:
-        >>> args, kwargs = example_inputs(create("timm:test_vit"))
-        >>> args[0].shape, kwargs
-        (torch.Size([2, 3, 160, 160]), {})
-    """
-    model = unwrap(model)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if transformers_models.is_transformers(model):
-        return transformers_inputs.example_inputs(model, batch=batch, like=like)
-    if timm_models.is_timm(model):
-        return timm_models.example_inputs(model, batch=batch, like=like)
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    found = "it is neither a timm nor a transformers model, so its inputs are not known"
-    raise CaptureError(name, found, "Pass example_inputs= as a tensor, a tuple, or a dict of keyword arguments.")
 
 
 def candidates(model: nn.Module) -> list[Recipe]:
@@ -109,7 +63,7 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
 
     Args:
         recipe: as `recipe` gives it.
-        limit: how many parameters may be made.
+        limit: how much may be made.
 
     Raises:
         UsageError: the recipe is not one of ours, its library cannot build it, or it goes over the limit.
@@ -118,13 +72,13 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with parameters_on_meta(limit):
-                return _build(recipe)
+                return _build(recipe, limit)
         except UsageError as error:
-            if error.__cause__ is None:
+            if error.__cause__ is None or isinstance(error.__cause__, (LinearizeError, MemoryError)):
                 raise
         # A constructor that computes with its own parameters: build it in full, then forget the values.
         with parameters_on_meta(limit, move=False):
-            model = _build(recipe)
+            model = _build(recipe, limit)
     forget_parameters(model)
     return model
 
@@ -152,10 +106,10 @@ def rebuild(recipe: Recipe, device: str | torch.device = "meta") -> nn.Module:
     return model
 
 
-def _build(recipe: Recipe) -> nn.Module:
+def _build(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
     library = recipe.get("library") if isinstance(recipe, dict) else None
     if library == "timm":
         return timm_models.build(recipe).eval()
     if library == "transformers":
-        return transformers_models.build(recipe).eval()
+        return transformers_models.build(recipe, limit).eval()
     raise UsageError("recipe", f"found the library {library!r:.40}", "Known are 'timm' and 'transformers'.")

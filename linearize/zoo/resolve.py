@@ -18,6 +18,9 @@ _FORMS = "Pass timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or the pat
 def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
     """Make the model that ``spec`` names, in eval mode.
 
+    ``package.module:callable`` imports that module and calls the callable: it runs code of the user's choice, as
+    ``python -m`` does. Only `linearize.load` is for files from strangers.
+
     Args:
         spec: ``timm:NAME``, ``hf:FOLDER_OR_NAME`` or ``package.module:callable``.
         pretrained: True asks for pretrained weights, False for random ones. None means: timm random, a folder
@@ -52,12 +55,16 @@ def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Mo
 
 
 def _call(spec: str, module_name: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """The model that a callable of the user's makes: his module is imported and run, by design."""
+    if not all(part.isidentifier() for text in (module_name, name) for part in text.split(".")):
+        raise UsageError("model", f"found {spec!r:.80}, which names no module and callable", _FORMS)
     try:
         target: Any = importlib.import_module(module_name)
         for part in name.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(spec, f"it cannot be imported: {error}", _FORMS) from error
+    except Exception as error:  # the module is the user's: anything can happen while it is imported
+        found = f"it cannot be imported: {type(error).__name__}: {error!s:.200}"
+        raise UsageError(spec, found, _FORMS) from error
     try:
         model = target(**kwargs)
     except Exception as error:  # the callable is the user's: anything can happen in it

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import sys
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from linearize.errors import CheckpointError
+from linearize.errors import CaptureError, CheckpointError
+from linearize.zoo.stock_config import described
 
-__all__ = ["stock_copy"]
+__all__ = ["check_stock", "expect_stock", "prove_stock", "stock_copy"]
+
+_REMEDY = "Compress with stock=True, which keeps equal widths and adds no bias, or save it with linearize.save."
+# What the same sums in another order may differ by, relative to the largest value.
+_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def stock_copy(model: nn.Module) -> nn.Module:
+def stock_copy(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """The same function as an ordinary model of its class, whose config is plainly true.
 
     For what `linearize.compress(..., stock=True)` makes of a transformers model: its FFNs are narrower, all alike, and
-    hold no layer of ours. The number in the config that names their width (`intermediate_size`, for one) is found by
-    trying which one gives a model with these very shapes.
+    hold no layer of ours. The numbers in the config that name their width (`intermediate_size`, for one) are found by
+    trying which ones give a model with these very shapes. Weights and outputs of the two are compared.
+
+    Args:
+        model: the compressed model; it is left as it is.
+        example_inputs: as for `linearize.convert`: what the outputs are compared on.
 
     Returns:
         A new model, in eval mode: `save_pretrained` writes a folder that needs nothing of linearize.
 
     Raises:
         CheckpointError: the model is none of transformers, or no config describes it: layers of different widths,
-            layers of ours, a bias where its class has none.
+            layers of ours, a bias where its class has none; or a model of that config computes something else.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -34,59 +45,155 @@ def stock_copy(model: nn.Module) -> nn.Module:
         >>> stock_copy(BertModel(config)).config.intermediate_size
         32
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    kind, state, found = check_stock(model)
+    reason, equal = "", None
+    for config in (found, *_tied_otherwise(found)):
+        made = _filled(kind, config, model, state)
+        lost = [key for key, value in made.state_dict().items() if not torch.equal(value, state[key])]
+        if lost:
+            reason = reason or f"{lost[0]} of a model of its config cannot hold the same values: it is tied there"
+            continue
+        equal = equal or made
+        if _shared(made) == _shared(model):
+            equal = made
+            break
+    if equal is not None:
+        reason = _difference(model, equal, example_inputs)
+    if equal is None or reason:
+        raise CheckpointError(type(model).__name__, reason, "Save it with linearize.save instead.")
+    return equal
+
+
+def _shared(model: nn.Module) -> set[frozenset[str]]:
+    """Names of parameters that are one."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def expect_stock(model: nn.Module) -> None:
+    """Before any work: a transformers model that shall be stock afterwards must be stock now.
+
+    Raises:
+        CheckpointError: it is not, so that nothing made of it would be.
+    """
+    if _has_config(model):
+        check_stock(model)
+
+
+def prove_stock(model: nn.Module, example_inputs: Any) -> None:
+    """After it: warn if there is no stock model for all that, with the reason."""
+    if _has_config(model):
+        try:
+            stock_copy(model, example_inputs)
+        except CheckpointError as error:
+            warnings.warn(f"stock=True: no stock model is the same function: {error}", stacklevel=3)
+
+
+def _has_config(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "to_dict")
+
+
+def check_stock(model: nn.Module) -> tuple[type[nn.Module], dict[str, Tensor], Any]:
+    """The class, the state and the config of the stock model that this one is; nothing is computed.
+
+    Raises:
+        CheckpointError: as `stock_copy`, but for the comparison.
+    """
+    name = type(model).__name__
+    if not _has_config(model):
         raise CheckpointError(name, "found no transformers config", "Save it with linearize.save instead.")
-    ours = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("linearize.")})
+    config: Any = model.config
+    # A function that a rewritten forward calls as a child is the same function without the rewriting.
+    kinds = {kind for kind in map(type, model.modules()) if kind.__module__.startswith("linearize.")}
+    ours = sorted({kind.__name__ for kind in kinds} - {"Elementwise"})
     if ours:
         found = f"found {ours[0]}, which no stock model has"
         raise CheckpointError(name, found, "Compress with stock=True, or save it with linearize.save.")
-    turned = _turned(model, config)
+    kind = _written(type(model))
+    turned = _turned(kind, model, config)
     state = {key: value.t().contiguous() if key in turned else value for key, value in model.state_dict().items()}
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    for described in _configs(model, config, shapes):
-        if _shapes(type(model), described) == shapes:
-            made = type(model)(described)
-            made.load_state_dict(state)
-            first = next(iter(state.values()))
-            return made.to(first.device, next(model.parameters()).dtype).eval()
-    remedy = "Compress with stock=True, which keeps equal widths and adds no bias, or save it with linearize.save."
-    raise CheckpointError(name, "found no config of its class that gives these shapes", remedy)
+    found_config = described(kind, config, {key: tuple(value.shape) for key, value in state.items()})
+    if found_config is None:
+        raise CheckpointError(name, "found no config of its class that gives these shapes", _REMEDY)
+    return kind, state, found_config
 
 
-def _turned(model: nn.Module, config: Any) -> set[str]:
+def _written(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class as its library defines it, of one that was made from it to hold a rewritten forward."""
+    for base in kind.__mro__:
+        if getattr(sys.modules.get(base.__module__), base.__qualname__, None) is base:
+            return base  # type: ignore[no-any-return]
+    return kind
+
+
+def _turned(kind: type[nn.Module], model: nn.Module, config: Any) -> set[str]:
     """Weights that the stock class stores the other way round (its `Conv1D`), where collapsing left a linear layer."""
     with torch.device("meta"):
-        stock = type(model)(copy.deepcopy(config))
+        stock = kind(copy.deepcopy(config))
+    modules = dict(model.named_modules())
     return {
         f"{path}.weight"
         for path, module in stock.named_modules()
-        if type(module).__name__ == "Conv1D" and isinstance(model.get_submodule(path), nn.Linear)
+        if type(module).__name__ == "Conv1D" and isinstance(modules.get(path), nn.Linear)
     }
 
 
-def _configs(model: nn.Module, config: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[Any]:
-    """The config as it is, and with one of its numbers changed to a width that the model has."""
-    yield copy.deepcopy(config)
-    before = _shapes(type(model), config)
-    pairs = {
-        (old, new)
-        for key, shape in shapes.items()
-        for old, new in zip(before.get(key, shape), shape, strict=False)
-        if old != new
-    }
-    for key, value in config.to_dict().items():
-        for old, new in sorted(pairs):
-            if value == old or (value is None and ("inner" in key or "intermediate" in key or "ff" in key)):
-                changed = copy.deepcopy(config)
-                setattr(changed, key, new)
-                yield changed
+def _tied_otherwise(config: Any) -> list[Any]:
+    """The config with its weights tied where they were not, or the other way round."""
+    changed = copy.deepcopy(config)
+    names = [name for name, value in config.to_dict().items() if name.startswith("tie_") and isinstance(value, bool)]
+    for name in names:
+        setattr(changed, name, not getattr(config, name))
+    return [changed] if names else []
 
 
-def _shapes(kind: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the state of a model of a config; nothing if there is no such model."""
+def _filled(kind: type[nn.Module], config: Any, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A model of a config with copies of all tensors, of their types and where they are."""
+    with torch.random.fork_rng(devices=[]):
+        made: Any = kind(copy.deepcopy(config))
+    made.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
+    made.tie_weights()
+    own = dict(model.named_buffers())
+    for path, module in made.named_modules():
+        for name in module._non_persistent_buffers_set:
+            other = own.get(f"{path}.{name}" if path else name)
+            if other is not None and other.shape == module._buffers[name].shape:
+                module._buffers[name] = other.detach().clone()
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+    stock: nn.Module = made.eval()
+    return stock
+
+
+def _difference(model: nn.Module, made: nn.Module, example_inputs: Any) -> str:
+    """What tells the outputs apart; nothing if they are the same."""
+    from linearize.graph.capture import normalize_inputs
+    from linearize.zoo.inputs import example_inputs as known_inputs
+
     try:
-        with torch.device("meta"):
-            return {key: tuple(value.shape) for key, value in kind(copy.deepcopy(config)).state_dict().items()}
-    except Exception:  # a config that its class refuses, in whatever way
-        return {}
+        args, kwargs = known_inputs(model) if example_inputs is None else normalize_inputs(example_inputs)
+    except CaptureError as error:
+        return f"its inputs are not known, so that nothing can be compared ({error.found}); pass example_inputs="
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        outputs = [_tensors(m.eval(), args, kwargs) for m in (model, made)]
+    finally:
+        for module, was in training:
+            module.training = was
+    for a, b in zip(*outputs, strict=True):
+        scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
+        worst = float((a - b).abs().max() / scale) if a.numel() else 0.0
+        if not worst <= _TOLERANCES.get(a.dtype, 1e-2):
+            return f"a model of its config computes something else ({worst:.2g} off, relative)"
+    return ""
+
+
+@torch.no_grad()
+def _tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        leaves = pytree.tree_leaves(dict(model(*args, **kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

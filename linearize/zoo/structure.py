@@ -1,29 +1,15 @@
-"""Building a model without its weights, and comparing two models in everything but the weights."""
+"""Comparing two models in everything but the weights, and the tensors that no state dict holds."""
 
 from __future__ import annotations
 
-import math
-import threading
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
-from linearize.errors import UsageError
 from linearize.zoo.plain import is_plain, same
-
-# In-place functions that change values only, never shape, dtype or flags.
-_FILLING = {
-    "add_", "clamp_", "copy_", "div_", "erfinv_", "exponential_", "fill_", "kaiming_uniform_", "mul_", "normal_",
-    "ones_", "sub_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zero_", "zeros_",
-}  # fmt: skip
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
@@ -32,77 +18,6 @@ TensorPath = tuple[Any, ...]
 
 # What every module carries: hooks and registries, the training flag; and what linearize attaches.
 _OWN = frozenset(nn.Module().__dict__) | {"_linearize", "_linearize_recipe"}
-
-
-class _NoFilling(TorchFunctionMode):
-    """Leaves out what only sets values of tensors that have none: a meta kernel for each adds up."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in _FILLING:
-            target = args[0] if args else kwargs.get("tensor")
-            if isinstance(target, Tensor) and target.is_meta:
-                return target
-        return func(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How much a model may register while it is built: a hostile file must not build for ever.
-
-    Attributes:
-        elements: of all parameters together.
-        parameters: their number.
-    """
-
-    elements: float = math.inf
-    parameters: float = math.inf
-
-
-NO_LIMIT = Limit()
-
-
-@contextmanager
-def parameters_on_meta(limit: Limit = NO_LIMIT, *, move: bool = True) -> Iterator[None]:
-    """Modules built inside get parameters without memory; their buffers and plain tensors are real.
-
-    Building under ``torch.device("meta")`` would lose the tables that a constructor computes and puts in no
-    state dict (rotary frequencies, position indices), and stops where a constructor reads a tensor's value.
-    A parameter that is registered in several places stays one parameter. Other threads are not affected.
-
-    Args:
-        limit: how much may be registered inside.
-        move: False leaves the parameters where they are, and only counts them.
-
-    Raises:
-        UsageError: a constructor inside asks for more.
-    """
-    registered = [0, 0]
-    thread = threading.get_ident()
-    moved = WeakIdKeyDictionary()
-
-    def register(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or threading.get_ident() != thread:
-            return None
-        registered[0] += parameter.numel()
-        registered[1] += 1
-        if registered[0] > limit.elements or registered[1] > limit.parameters:
-            raise UsageError("recipe", "it asks for far more weights than there are", "Check where it came from.")
-        if parameter.is_meta or not move:
-            return None
-        if parameter not in moved:
-            moved[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        found: nn.Parameter = moved[parameter]
-        return found
-
-    handle = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]
-    try:
-        with _NoFilling() if move else nullcontext():
-            yield
-    finally:
-        handle.remove()
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +70,8 @@ def put_tensor(module: nn.Module, path: TensorPath, tensor: Tensor) -> bool:
     if name in _OWN or name in module._parameters or name in module._modules:
         return False
     if not inner:
+        if not isinstance(module.__dict__.get(name, getattr(type(module), name, None)), (Tensor, type(None))):
+            return False  # it would hide a method, or stand for something else
         module.__dict__[name] = tensor
         return True
     container = module.__dict__.get(name)

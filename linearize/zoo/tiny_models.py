@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import UsageError
-from linearize.zoo.structure import Limit, parameters_on_meta
+from linearize.zoo.building import Limit, parameters_on_meta
 from linearize.zoo.tiny import LEVELS, tiny_config
 
 

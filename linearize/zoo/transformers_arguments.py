@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.zoo.building import affordable
+
 TOKENS = 8
 """T, the length of example sequences."""
 
@@ -59,10 +61,11 @@ class Arguments:
         return default
 
     def _floats(self, *shape: int) -> Tensor:
+        shape = affordable(type(self.model).__name__, *shape)
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def _ones(self, *shape: int) -> Tensor:
-        return torch.ones(shape, dtype=torch.long, device=self.device)
+        return torch.ones(affordable(type(self.model).__name__, *shape), dtype=torch.long, device=self.device)
 
     def _ids(self, high: int, *shape: int) -> Tensor:
         """Random indices that are no special tokens."""
@@ -71,6 +74,7 @@ class Arguments:
             for name, value in vars(config).items():
                 if _SPECIAL.fullmatch(name):
                     special.update(value if isinstance(value, (list, tuple)) else [value])
+        shape = affordable(type(self.model).__name__, *shape)
         allowed = [i for i in range(min(high, 1000)) if i not in special and i > 3] or [0]
         return torch.tensor(allowed, device="cpu")[torch.randint(len(allowed), shape)].to(self.device)
 

@@ -12,16 +12,17 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import UsageError
+from linearize.zoo.building import NO_LIMIT, Limit
 from linearize.zoo.plain import IDENTIFIER, is_plain
+from linearize.zoo.sealed import sealed
+from linearize.zoo.transformers_recipe import DROPPED, clean, clean_generation
 
-# Keys of a configuration through which a file could make the library fetch or run something.
-_DROPPED = {"auto_map", "custom_code", "quantization_config", "use_kernels", "kernel_config"}
+# The library's own code only: others are fetched as kernels from a repository.
 _IMPLEMENTATIONS = {
-    "attn": {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"},
+    "attn": {"eager", "sdpa"},
     "experts": {"eager", "batched_mm", "grouped_mm"},
 }
 _MODELING = re.compile(r"transformers\.models\.[a-z0-9_]+\.(modeling|configuration)_[a-z0-9_]+", re.ASCII)
-_ELSEWHERE = re.compile(r"(hf[-_]hub|local-dir|https?|file):", re.IGNORECASE)
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -57,7 +58,7 @@ def candidates(model: Any) -> list[dict[str, Any]]:
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in _DROPPED}
+    return {key: value for key, value in config.to_dict().items() if key not in DROPPED}
 
 
 def _public_name(cls: type) -> str | None:
@@ -114,31 +115,7 @@ def _set_implementations(config: Any, wanted: dict[str, str]) -> None:
             setattr(part, f"_{kind}_implementation", value)
 
 
-def clean(value: Any, depth: int = 0) -> Any:
-    """A configuration from a file, without the keys and strings that reach outside it.
-
-    Raises:
-        UsageError: a string points at a model hub, a folder or an address for the library to open.
-    """
-    if depth > 20:
-        raise UsageError("recipe", "the configuration is nested too deeply", "It was not written by linearize.")
-    if isinstance(value, list):
-        return [clean(item, depth + 1) for item in value]
-    if isinstance(value, dict):
-        kept = {key: clean(item, depth + 1) for key, item in value.items() if key not in _DROPPED}
-        for key in ("attn_implementation", "experts_implementation", "_attn_implementation", "pretrained"):
-            kept.pop(key, None)
-        for key in [key for key in kept if key.startswith("use_pretrained")]:
-            kept[key] = False
-        return kept
-    if isinstance(value, str) and _ELSEWHERE.match(value):
-        raise UsageError(
-            "recipe", f"the configuration points elsewhere: {value!r:.80}", "Name a library model instead."
-        )
-    return value
-
-
-def build(recipe: dict[str, Any]) -> nn.Module:
+def build(recipe: dict[str, Any], limit: Limit = NO_LIMIT) -> nn.Module:
     """Build the model of a recipe with weights as the library initialises them.
 
     Raises:
@@ -152,24 +129,31 @@ def build(recipe: dict[str, Any]) -> nn.Module:
     cls = _find(recipe.get("class"), "PreTrainedModel")
     config_cls = _find(recipe.get("config_class"), "PreTrainedConfig")
     settings, wanted = recipe.get("config"), recipe.get("implementations", {})
-    if not isinstance(settings, dict) or not isinstance(wanted, dict):
+    if not isinstance(settings, dict) or not isinstance(wanted, dict) or not _are_texts(wanted):
         raise UsageError(cls.__name__, "the recipe has no configuration", "The recipe was not written by linearize.")
     try:
-        config = config_cls.from_dict(clean(settings))
-        for key in settings.keys() - config.to_dict().keys() - _DROPPED:
-            # Settings that the constructor drops as not its own, such as use_cache of an encoder.
-            if IDENTIFIER.fullmatch(key) and not hasattr(config, key) and is_plain(settings[key], simple=True):
-                setattr(config, key, settings[key])
-        _set_implementations(config, wanted)
-        model: nn.Module = cls(config)
-        if isinstance(recipe.get("generation"), dict) and hasattr(model, "generation_config"):
-            model.generation_config = transformers.GenerationConfig.from_dict(clean(recipe["generation"]))
+        cleaned = clean(settings, config_cls, limit)
+        with sealed():
+            config = config_cls.from_dict(cleaned)
+            for key in cleaned.keys() - config.to_dict().keys():
+                # Settings that the constructor drops as not its own, such as use_cache of an encoder.
+                if not hasattr(config, key) and is_plain(cleaned[key], simple=True):
+                    setattr(config, key, cleaned[key])
+            _set_implementations(config, wanted)
+            model: nn.Module = cls(config)
+            if recipe.get("generation") is not None and hasattr(model, "generation_config"):
+                generation = clean_generation(recipe["generation"], transformers.GenerationConfig)
+                model.generation_config = transformers.GenerationConfig.from_dict(generation)
     except UsageError:
         raise
     except Exception as error:  # whatever the constructor of one of hundreds of models raises
         remedy = "Use the transformers version that wrote the recipe."
         raise UsageError(cls.__name__, f"it cannot be built from its configuration: {error}", remedy) from error
     return model
+
+
+def _are_texts(wanted: dict[str, Any]) -> bool:
+    return all(isinstance(text, str) and len(text) < 1000 for item in wanted.items() for text in item)
 
 
 def create(name: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:

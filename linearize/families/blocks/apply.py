@@ -13,6 +13,7 @@ from linearize.families.blocks.find import Block
 from linearize.families.blocks.fit import BlockFit
 from linearize.gating.gate import gates
 from linearize.sites.record import Record, Step, record_of, set_record
+from linearize.surgery.carriers import roles_of
 from linearize.surgery.specs import Spec, build, replace_module
 
 __all__ = ["replace_block"]
@@ -34,10 +35,9 @@ def replace_block(model: nn.Module, block: Block, kernel: int, found: BlockFit) 
     steps.append(_put(model, block.first.module, spec))
     layer: Any = model.get_submodule(block.first.module)
     layer.to(old.weight.device, old.weight.dtype)
-    layer.weight.copy_(found.weight)
-    layer.bias.copy_(found.bias)
-    if found.border is not None:
-        layer.border.copy_(found.border)
+    values: dict[str, Any] = {"weight": found.weight, "bias": found.bias, "border": found.border}
+    for role, (holder, name) in roles_of(layer).items():
+        holder.get_parameter(name).copy_(values[role])
     for parameter in layer.parameters():
         parameter.requires_grad_(old.weight.requires_grad)
     steps += [_put(model, path, {"type": "Identity"}) for path in block.maps[1:]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linearize.algebra.affine import same_padding
+from linearize.algebra.affine import pad_same
 from linearize.algebra.covariance import Covariance
 from linearize.families.blocks.find import Block
 from linearize.running.models import device_of
@@ -130,7 +130,7 @@ def _patches(block: Block, x: Tensor, kernel: int, size: tuple[int, ...], place:
     """Patches (R, (I + 1) * k * k) at some positions, those of a channel of ones last; None if the sizes do not fit."""
     x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
     if block.same:
-        x = functional.pad(x, same_padding(tuple(x.shape[2:]), (kernel, kernel), block.stride, (1, 1)))
+        x = pad_same(x, [kernel, kernel], list(block.stride), [1, 1])
     unfolded = functional.unfold(x, kernel, padding=0 if block.same else kernel // 2, stride=block.stride)
     if unfolded.shape[2] != math.prod(size):
         return None

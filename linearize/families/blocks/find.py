@@ -23,6 +23,7 @@ from linearize.algebra.forms import Infeasible
 from linearize.gating.gate import gates
 from linearize.sites.site import Port, Site
 from linearize.surgery.specs import Spec
+from linearize.tensors import meddler
 
 __all__ = ["Block", "blocks_of"]
 
@@ -132,6 +133,14 @@ def blocks_of(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Block]:
     return found
 
 
+def _check_hooks(model: nn.Module, sites: list[Site], ports: list[Port]) -> None:
+    inside = [port.module for port in ports]
+    inside += [part for site in sites for part in (site.name, *(f.module for f in (*site.folds, *site.consumer_folds)))]
+    for path in inside:
+        if any(meddler(part) for part in model.get_submodule(path).modules()):
+            raise Infeasible(f"{path} has a hook, or a forward put on it")
+
+
 def _block(model: nn.Module, sites: list[Site]) -> Block:
     ports: list[Port] = []
     for site in sites:
@@ -150,8 +159,9 @@ def _block(model: nn.Module, sites: list[Site]) -> Block:
     for port, module in zip(ports, modules, strict=True):
         if port.dims != 2 or not isinstance(module, nn.Conv2d) or set(module.dilation) != {1}:
             raise Infeasible("not convolutions of two dimensions")
-        if module._forward_pre_hooks or module._forward_hooks or module.padding_mode != "zeros":
-            raise Infeasible("a hook, or padding of another kind")
+        if module.padding_mode != "zeros":
+            raise Infeasible("padding of another kind")
+    _check_hooks(model, sites, ports)
     kernel = tuple(max(int(m.kernel_size[axis]) for m in modules) for axis in range(2))
     if max(kernel) == 1 or kernel[0] != kernel[1]:
         raise Infeasible("pointwise throughout, or not square")

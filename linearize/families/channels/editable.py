@@ -17,6 +17,7 @@ from linearize.sites.site import Fold, Port, Site
 from linearize.surgery.folds import scale_shift
 from linearize.surgery.narrow import chains_of
 from linearize.surgery.probe import has_own_forward, probed
+from linearize.tensors import meddler
 
 __all__ = [
     "Consumer",
@@ -122,8 +123,11 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
     if site.reason is not None or not site.consumers or site.producer is None:
         return site.reason or "no linear map before or after it"
     for port in (site.producer, site.up, *site.consumers):
+        found = None if port is None else meddler(model.get_submodule(port.module))
+        if port is not None and found is not None:
+            return f"{port.module} has {found}, which would be lost: take it off before, put it on again afterwards"
         if port is not None and not _plain(model, port):
-            return f"the weight of {port.module} is computed, or has a hook"
+            return f"the weight of {port.module} is computed, and no layer with a plain one does the same"
         grouped = port is not None and conv_groups(model, port) > 1
         if port is not None and grouped and not (port == site.producer and _narrows(model, site)):
             return f"{port.module} has groups"
@@ -172,8 +176,6 @@ def _plain(model: nn.Module, port: Port) -> bool:
     module: Any = model.get_submodule(port.module)
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
-        return False
-    if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
         return False
     if has_own_forward(module):
         return True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.collapse import collapse
+from linearize.collapse import collapse_telling
 from linearize.errors import CollapseError, UsageError
 from linearize.families.channels.apply import Edit, carry_out
 from linearize.families.channels.collect import SiteCollector, site_collectors
@@ -24,7 +24,7 @@ from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, Form, SitePlan
 from linearize.running.copies import duplicate
 from linearize.running.passes import Collector
-from linearize.surgery.form_choice import mask_of
+from linearize.surgery.form_choice import make_plan, mask_of
 from linearize.surgery.layers import MaskedActivation
 
 __all__ = ["ChannelPlaces", "Channels"]
@@ -40,10 +40,12 @@ class ChannelPlaces:
 
     Attributes:
         collectors: one for each.
+        barred: why others have none, by name.
         curves: by site name, once the data has been seen.
     """
 
     collectors: list[SiteCollector]
+    barred: dict[str, str] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     _edits: dict[SiteChoice, Edit] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ class Channels(Family):
         """All sites that can be refitted, and whose width the code around them lets change."""
         barred = _uncollapsible(context.gated)
         names = [name for name in gates(context.gated) if name not in barred]
-        return ChannelPlaces(site_collectors(context.gated, names))
+        return ChannelPlaces(site_collectors(context.gated, names), barred)
 
     def collectors(self, context: Context, places: ChannelPlaces) -> Sequence[Collector]:
         """Covariances and sensitivities of the sites."""
@@ -80,9 +82,15 @@ class Channels(Family):
     def options(self, context: Context, places: ChannelPlaces, groups: Sequence[Group]) -> list[Group]:
         """The groups of all sites."""
         seen = [collector.found for collector in places.collectors if collector.found.rows.count]
-        context.notes += [note for found in seen if (note := _too_few(found))]
+        context.warned += [note for found in seen if (note := _too_few(found))]
         places.curves = {found.site.name: curve_of(context.gated, found, stock=context.stock) for found in seen}
-        made = candidates(context.gated, places.curves, round_to=context.round_to, progress=context.progress)
+        made = candidates(
+            context.gated,
+            places.curves,
+            round_to=context.round_to,
+            barred=places.barred,
+            progress=context.progress,
+        )
         return [*groups, *made]
 
     def layers(self, model: nn.Module, places: ChannelPlaces, group: Group, option: Option) -> Layers:
@@ -136,8 +144,8 @@ class Channels(Family):
         return Replayed(choice, (~mask).nonzero().flatten())
 
 
-def _uncollapsible(gated: nn.Module) -> set[str]:
-    """Sites whose width the code around them does not let change: found by trying, on a copy."""
+def _uncollapsible(gated: nn.Module) -> dict[str, str]:
+    """Sites whose width cannot change, by name, with the reason: found by trying, on a copy."""
     trial = duplicate(gated, CollapseError)
     for gate in gates(trial).values():
         if gate.site is not None and gate.site.reason is None:
@@ -147,17 +155,15 @@ def _uncollapsible(gated: nn.Module) -> set[str]:
     named = {
         name: path for path, module in trial.named_modules() for name, gate in gates(trial).items() if gate is module
     }
-    level = logging.getLogger("linearize.collapse").level
-    logging.getLogger("linearize.collapse").setLevel(logging.ERROR)
     try:
-        small = collapse(trial)
+        small = collapse_telling(trial, "cheaper", None, _log.debug)
     except CollapseError as error:
         _log.debug("no trial: %s", error)
-        return set()
-    finally:
-        logging.getLogger("linearize.collapse").setLevel(level)
+        return {}
     modules = dict(small.named_modules())
-    return {name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)}
+    stuck = [name for name, path in named.items() if isinstance(modules.get(path), MaskedActivation)]
+    plan = make_plan(trial)
+    return {name: plan[name].reason or "the code around it does not take another width" for name in stuck}
 
 
 def _too_few(found: Observation) -> str | None:

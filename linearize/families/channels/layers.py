@@ -45,7 +45,9 @@ def layers_of(model: nn.Module, group: Group, option: Option) -> Layers:
             if choice.keep:
                 inner = released(gate)
                 if choice.rank:
-                    inner = PartialActivation(gate.activation, choice.keep, gate.axis, inplace=gate.site.direct)
+                    inner = PartialActivation(
+                        gate.activation, choice.keep, gate.axis, gate.in_place and gate.site.direct
+                    )
             layers[f"{gate.site.name} activation"] = inner
             texts.append(f"{choice.keep} {choice.rank} {choice.form}")
     return Layers(layers, "; ".join(texts))

@@ -32,6 +32,7 @@ def candidates(
     curves: Mapping[str, Curve],
     *,
     round_to: int | None = None,
+    barred: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> list[Group]:
     """The options of every group of a gated model.
@@ -40,18 +41,21 @@ def candidates(
         model: gated, with its original weights.
         curves: by site name; a site without one stays as it is.
         round_to: numbers of channels that stay are multiples of this; None decides by site, see `levels`.
+        barred: why some sites without a curve have none, by name.
         progress: show a bar: wide convolutions take seconds each.
     """
     found = []
     together = groups_of(model)
     with progress_bar("options", len(together), enabled=progress) as advance:
         for some in together:
-            found.append(_group(model, some, curves, round_to))
+            found.append(_group(model, some, curves, round_to, barred or {}))
             advance(some[-1])
     return found
 
 
-def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int | None) -> Group:
+def _group(
+    model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int | None, barred: Mapping[str, str]
+) -> Group:
     named = gates(model)
     pricer = Pricer(model, [named[name] for name in names])
     before = pricer.before()
@@ -61,20 +65,21 @@ def _group(model: nn.Module, names: list[str], curves: Mapping[str, Curve], roun
     slots = _slots(model, names)
     missing = next((slot[-1] for slot in slots if slot[-1] not in curves), None)
     if missing is not None:
-        why = obstacle_to_refit(model, named[missing].site) or "no batch reached it"
-        return Group(tuple(names), (stay,), why, shape=shape)
+        why = obstacle_to_refit(model, named[missing].site) or barred.get(missing, "no batch reached it")
+        told = why if len(names) == 1 else f"it shares maps with {missing}: {why}"
+        return Group(tuple(names), (stay,), told, shape=shape)
     lists = [_slot_choices(slot, curves[slot[-1]], round_to, alone=len(slots) == 1) for slot in slots]
-    options = [stay]
+    options, why = [stay], "no other width and form are left to choose from"
     for together in _joined(lists):
         some = tuple(sorted((c for choices, _ in together for c in choices), key=lambda c: names.index(c.site)))
         try:
             price = pricer.after(some)
-        except Infeasible:
+        except Infeasible as error:
+            why = str(error)
             continue
         loss = sum(loss for _, loss in together)
         options.append(Option(some, loss, price.flops, price.params, price.activations))
-    reason = None if len(options) > 1 else "no form can express any other option"
-    return Group(tuple(names), tuple(options), reason, shape=shape)
+    return Group(tuple(names), tuple(options), None if len(options) > 1 else why, shape=shape)
 
 
 def _slots(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:

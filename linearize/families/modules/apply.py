@@ -12,6 +12,7 @@ from linearize.families.modules.fit import WholeFit
 from linearize.families.modules.place import Whole
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Record, Step, record_of, set_record
+from linearize.surgery.carriers import roles_of
 from linearize.surgery.specs import Spec, build, replace_module
 
 __all__ = ["layer_of", "replace_wholes"]
@@ -23,12 +24,18 @@ def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
     old = model.get_submodule(whole.path)
     like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
     layer = build(whole.spec, old).to(like.device, like.dtype)
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-    weight.copy_(found.weight.view_as(weight))
-    bias.copy_(found.bias)
-    for parameter in layer.parameters():
-        parameter.requires_grad_(like.requires_grad)
+    values = {"weight": found.weight, "bias": found.bias}
+    for role, (holder, name) in roles_of(layer).items():
+        parameter = holder.get_parameter(name)
+        parameter.copy_(values[role].view_as(parameter))
+    layer.requires_grad_(_trained(old))
     return layer
+
+
+def _trained(module: nn.Module) -> bool:
+    """Whether anything in a module is trained, its gates apart: adapters may be, beside weights that are not."""
+    alphas = {id(gate.alpha) for gate in module.modules() if isinstance(gate, ChannelGate)}
+    return any(parameter.requires_grad for parameter in module.parameters() if id(parameter) not in alphas)
 
 
 def replace_wholes(model: nn.Module, chosen: Sequence[tuple[Whole, WholeFit]]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from linearize.families.family import Context, Family, Layers, Replayed
 from linearize.families.modules.apply import replace_wholes
 from linearize.families.modules.collect import ModuleCollector
-from linearize.families.modules.find import wholes_of
+from linearize.families.modules.find import meddled, wholes_of
 from linearize.families.modules.fit import fit_whole
 from linearize.families.modules.options import WHOLE, with_modules
 from linearize.families.modules.place import Whole
@@ -36,6 +36,7 @@ class Modules(Family):
 
     def find(self, context: Context) -> dict[str, Whole]:
         """Modules that make one tensor of one, outermost first."""
+        context.told += _hooked(context.gated)
         if not context.modules or context.tied or context.measure == "activations":
             return {}
         return {whole.path: whole for whole in wholes_of(context.gated, context.batch, groups_of(context.gated))}
@@ -77,3 +78,13 @@ class Modules(Family):
         if gate is None and site.site not in places:
             return None
         return Replayed(SiteChoice(site.site, 0, site.rank, site.form))
+
+
+def _hooked(gated: nn.Module) -> list[str]:
+    """A note about what hooks take away, if there are any."""
+    found = meddled(gated)
+    if not found:
+        return []
+    some = "; ".join(f"{path or 'the model'} has {what}" for path, what in list(found.items())[:2])
+    more = f" (and {len(found) - 2} more modules)" if len(found) > 2 else ""
+    return [f"{some}{more}: what would be lost with a module or the modules around it stays as it is"]

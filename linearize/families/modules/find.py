@@ -16,10 +16,11 @@ from linearize.families.modules.place import Whole
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
 from linearize.graph.protect import untouched
-from linearize.running.models import batches_of, call, evaluating
+from linearize.running.models import batches_of, call, eagerly, evaluating
 from linearize.sites.record import record_of
+from linearize.tensors import meddler, oddity
 
-__all__ = ["wholes_of"]
+__all__ = ["meddled", "wholes_of"]
 
 _WIDEST = 4000  # features of input and output together
 _PLAIN = (bool, int, float, str)
@@ -45,7 +46,8 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
 
     A module qualifies if it is called once, with tensors and plain values only, of which it overwrites none, and gives
     one tensor (and None behind it, perhaps) whose shape differs from that of its input in the channels at most; if it
-    holds all sites of a group or none; and if no activation inside was excluded by the user. Its input is the first
+    holds all sites of a group or none; if no activation inside was excluded by the user; and if neither it nor a module
+    inside has a hook, or a forward put on the object, which would be lost. Its input is the first
     argument, or the first tensor if all come by keyword. In a model that generates text there must be no other tensor,
     and no None: that may be a cache, or become one, which another call would miss. A module that holds nothing but one
     group of sites does not qualify, since that group has the same option.
@@ -57,12 +59,13 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
     """
     calls = _calls(model, batch)
     flops = flops_of_modules(model, batch)
-    homes = _homes(model, groups)
+    homes, hooked = _homes(model, groups), meddled(model)
     found: list[Whole] = []
     for path, seen in calls.items():
         module = model.get_submodule(path)
         axis = _axis(module, seen)
-        if axis is None or not _free(model, path, homes):
+        quantised = any(oddity(parameter) for parameter in module.parameters())
+        if axis is None or quantised or not _free(model, path, homes) or any(map(_is_in(path), hooked)):
             continue
         inputs, outputs = seen.before[axis], seen.after[axis]
         least = 2.0 * math.prod(seen.before) * outputs
@@ -90,7 +93,7 @@ def _behind(model: nn.Module, path: str, called: set[str]) -> str:
     names = list(chain._modules)
     place = names.index(name)
     before = f"{parent}.{names[place - 1]}".removeprefix(".") if place else ""
-    return "" if not before or _hooked(model.get_submodule(before)) else before
+    return "" if not before or meddler(model.get_submodule(before)) else before
 
 
 def _around(path: str, wholes: Sequence[Whole]) -> str:
@@ -132,12 +135,12 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
     def hooks() -> Iterator[Any]:
         for path, module in model.named_modules():
             within = any(path == gate or path.startswith(f"{gate}.") for gate in inner)
-            if path and not within and any(True for _ in module.children()) and not _hooked(module):
+            if path and not within and any(True for _ in module.children()):
                 seen = found[path] = _Call()
                 yield module.register_forward_pre_hook(begin(seen), with_kwargs=True)
                 yield module.register_forward_hook(end(seen), with_kwargs=True)
 
-    with evaluating(model), untouched(model):
+    with eagerly(), evaluating(model), untouched(model):
         handles = list(hooks())
         try:
             call("model", model, batches_of(batch)[0])
@@ -165,8 +168,9 @@ def _generates(module: nn.Module) -> bool:
     return callable(can) and bool(can())
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def meddled(model: nn.Module) -> dict[str, str]:
+    """By path, the hooks and forwards of their own that modules of a model have, which a layer in their place loses."""
+    return {path: found for path, module in model.named_modules() if (found := meddler(module)) is not None}
 
 
 def _axis(module: nn.Module, seen: _Call) -> int | None:
@@ -206,15 +210,19 @@ def _within(path: str, parts: Sequence[str]) -> bool:
     return all(part.startswith(f"{path}.") for part in parts)
 
 
+def _is_in(path: str) -> Callable[[str], bool]:
+    return lambda other: other == path or other.startswith(f"{path}.")
+
+
 def _free(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
     """True if no group of sites is half inside, and the user's choice of sites does not speak against it."""
     for parts in homes.values():
-        inside = [part == path or part.startswith(f"{path}.") for part in parts]
+        inside = [_is_in(path)(part) for part in parts]
         if any(inside) and not _within(path, parts):
             return False
     record = record_of(model)
     barred = [site for site in (record.sites if record else ()) if site.ungated in UNSELECTED]
-    if any(site.module == path or site.module.startswith(f"{path}.") for site in barred):
+    if any(_is_in(path)(site.module) for site in barred):
         return False
     return not barred or any(_within(path, parts) for parts in homes.values())
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from linearize import schema
+from linearize.errors import LinearizeError
+from linearize.storage import atomic
+
+__all__ = ["LatencyTable", "cache_file"]
+
+_LARGEST_FILE = 2**26  # bytes
 
 
 def cache_file() -> Path:
@@ -28,22 +38,24 @@ class LatencyTable:
 
     @classmethod
     def open(cls, path: Path | None) -> LatencyTable:
-        """The table in a file; an empty one if there is none that can be read."""
+        """The table in a file, without entries that are no ratios; an empty one if there is none that can be read."""
         try:
-            text = path.read_text(encoding="utf-8") if path is not None else "{}"
-            entries = {str(key): float(value) for key, value in json.loads(text).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            entries = {}
-        return cls(path, entries)
+            data = schema.parse(atomic.read_file(path, limit=_LARGEST_FILE)) if path is not None else {}
+        except (LinearizeError, ValueError):
+            data = {}
+        entries = data.items() if isinstance(data, dict) else ()
+        return cls(path, {key: float(value) for key, value in entries if len(key) <= 200 and _is_ratio(value)})
 
     def save(self) -> None:
         """Write the table, if it has a file and that can be written: a cache must not stop anybody's work."""
         if self.path is None:
             return
-        try:
+        text = json.dumps({key: value for key, value in self.entries.items() if _is_ratio(value)})
+        with suppress(OSError, LinearizeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            beside.write_text(json.dumps(self.entries), encoding="utf-8")
-            beside.replace(self.path)
-        except OSError:
-            return
+            atomic.write(self.path, lambda file: file.write(text.encode()))
+
+
+def _is_ratio(value: Any) -> bool:
+    """True for a number that a ratio of latencies can be: whatever else stands in the table is measured anew."""
+    return type(value) in (int, float) and 1e-6 <= value <= 1e6

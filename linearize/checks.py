@@ -1,0 +1,325 @@
+"""Checks of arguments, in one vocabulary: each gives the argument back, or says what was found and what to pass.
+
+Public functions check what they are called with before they do anything. A message names the argument, the value
+found, and what it must be.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import DataError, UsageError
+
+__all__ = [
+    "batches",
+    "boolean",
+    "choice",
+    "device",
+    "dtype",
+    "evaluation",
+    "folder",
+    "function",
+    "is_number",
+    "is_whole",
+    "module",
+    "normal_mode",
+    "number",
+    "path",
+    "patterns",
+    "plain",
+    "refuse",
+    "seed",
+    "share",
+    "weights",
+    "whole",
+    "wholes",
+]
+
+_LONGEST = 80  # characters of a value in a message
+
+
+def refuse(name: str, value: Any, expected: str) -> NoReturn:
+    """Raise the error of every check: the argument, the value found, what to pass."""
+    told = repr(value)
+    if isinstance(value, Tensor | nn.Module) or len(told) > _LONGEST or " at 0x" in told:
+        told = f"a {type(value).__name__}"
+    raise UsageError(name, f"found {told}", f"Pass {expected}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or NumPy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number by type, of Python or NumPy, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, least: int = 0, *, most: int = 2**53) -> int:
+    """A whole number of at least `least`, and at most `most`.
+
+    Raises:
+        UsageError: otherwise; the number 2.0 is none, nor is True.
+
+    Example:
+        >>> whole("epochs", 3, least=1)
+        3
+    """
+    if not is_whole(value) or value < least:
+        refuse(name, value, f"a whole number of at least {least}")
+    if value > most:
+        refuse(name, value, f"a whole number from {least} to {most}")
+    return int(value)
+
+
+def wholes(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
+    """Whole numbers, at least one of them; a single number is taken for a list of one.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    expected = f"a list of whole numbers of at least {least}, such as [1, 32]"
+    listed = [values] if is_whole(values) else values
+    if isinstance(listed, str | bytes | Mapping) or not isinstance(listed, Iterable):
+        refuse(name, values, expected)
+    found = list(listed.tolist() if isinstance(listed, Tensor) and listed.dim() == 1 else listed)
+    if not found or not all(is_whole(value) and value >= least for value in found):
+        refuse(name, values, expected)
+    return tuple(int(value) for value in found)
+
+
+def number(
+    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> float:
+    """A finite number of at least `least`, above `above`, and at most `most`.
+
+    Raises:
+        UsageError: otherwise.
+
+    Example:
+        >>> number("lr", 1e-3, least=0)
+        0.001
+    """
+    if not is_number(value) or not math.isfinite(value) or not (least <= value <= most and value > above):
+        bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+        bounds += [f"up to {most:g}"] * (most < math.inf)
+        refuse(name, value, " ".join(["a finite number", *bounds]))
+    return float(value)
+
+
+def share(name: str, value: Any, of: str = "share", *, positive: bool = False) -> float:
+    """A number from 0 to 1; above 0 if `positive`.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not is_number(value) or not 0 <= value <= 1 or (positive and not value):
+        refuse(name, value, f"a {of} {'above 0 and up to' if positive else 'from 0 to'} 1")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False, and nothing that only counts as one of them.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(value, bool):
+        refuse(name, value, "True or False")
+    return value
+
+
+def seed(name: str, value: Any) -> int:
+    """A seed that every random generator takes.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not is_whole(value) or not 0 <= value < 2**63:
+        refuse(name, value, "a whole number of at least 0")
+    return int(value)
+
+
+def choice(name: str, value: Any, known: Sequence[str]) -> str:
+    """One of some words.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(value, str) or value not in known:
+        refuse(name, value, "one of " + ", ".join(f'"{word}"' for word in known))
+    return value
+
+
+def module(name: str, value: Any) -> nn.Module:
+    """A module of torch.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(value, nn.Module):
+        raise UsageError(name, f"found a {type(value).__name__}", "Pass a torch.nn.Module.")
+    return value
+
+
+def function(name: str, value: Any, expected: str = "a function") -> Callable[..., Any]:
+    """Something that can be called.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not callable(value):
+        refuse(name, value, expected)
+    called: Callable[..., Any] = value
+    return called
+
+
+def patterns(name: str, value: Any, expected: str = "a glob pattern, or a list of these") -> tuple[str, ...]:
+    """Glob patterns; a text is one pattern.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    found = (value,) if isinstance(value, str) else value
+    if isinstance(found, bytes | Mapping) or not isinstance(found, Iterable):
+        refuse(name, value, expected)
+    listed = tuple(found)
+    if not all(isinstance(pattern, str) for pattern in listed):
+        refuse(name, value, expected)
+    return listed
+
+
+def path(name: str, value: Any) -> Path:
+    """A path that a file system can hold.
+
+    Raises:
+        UsageError: it is neither text nor a path, or holds a null character.
+    """
+    if not isinstance(value, str | os.PathLike):
+        refuse(name, value, "the path of a file, as text or as a pathlib.Path")
+    text = os.fspath(value)
+    if not isinstance(text, str) or "\0" in text or not text:
+        refuse(name, value, "the path of a file, as text or as a pathlib.Path")
+    return Path(text)
+
+
+def folder(name: str, value: Any) -> Path:
+    """A folder that exists or can be made; nothing is made here.
+
+    Raises:
+        UsageError: it is no path, or the path of something else than a folder.
+    """
+    if not isinstance(value, str | os.PathLike):
+        refuse(name, value, "the path of a folder, new or not")
+    found = path(name, value)
+    try:
+        wrong = next((str(part) for part in (found, *found.parents) if part.exists() and not part.is_dir()), None)
+    except OSError as error:
+        raise UsageError(name, f"cannot use {found}: {error.strerror}", "Pass a folder, new or not.") from error
+    if wrong is not None:
+        raise UsageError(name, f"found {wrong}, which is no folder", "Pass a folder, new or not.")
+    return found
+
+
+def dtype(name: str, value: Any) -> torch.dtype:
+    """A floating type of torch.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        refuse(name, value, "a floating type such as torch.float64 or torch.bfloat16")
+    return value
+
+
+def device(name: str, value: Any) -> torch.device:
+    """A device that can be used here.
+
+    Raises:
+        UsageError: there is no such device, or it holds no values.
+    """
+    expected = "a device such as 'cpu' or 'cuda:0' that this machine has"
+    if isinstance(value, bool) or not isinstance(value, str | torch.device | int):
+        refuse(name, value, expected)
+    try:
+        found = torch.device(value)
+        if found.type == "meta":
+            refuse(name, value, expected)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        refuse(name, value, expected)
+    return found
+
+
+def batches(name: str, value: Any) -> Iterable[Any]:
+    """Batches that can be read again and again.
+
+    Raises:
+        DataError: it cannot be iterated, or only once.
+    """
+    if isinstance(value, Iterator):
+        found = f"found a {type(value).__name__}, which can be read only once"
+        raise DataError(name, found, "Pass a list of batches or a DataLoader, for instance list(batches).")
+    if isinstance(value, str | bytes | dict | Tensor) or not hasattr(value, "__iter__"):
+        remedy = "Pass an iterable of batches: tensors, tuples (inputs, labels), or dicts of keyword arguments."
+        raise DataError(name, f"found a {type(value).__name__}", remedy)
+    batched: Iterable[Any] = value
+    return batched
+
+
+def normal_mode(name: str) -> None:
+    """New tensors have values here, and can have gradients.
+
+    Raises:
+        UsageError: inside torch.inference_mode(), or with the meta device as the default.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UsageError(name, "found torch.inference_mode()", "Call it outside: it needs gradients.")
+    if torch.get_default_device().type == "meta":
+        found = "found the meta device as torch's default, on which tensors have no values"
+        raise UsageError(name, found, "Call it outside of torch.device('meta').")
+
+
+def evaluation(name: str, value: Any) -> None:
+    """A function of a model, or batches that can be read again and again.
+
+    Raises:
+        UsageError: neither of these.
+    """
+    if callable(value):
+        return
+    if isinstance(value, Iterator | str | bytes | Mapping | Tensor) or not hasattr(value, "__iter__"):
+        found = f"found a {type(value).__name__}"
+        raise UsageError(
+            name, found, "Pass batches with labels, such as a list or a DataLoader, or a function of a model."
+        )
+
+
+def weights(name: str, model: nn.Module) -> None:
+    """The parameters and buffers have values.
+
+    Raises:
+        UsageError: one of them is on the meta device.
+    """
+    for place, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            found = f"found no values in {place} (meta device): the model is offloaded, or was never filled"
+            raise UsageError(name, found, "Load all its weights first.")
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

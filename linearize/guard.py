@@ -1,0 +1,123 @@
+"""No folder that `from_pretrained` takes for another function: what a changed model's own `save_pretrained` writes.
+
+A library saves the weights and a configuration that knows nothing of gates and merged maps. Reading them, it drops what
+it does not expect, invents what it misses, and says so in a table at most. So `save_pretrained` of a model that
+linearize has changed leaves what the library writes but for the weights, marks the configuration so that nobody but
+`linearize.load` takes it, and puts our file beside it. The class of the model and its configuration in memory stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from linearize.checkpoint import FILE, save
+from linearize.errors import CheckpointError
+from linearize.sites.record import Record, when_recorded
+
+__all__ = ["guard_saving"]
+
+_METHOD = "save_pretrained"
+_NOTE = "changed by linearize, to be loaded with linearize.load(folder)"
+# Each of them stops transformers: the first two quote the text, the third is a quantization that has no method.
+_MARKS: dict[str, Any] = {"model_type": _NOTE, "dtype": _NOTE, "quantization_config": {"note": _NOTE}}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+
+
+def guard_saving(model: nn.Module, record: Record) -> None:
+    """Put a guard on every module inside that has a `save_pretrained`; it acts only if the module is changed."""
+    for path, module in model.named_modules():
+        if callable(getattr(type(module), _METHOD, None)):
+            prefix = f"{path}." if path else ""
+            steps = [step for step in record.steps if f"{step['path']}.".startswith(prefix)]
+            module.__dict__[_METHOD] = _Guard(module, steps=any(map(_changes, steps)), whole=not path)
+
+
+def _changes(step: dict[str, Any]) -> bool:
+    """A forward that was rewritten is the same function of the same weights."""
+    return bool(step["module"].get("type") != "Rewrite")
+
+
+class _Guard:
+    """Stands on a module in the place of its method; copied and pickled with the module.
+
+    Attributes:
+        module: whose method it is.
+        steps: a layer of the module was replaced.
+        whole: the module is the model that was converted, so that our file can hold it.
+    """
+
+    def __init__(self, module: nn.Module, *, steps: bool, whole: bool) -> None:
+        self.module, self.steps, self.whole = module, steps, whole
+
+    def __call__(self, save_directory: Any, *args: Any, **options: Any) -> Any:
+        """As the method of the module's class, if that is right.
+
+        Raises:
+            CheckpointError: it is to be uploaded at once.
+
+        Warns:
+            UserWarning: the folder is one for `linearize.load`.
+        """
+        if not self.changed:
+            return getattr(type(self.module), _METHOD)(self.module, save_directory, *args, **options)
+        if options.get("push_to_hub"):
+            found = "was changed by linearize, and would be uploaded as another function"
+            remedy = "Call save_pretrained(folder) without push_to_hub, and upload that folder."
+            raise CheckpointError(type(self.module).__name__, found, remedy)
+        folder = Path(save_directory)
+        given = "state_dict" in options or len(args) > 1  # None, too: a trainer says so in some versions
+        if given or not self.whole:
+            # A trainer's checkpoint, which goes on from these very weights; or a part of our model.
+            result = getattr(type(self.module), _METHOD)(self.module, folder, *args, **options)
+            _mark(folder, without="dtype")  # which a trainer reads back
+            how = "its weights are for load_state_dict of this model; save the whole with linearize.save"
+        else:
+            result = self._save_for_us(folder, *args, **options)
+            how = "linearize.load(folder) makes the model again, from_pretrained refuses to"
+        text = f"{folder} holds a {type(self.module).__name__} that linearize has changed: {how}."
+        warnings.warn(text, stacklevel=2)
+        return result
+
+    @property
+    def changed(self) -> bool:
+        """Whether a model of its class and configuration would be another function, or another set of weights."""
+        ours = (type(m).__module__.startswith("linearize.") for m in self.module.modules())
+        return self.steps or any(ours)
+
+    def _save_for_us(self, folder: Path, *args: Any, **options: Any) -> Any:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            result = getattr(type(self.module), _METHOD)(self.module, place, *args, **options)
+            written = [file for file in Path(place).iterdir() if not file.name.endswith(_WEIGHTS)]
+            if not any(Path(place).iterdir()):  # another process writes
+                return result
+            _mark(Path(place))
+            save(self.module, Path(place) / FILE)
+            for file in folder.iterdir():  # of a model that was here before
+                if file.name.endswith(_WEIGHTS) and file.name.startswith(("model", "pytorch_model")):
+                    file.unlink()
+            for file in (*written, Path(place) / FILE):
+                shutil.move(file, folder / file.name)
+        return result
+
+
+def _mark(folder: Path, without: str = "") -> None:
+    """Change the configuration so that libraries refuse it, and say what reads it."""
+    path = folder / "config.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            told = {name: value for name, value in content.items() if name in _MARKS}
+            marks = {name: value for name, value in _MARKS.items() if name != without}
+            content = {**content, **marks, "linearize": {"before": told}}
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+when_recorded(guard_saving)

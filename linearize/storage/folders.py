@@ -1,0 +1,75 @@
+"""Folders that hold what an interrupted run has done: made before any work, and cleared of nothing but our own."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from linearize.errors import CheckpointError
+
+__all__ = ["clear", "make_folder", "remove_leftovers", "write_text"]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those around it, and see that a file can be written there.
+
+    Raises:
+        CheckpointError: it cannot be made, or not be written in.
+    """
+    trial = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        found = f"no file can be written there: {error.strerror or error}"
+        raise CheckpointError(str(folder), found, "Free some space, or pass another folder.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside `path`, flush it to the disk, then rename it: it is whole or not there.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with beside.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        found = f"it cannot be written: {error.strerror or error}"
+        raise CheckpointError(str(path), found, "Free some space, or pass another folder.") from error
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove unfinished files, as a killed process leaves them, of files whose names match a pattern.
+
+    Nobody else may be writing in the folder: see `storage.lock`.
+    """
+    wanted = re.compile(rf"\.(?:{name})\.[0-9a-f]+\.tmp|\.linearize-[0-9a-f]+-[0-9]+-[0-9a-f]+\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if wanted.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove the files of a folder whose names match one of some patterns, and the folder if nothing else is in it."""
+    wanted = re.compile("|".join(f"(?:{name})" for name in names))
+    with suppress(OSError):  # what cannot be removed stays: the work is done
+        for path in folder.iterdir():
+            if wanted.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
+        for name in names:
+            remove_leftovers(folder, name)
+        folder.rmdir()

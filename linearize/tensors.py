@@ -1,0 +1,159 @@
+"""The tensors that modules hold, of whatever kind: parameters, what a parametrization computes, quantised ones.
+
+Reading a weight that is computed runs code of others: a spectral norm takes a step of its power iteration whenever its
+weight is read in training mode. So weights are read here, as they are in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "QUANTISE_LATER",
+    "at_rest",
+    "has_memory",
+    "held",
+    "is_computed",
+    "is_wrapper",
+    "meddler",
+    "oddity",
+    "quantised_part",
+]
+
+QUANTISE_LATER = "convert first, quantise afterwards"
+
+
+@contextmanager
+def at_rest(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for modules and what is inside them, and no gradients; afterwards each is in the mode it was in.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with at_rest(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor of that name; if a parametrization computes it, as in eval mode. None if there is none.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)).train()
+        >>> held(layer, "weight").equal(held(layer, "weight")), held(layer, "scale")
+        (True, None)
+    """
+    found: Tensor | None = module._parameters.get(name)
+    if found is None and hasattr(type(module), name):  # a property: of a parametrization, or of the module's own
+        with at_rest(module):
+            found = getattr(module, name, None)
+    elif found is None:
+        found = module._buffers.get(name, vars(module).get(name))
+    return found if isinstance(found, Tensor) else None
+
+
+def is_computed(module: nn.Module, name: str = "weight") -> bool:
+    """True if a module has a tensor of that name that is no parameter of its own: a hook or a property computes it.
+
+    Example:
+        >>> is_computed(nn.Linear(2, 2)), is_computed(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        (False, True)
+    """
+    return module._parameters.get(name) is None and held(module, name) is not None
+
+
+def meddler(module: nn.Module) -> str | None:
+    """What else happens when a module is called, in words: a hook, or a forward put on the object. None for nothing.
+
+    Hooks that compute the module's own weight or bias (weight norm, pruning) are no others: what they make is read.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(nn.Linear(2, 2), "weight", amount=1)
+        >>> seen, hook = meddler(layer), layer.register_forward_hook(lambda *_: None)
+        >>> seen, meddler(layer)
+        (None, 'a hook')
+    """
+    if hasattr(module, "_hf_hook"):
+        remedy = "accelerate.hooks.remove_hook_from_submodules(model) takes it off"
+        return f"a hook of accelerate ({type(module._hf_hook).__name__}; {remedy})"
+    if "forward" in vars(module):
+        return "a forward put on the object"
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    return "a hook" if any(not computes(module, key) for key in module._forward_pre_hooks) else None
+
+
+def computes(module: nn.Module, key: int, *names: str) -> bool:
+    """True if a hook before the forward puts a new weight or bias (or those named) on the module: tried on a copy."""
+    if key in module._forward_pre_hooks_with_kwargs:
+        return False
+    found = [name for name in names or ("weight", "bias") if name in vars(module)]
+    twin = copy.copy(module)
+    try:
+        with at_rest(twin):
+            module._forward_pre_hooks[key](twin, ())
+    except Exception:  # a hook of another kind may want anything
+        return False
+    return any(vars(twin).get(name) is not vars(module)[name] for name in found)
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """True for a tensor that is made of others, as those of torchao and of distributed models are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def oddity(tensor: Tensor) -> str | None:
+    """What a weight is, in words, if it is no dense tensor of floating-point numbers.
+
+    Example:
+        >>> oddity(torch.ones(2)), oddity(torch.ones(2, dtype=torch.int8))
+        (None, 'of torch.int8')
+    """
+    kind = type(tensor).__name__
+    if hasattr(tensor, "full_tensor"):
+        return f"sharded over processes ({kind})"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized or is_wrapper(tensor):
+        return f"quantised ({kind if is_wrapper(tensor) else tensor.dtype})"
+    if tensor.layout is not torch.strided:
+        return f"sparse ({tensor.layout})"
+    return None if tensor.is_floating_point() or tensor.is_complex() else f"of {tensor.dtype}"
+
+
+def quantised_part(module: nn.Module) -> str | None:
+    """Which of a layer's own tensors is quantised or packed, and how, in words; None if there is none.
+
+    Example:
+        >>> quantised_part(nn.BatchNorm2d(2))  # a counter is no weight
+    """
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        what = None if tensor is None or tensor.dim() == 0 else oddity(tensor)
+        if what is not None:
+            return f"{name} is {what}"
+    packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
+    return None if packed is None else f"{packed} is packed"
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """True if a tensor's values lie in memory of its own, one after the other: no wrapper, not sparse, not nested."""
+    return not (is_wrapper(tensor) or tensor.is_nested) and tensor.layout is torch.strided
