@@ -120,8 +120,8 @@ def _named(models: Any) -> dict[str, nn.Module]:
     if not named or not all(isinstance(model, nn.Module) for model in named.values()):
         kinds = ", ".join(type(model).__name__ for model in named.values()) or "none"
         raise UsageError("models", f"found {kinds}", remedy)
-    for name, model in named.items():
-        checks.weights(name, model)
+    for model in named.values():
+        check_whole(model, values=True)
     return named
 
 

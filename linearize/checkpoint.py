@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def load(
             tensors do not fit the model; or the base model must be given.
     """
     source = checks.path("path", path)
-    source = source / FILE if (source / FILE).is_file() else source
+    with suppress(OSError):  # of a path that no file can have: reading says so
+        source = source / FILE if (source / FILE).is_file() else source
     if model is not None:
         checks.module("model", model)
     header = tensorfile.read_header(source)

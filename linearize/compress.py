@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.convert import UNSELECTED, convert, unwrapped
+from linearize.convert import UNSELECTED, convert
 from linearize.cost import cost
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
@@ -23,7 +23,7 @@ from linearize.planning.request import Request, check_inputs, check_output, chec
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.running.batches import Reading
-from linearize.running.devices import bring, check_whole, device_of, staying
+from linearize.running.devices import bring, device_of, staying
 from linearize.running.order import Repeated
 from linearize.running.outputs import Choice
 from linearize.running.randomness import randomness_kept, seed_everything
@@ -171,7 +171,6 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         LinearizeError: as for `compress`.
     """
     check_inputs(model, data)
-    check_whole(unwrapped(model), values=True)
     if request.stock:
         expect_stock(model)
     steps, repeated = Steps(request.progress), Repeated(data, request.seed)

@@ -14,7 +14,7 @@ from torch import nn
 from linearize import checks
 from linearize.errors import DataError, UsageError
 from linearize.running.batches import length_of
-from linearize.running.devices import bring, check_whole
+from linearize.running.devices import bring
 from linearize.running.order import set_epoch
 from linearize.running.outputs import Choice, Meaning
 from linearize.running.progress import progress_bar
@@ -147,7 +147,6 @@ def finetune(
         gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup, clip=clip, mixed_precision=mixed_precision,
         steps_per_epoch=steps_per_epoch, keep=keep, resume=resume, seed=seed, progress=progress,
     )  # fmt: skip
-    check_whole(model, values=True)
     length = _length(data, steps_per_epoch)
     options: dict[str, Any] = {
         "epochs": epochs, "steps per epoch": length, "lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay,

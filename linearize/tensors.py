@@ -77,6 +77,8 @@ def is_computed(module: nn.Module, name: str = "weight") -> bool:
         >>> is_computed(nn.Linear(2, 2)), is_computed(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
         (False, True)
     """
+    if getattr(type(module), "weight_of_child", False):  # a layer around another one only shows what that holds
+        return False
     return module._parameters.get(name) is None and held(module, name) is not None
 
 

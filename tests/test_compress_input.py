@@ -159,16 +159,16 @@ def replay(model: nn.Module, data: list[Tensor]) -> Callable[..., Result]:
         ({"form": "banana"}, "found the form 'banana'; known are unchanged"),
         ({"linear": [-1]}, "found -1 among its linear channels"),
         ({"linear": [1, 1]}, "a channel twice among those that are linear"),
-        ({"linear": [1.5]}, "found 1.5 among"),
-        ({"linear": "abc"}, "found 'a' among"),
+        ({"linear": [1.5]}, r"linear\[0\] is 1.5, not a whole number"),
+        ({"linear": "abc"}, "linear is 'abc', not a list"),
         ({"linear": [64]}, "found 64 among"),
         ({"linear": [1], "dropped": [2]}, "channel 2 dropped, but not linear"),
         ({"rank": -3}, "found rank -3"),
-        ({"rank": "x"}, "found rank 'x'"),
+        ({"rank": "x"}, "rank is 'x', not a whole number"),
         ({"rank": 10**6}, "found rank 1000000, and the largest is 8"),
         ({"site": "4"}, "it is there twice"),
-        ({"site": 4}, "4 is no name"),
-        ({"other": 4}, "unexpected keyword argument 'other'"),
+        ({"site": 4}, "site is 4, not a text"),
+        ({"other": 4}, "is 'other', not one of before"),
     ],
 )
 def test_nonsense_in_plans(replay: Callable[..., Result], changes: dict[str, Any], match: str) -> None:
@@ -234,7 +234,7 @@ def test_statistics_of_less_data_are_not_taken_for_those_of_more(model: nn.Modul
     lines: list[str] = []
 
     def stop(line: str) -> None:
-        if "options" in line:
+        if line.strip() == "plan":
             raise Stop
 
     options: dict[str, Any] = {"flops": 0.5, "checkpoint_dir": tmp_path, "rounds": 0, "cache": False}

@@ -18,7 +18,7 @@ from linearize.surgery.specs import build, spec_of
 FEATURES = (3, 8)
 SIZES = {1: (7,), 2: (6, 7), 3: (4, 5, 6)}
 # Types of files that are no layer of ours: stock, or not a layer at all.
-NO_CARRIERS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Identity", "Children", "ChannelGate", "Rewrite"}
+NO_CARRIERS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Identity", "Children", "ChannelGate", *specs.IN_PLACE}
 
 
 def linear(**more: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Folder:
         children = self._remains(node, path)
         if children is not None:
             return self._checked(node, path, replace(made, module=path, children=children))
+        self._check_times(path)
         neutral = self._neutral(node, source)
         return self._checked(node, path, replace(made, module=neutral[0][0].rpartition(".")[0], neutral=neutral))
 
@@ -71,12 +72,15 @@ class Folder:
         return self._children(path, own[-1]) if shape(first) == shape(own[-1]) else None
 
     def _checked(self, node: fx.Node, path: str, fold: Fold) -> Fold:
-        if path and self.captured.times.get(path, 1) > 1:
-            raise Dead(f"{path} is called {self.captured.times[path]} times")
+        self._check_times(path)
         for name in self._behind(node):
             if name in self.shared:
                 raise Dead(f"{name} is shared with {self.shared[name]}")
         return fold
+
+    def _check_times(self, path: str) -> None:
+        if path and self.captured.times.get(path, 1) > 1:
+            raise Dead(f"{path} is called {self.captured.times[path]} times")
 
     def _behind(self, node: fx.Node) -> list[str]:
         """The parameters and buffers that the constants of an op are made of."""

@@ -14,12 +14,14 @@ from typing import Any
 from torch import nn
 
 from linearize import checks
+from linearize.convert import unwrapped
 from linearize.errors import DataError, UsageError
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import Budget, read_budget
 from linearize.planning.timing.table import cache_file
 from linearize.running.batches import Batch, labels_are_inputs, read_batch, to_device
+from linearize.running.devices import check_whole
 from linearize.running.models import device_of, evaluating
 from linearize.running.outputs import Choice
 from linearize.training.arguments import check_numbers
@@ -189,7 +191,7 @@ def check_inputs(model: Any, data: Any) -> None:
         UsageError: the model is none, has no values, or nothing can be computed with gradients here.
         DataError: the data cannot be iterated, or only once.
     """
-    checks.weights("model", checks.module("model", model))
+    check_whole(unwrapped(checks.module("model", model)), values=True)
     checks.normal_mode("compress")
     checks.batches("data", data)
 

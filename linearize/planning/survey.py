@@ -23,6 +23,7 @@ from linearize.gating.gate import gates
 from linearize.planning.knapsack import choose
 from linearize.planning.resume import NOTHING, Notes
 from linearize.planning.timing.all import timed
+from linearize.running.batches import read_batches
 from linearize.running.passes import Collector, run_passes
 from linearize.surgery.bake import bake
 from linearize.training.distance import some_of
@@ -122,6 +123,7 @@ def survey(
         say: told what is going on.
         notes: of passes that an interrupted run has finished.
     """
+    next(iter(read_batches(gated, data))).checked(gated, 0)  # before anything else may blame the model
     before = cost(original, batch)
     baked = bake(gated)
     if baked:

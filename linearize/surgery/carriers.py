@@ -36,6 +36,7 @@ class Around(nn.Module):
         UsageError: somebody sets its weight or bias, as code that folds norms does.
     """
 
+    weight_of_child = True  # see `tensors.is_computed`
     __jit_unused_properties__ = ("weight", "bias", "inner", "start", "in_channels", "in_features")
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearize import checks
 from linearize.errors import DataError, UsageError
+from linearize.running.devices import check_whole
 
 __all__ = ["PRECISIONS", "check_numbers", "check_training"]
 
@@ -67,7 +68,7 @@ def check_training(
         UsageError: one of them is of another kind.
         DataError: the data cannot be iterated.
     """
-    checks.weights("model", checks.module("model", model))
+    check_whole(checks.module("model", model), values=True)
     checks.normal_mode("finetune")
     if isinstance(data, str | bytes | Mapping | Tensor) or not isinstance(data, Iterable):
         remedy = "Pass an iterable of batches: tensors, tuples (inputs, labels), or dicts of keyword arguments."
