@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from linearize.errors import CheckpointError
 from linearize.nest import plain
 from linearize.planning.decision import DECISION_FILE, Decision
-from linearize.planning.records import flaw_in
+from linearize.families.records import flaw_in
 from linearize.running.batches import count_of, length_of
 from linearize.storage.digest import take_in
 from linearize.storage.folders import clear

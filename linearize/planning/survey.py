@@ -24,6 +24,7 @@ from linearize.planning.knapsack import choose
 from linearize.planning.resume import NOTHING, Notes
 from linearize.planning.timing.all import timed
 from linearize.running.batches import read_batches
+from linearize.running.models import evaluating
 from linearize.running.passes import Collector, run_passes
 from linearize.surgery.bake import bake
 from linearize.training.distance import some_of
@@ -123,7 +124,8 @@ def survey(
         say: told what is going on.
         notes: of passes that an interrupted run has finished.
     """
-    next(iter(read_batches(gated, data))).checked(gated, 0)  # before anything else may blame the model
+    with evaluating(gated):  # before anything else may blame the model
+        next(iter(read_batches(gated, data))).checked(gated, 0)
     before = cost(original, batch)
     baked = bake(gated)
     if baked:
