@@ -47,14 +47,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write; its folder must exist.
 
     Raises:
-        CheckpointError: a tensor is NaN, infinite, empty (a shard), without memory, or of a kind that the
-        format
-            does not know; the path is a folder, or cannot be written.
+        CheckpointError: a tensor is NaN, infinite, empty (a shard), without memory, or of a kind that the format does
+            not know; the path is a folder, or cannot be written.
 
     Warns:
-        UserWarning: a timm or transformers model was changed so that it cannot be rebuilt from its name;
-        `load`
-            will need ``model=``.
+        UserWarning: a timm or transformers model was changed so that it cannot be rebuilt from its name; `load` will
+            need ``model=``.
 
     Example:
         >>> import tempfile
@@ -103,9 +101,8 @@ def load(
         device: where the tensors go. On the CPU they are mapped from the file, and read when first used.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another program or of a newer format; its plan or
-        its
-            tensors do not fit the model; or the base model must be given.
+        CheckpointError: the file is missing, damaged, of another program or of a newer format; its plan or its tensors
+            do not fit the model; or the base model must be given.
     """
     source = checks.path("path", path)
     with suppress(OSError):  # of a path that no file can have: reading says so
