@@ -68,7 +68,7 @@ def benchmark(
     Raises:
         UsageError: an argument is out of range, a model does not run on the inputs, or is not whole on one device.
 
-    Example:
+    Examples:
         >>> small, large = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8))
         >>> result = benchmark((large, small), torch.randn(4, 8), rounds=3)
         >>> [timing.model for timing in result.timings]

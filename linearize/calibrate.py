@@ -135,7 +135,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
         DataError: there are no batches, one does not go through the model, or NaN or infinity turns up (the site is
             named; no gate is changed).
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), ChannelGate(nn.ReLU(), 2))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         >>> _ = model[0].bias.data.zero_()

@@ -54,7 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserWarning: a timm or transformers model was changed so that it cannot be rebuilt from its name; `load` will
             need ``model=``.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> model = zoo.create("timm:test_vit")
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -70,7 +70,7 @@ def whole(name: str, value: Any, least: int = 0, *, most: int = 2**53) -> int:
     Raises:
         UsageError: otherwise; the number 2.0 is none, nor is True.
 
-    Example:
+    Examples:
         >>> whole("epochs", 3, least=1)
         3
     """
@@ -105,7 +105,7 @@ def number(
     Raises:
         UsageError: otherwise.
 
-    Example:
+    Examples:
         >>> number("lr", 1e-3, least=0)
         0.001
     """

@@ -57,7 +57,7 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
     Warns:
         UserWarning: channels have an alpha between 0 and 1, and keep a blend of activation and line.
 
-    Example:
+    Examples:
         >>> import linearize
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> gated = linearize.convert(net, torch.randn(2, 4))

@@ -145,7 +145,7 @@ def compress(
         DataError: no batches, data that can be read once only, NaN, or labels missing for fine-tuning.
         LinearizeError: by any of the steps; the model is left as it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
         >>> result = compress(net, [torch.randn(64, 8) for _ in range(8)], flops=0.5, rounds=0, progress=False)

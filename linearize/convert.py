@@ -64,7 +64,7 @@ def convert(
         ConvertError: no activation was found, or none of them can get a gate.
         UsageError: a pattern matches no site.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> convert(net, torch.randn(1, 4))[1]
         ChannelGate(

@@ -51,7 +51,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     Raises:
         UsageError: more or less than one batch, or the model does not run on it.
 
-    Example:
+    Examples:
         >>> cost(nn.Linear(3, 5), torch.zeros(2, 3))
         Cost(parameters=20, flops=60)
     """
@@ -65,7 +65,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 def flops_of_modules(model: nn.Module, inputs: Any) -> dict[str, int]:
     """FLOPs of every module that runs, by path, what its children do included; "" is the model.
 
-    Example:
+    Examples:
         >>> flops_of_modules(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.zeros(2, 3))
         {'': 60, '0': 60}
     """

@@ -22,7 +22,7 @@ class LinearizeError(Exception):
         found: what was found there.
         remedy: what the reader can do.
 
-    Example:
+    Examples:
         >>> print(LinearizeError("blocks.0.act", "found no channel axis", "Pass exclude='blocks.0.act'."))
         blocks.0.act: found no channel axis. Pass exclude='blocks.0.act'.
     """

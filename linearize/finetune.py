@@ -131,7 +131,7 @@ def finetune(
             of another run.
         CheckpointError: a checkpoint cannot be written or read.
 
-    Example:
+    Examples:
         >>> x = torch.randn(64, 4)
         >>> batches = [(x, (x[:, 0] > 0).long())] * 20
         >>> result = finetune(nn.Linear(4, 2), batches, epochs=2, lr=0.1)

@@ -17,7 +17,7 @@ _ATOMS = (str, bytes, int, float, complex, type(None), type, nn.Module)
 def leaves_of(nest: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """What a nest holds, each with its path; the path of a single value is "".
 
-    Example:
+    Examples:
         >>> list(leaves_of({"a": 1, "b": (2, {"c": 3})}))
         [('a', 1), ('b.0', 2), ('b.1.c', 3)]
     """
@@ -45,7 +45,7 @@ def mapped(nest: Any, function: Callable[[Any], Any]) -> Any:
     Mappings of any class become dicts, since a forward, torch.export and pytrees know these; dataclasses (and with them
     the outputs of transformers, which are both) and named tuples keep their class.
 
-    Example:
+    Examples:
         >>> from collections import UserDict
         >>> mapped((1, UserDict(a=[2])), lambda value: value + 1)
         (2, {'a': [3]})
@@ -83,7 +83,7 @@ def copied(nest: Any) -> Any:
 
     Tensors lose their history of gradients. Objects of other kinds, such as caches, are copied if they can be.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.ones(2)
         >>> twin = copied({"x": x, "again": [x]})

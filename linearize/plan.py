@@ -49,7 +49,7 @@ def add_forms(*forms: Form) -> None:
 def added_form(name: str) -> Form | None:
     """A form that a family has added; None for those of collapsing.
 
-    Example:
+    Examples:
         >>> added_form("merged") is None
         True
     """
@@ -89,7 +89,7 @@ class SitePlan:
 class Plan:
     """What happens to every channel of a model.
 
-    Example:
+    Examples:
         >>> plan = Plan((SitePlan("act", "merged", (0, 2)),))
         >>> Plan.from_json(plan.to_json()) == plan
         True

@@ -43,7 +43,7 @@ _RANDOM = ("dropout", "bernoulli", "normal", "random", "uniform", "exponential",
 def is_torch(function: Any) -> bool:
     """Whether a callable is a function of torch, or a method of a tensor: it computes the same each time.
 
-    Example:
+    Examples:
         >>> is_torch(torch.relu), is_torch(torch.zeros(2).tanh), is_torch(lambda x: torch.relu(x))
         (True, True, False)
     """
@@ -55,7 +55,7 @@ def is_torch(function: Any) -> bool:
 def repeats(activation: nn.Module) -> bool:
     """Whether an activation that is run twice leaves what it leaves when it is run once, and gives the same.
 
-    Example:
+    Examples:
         >>> class Noisy(nn.Module):
         ...     def forward(self, x):
         ...         self.last = torch.relu(x)
@@ -88,7 +88,7 @@ def _repeats(part: nn.Module) -> bool:
 def impurity(module: nn.Module, forward: Any) -> str | None:
     """What a module's forward reads or writes besides its arguments and parameters; None if nothing.
 
-    Example:
+    Examples:
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

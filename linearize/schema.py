@@ -57,7 +57,7 @@ def parse(source: str | bytes) -> Any:
     Raises:
         ValueError: it is no JSON, nested too deeply, or a number in it has too many digits.
 
-    Example:
+    Examples:
         >>> parse('{"a": [1, 2.5]}')
         {'a': [1, 2.5]}
     """

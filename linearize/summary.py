@@ -93,7 +93,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         model: converted or not. One that is not is converted on the side; nothing of it changes.
         example_inputs: as for `linearize.convert`; needed for a model that is neither converted nor of a known library.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> summary(net, torch.randn(2, 4)).sites[0].form
         'vanished'

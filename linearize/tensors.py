@@ -34,7 +34,7 @@ QUANTISE_LATER = "convert first, quantise afterwards"
 def at_rest(*modules: nn.Module) -> Iterator[None]:
     """Eval mode for modules and what is inside them, and no gradients; afterwards each is in the mode it was in.
 
-    Example:
+    Examples:
         >>> layer = nn.Dropout()
         >>> with at_rest(layer):
         ...     layer.training
@@ -56,7 +56,7 @@ def at_rest(*modules: nn.Module) -> Iterator[None]:
 def held(module: nn.Module, name: str) -> Tensor | None:
     """The tensor of that name; if a parametrization computes it, as in eval mode. None if there is none.
 
-    Example:
+    Examples:
         >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)).train()
         >>> held(layer, "weight").equal(held(layer, "weight")), held(layer, "scale")
         (True, None)
@@ -73,7 +73,7 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 def is_computed(module: nn.Module, name: str = "weight") -> bool:
     """True if a module has a tensor of that name that is no parameter of its own: a hook or a property computes it.
 
-    Example:
+    Examples:
         >>> is_computed(nn.Linear(2, 2)), is_computed(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
         (False, True)
     """
@@ -87,7 +87,7 @@ def meddler(module: nn.Module) -> str | None:
 
     Hooks that compute the module's own weight or bias (weight norm, pruning) are no others: what they make is read.
 
-    Example:
+    Examples:
         >>> from torch.nn.utils import prune
         >>> layer = prune.l1_unstructured(nn.Linear(2, 2), "weight", amount=1)
         >>> seen, hook = meddler(layer), layer.register_forward_hook(lambda *_: None)
@@ -126,7 +126,7 @@ def is_wrapper(tensor: Any) -> bool:
 def oddity(tensor: Tensor) -> str | None:
     """What a weight is, in words, if it is no dense tensor of floating-point numbers.
 
-    Example:
+    Examples:
         >>> oddity(torch.ones(2)), oddity(torch.ones(2, dtype=torch.int8))
         (None, 'of torch.int8')
     """
@@ -145,7 +145,7 @@ def oddity(tensor: Tensor) -> str | None:
 def quantised_part(module: nn.Module) -> str | None:
     """Which of a layer's own tensors is quantised or packed, and how, in words; None if there is none.
 
-    Example:
+    Examples:
         >>> quantised_part(nn.BatchNorm2d(2))  # a counter is no weight
     """
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):

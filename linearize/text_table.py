@@ -19,7 +19,7 @@ def render(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     Raises:
         ValueError: a row has not as many cells as there are headers.
 
-    Example:
+    Examples:
         >>> print(render(["name", "share"], [["first", 0.5], ["second", None]]))
         name    share
         ------  -----
@@ -43,7 +43,7 @@ def render(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def render_markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The same table in Markdown.
 
-    Example:
+    Examples:
         >>> print(render_markdown(["name", "share"], [["first", 0.5]]))
         | name | share |
         |:--|--:|

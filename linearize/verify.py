@@ -93,7 +93,7 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance
     Raises:
         UsageError: no inputs, a negative tolerance, or a model that does not run on the inputs.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> bool(verify(model, model, torch.randn(3, 4)))
         True

@@ -69,7 +69,7 @@ class Affine:
 def dense(weight: Tensor, groups: int) -> Tensor:
     """The weight (O, I, *k) of an ungrouped convolution that equals a grouped one with weight (O, I / groups, *k).
 
-    Example:
+    Examples:
         >>> dense(torch.ones(2, 1), groups=2).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
@@ -104,7 +104,7 @@ def behind(affine: Affine, first: int, scale: Tensor, shift: Tensor) -> Affine:
 
     The shift must reach every position alike: there is no padding in between.
 
-    Example:
+    Examples:
         >>> outer = Affine(torch.ones(1, 3), torch.zeros(1))
         >>> found = behind(outer, 1, torch.tensor([2.0]), torch.tensor([5.0]))
         >>> found.weight.tolist(), found.bias.tolist()
@@ -211,7 +211,7 @@ def same_padding(sizes: list[int], kernel: list[int], stride: list[int], dilatio
 
     Lists, and plain loops, so that TorchScript takes it.
 
-    Example:
+    Examples:
         >>> same_padding([5, 4], [3, 3], [1, 2], [1, 1])
         [0, 1, 1, 1]
     """
@@ -227,7 +227,7 @@ def same_padding(sizes: list[int], kernel: list[int], stride: list[int], dilatio
 def pad_same(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
     """Zero padding by the "SAME" rule.
 
-    Example:
+    Examples:
         >>> pad_same(torch.ones(1, 4), [3], [2], [1]).tolist()
         [[1.0, 1.0, 1.0, 1.0, 0.0]]
     """
@@ -255,7 +255,7 @@ def norm_scale_shift(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift of `weight * (x - mean) / sqrt(var + eps) + bias`, in float64.
 
-    Example:
+    Examples:
         >>> scale, shift = norm_scale_shift(None, None, torch.ones(1), torch.tensor([3.0]), 1.0, 1)
         >>> scale.item(), shift.item()
         (0.5, -0.5)

@@ -43,7 +43,7 @@ def expression_of(data: Any, depth: int = 0) -> Expression:
     Raises:
         ValueError: it is none.
 
-    Example:
+    Examples:
         >>> expression_of(["mul", "weight", ["rsqrt", ["add", "var", 1e-5]]])
         ('mul', 'weight', ('rsqrt', ('add', 'var', 1e-05)))
     """
@@ -62,7 +62,7 @@ def evaluate(expression: Expression, tensor: Callable[[str], Tensor]) -> Tensor:
         expression: what to compute.
         tensor: gives the tensor of a name.
 
-    Example:
+    Examples:
         >>> evaluate(("mul", "w", 2.0), {"w": torch.ones(3, 1)}.__getitem__).tolist()
         [2.0, 2.0, 2.0]
     """
@@ -78,7 +78,7 @@ def evaluate(expression: Expression, tensor: Callable[[str], Tensor]) -> Tensor:
 def names_in(expression: Expression | None) -> tuple[str, ...]:
     """The names of the tensors in an expression.
 
-    Example:
+    Examples:
         >>> names_in(("add", "a", ("mul", 2.0, "b")))
         ('a', 'b')
     """

@@ -29,7 +29,7 @@ class Covariance:
         count: rows seen.
         weight: sum of their weights (each 1 by default).
 
-    Example:
+    Examples:
         >>> found = Covariance(2)
         >>> found.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         >>> found.count, found.mean.tolist(), found.covariance.tolist()
@@ -67,7 +67,7 @@ class Covariance:
     def merge(self, other: Covariance) -> None:
         """Take in the rows that another one has seen; either may have seen none.
 
-        Example:
+        Examples:
             >>> rows = torch.randn(9, 2, dtype=torch.float64)
             >>> first, second, whole = Covariance(2), Covariance(2), Covariance(2)
             >>> first.update(rows[:4]), second.update(rows[4:]), whole.update(rows)

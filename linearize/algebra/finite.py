@@ -14,7 +14,7 @@ def all_finite(tensor: Tensor) -> bool:
     A NaN or an infinity never leaves a sum, so a finite sum is proof, and ten times faster than to look at every
     entry by itself. A sum that is not finite may just have overflowed: then every entry is looked at.
 
-    Example:
+    Examples:
         >>> all_finite(torch.ones(3)), all_finite(torch.tensor([1.0, float("inf"), float("-inf")]))
         (True, False)
         >>> all_finite(torch.full((4,), 3e38))  # the sum overflows, no entry does

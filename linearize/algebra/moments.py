@@ -50,7 +50,7 @@ class Moments:
     Central moments of chunks are merged by the rule of Chan, Golub and LeVeque (1979): a large mean costs no
     digits.
 
-    Example:
+    Examples:
         >>> moments = Moments(1)
         >>> moments.update(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [3.0]]))
         >>> moments.count, moments.mean_x.item(), moments.xx.item()

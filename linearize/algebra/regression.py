@@ -44,7 +44,7 @@ class Fit:
 def square_root(metric: Tensor) -> Tensor:
     """The symmetric square root of a positive semidefinite matrix.
 
-    Example:
+    Examples:
         >>> square_root(torch.diag(torch.tensor([4.0, 9.0]))).diagonal().tolist()
         [2.0, 3.0]
     """
@@ -95,7 +95,7 @@ def fit(
         root: M^(1/2), (O, O); None is the identity.
         ridge: relative to each feature's variance; the refitted weights are drawn towards the old ones.
 
-    Example:
+    Examples:
         >>> s = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)  # two channels, no skip
         >>> one = torch.ones(1, 2, dtype=torch.float64)
         >>> found = fit(s, torch.zeros(2).double(), one, torch.zeros(1).double(), inputs=0, keep=torch.tensor([0]))
@@ -218,7 +218,7 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     Of all scalings the easiest to train: the steps of Adam are of one size, and would ruin a factor of tiny entries
     whose partner is huge.
 
-    Example:
+    Examples:
         >>> left, right = balanced(torch.tensor([[100.0]]), torch.tensor([[0.01, 0.0]]))
         >>> left.tolist(), right.tolist()
         ([[1.0]], [[1.0, 0.0]])

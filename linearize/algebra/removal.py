@@ -68,7 +68,7 @@ def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: 
         The order, and the error after each removal. Within a block the increments are shared out by score; at the end
         of each block (of at most 1/32 of the channels left) the error is exact.
 
-    Example:
+    Examples:
         >>> covariance = torch.diag(torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))
         >>> found = removal_order(covariance, torch.tensor([[1.0, 1.0, 3.0]], dtype=torch.float64))
         >>> found.order.tolist(), [round(x, 3) for x in found.loss.tolist()]

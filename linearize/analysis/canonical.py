@@ -36,7 +36,7 @@ def canonical(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     Raises:
         UsageError: the model has gates.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> with torch.no_grad():
         ...     _ = net[0].weight.copy_(torch.tensor([[3.0], [-1.0]])), net[0].bias.zero_()
@@ -91,7 +91,7 @@ def canonical_distance(a: nn.Module, b: nn.Module, example_inputs: Any = None) -
     Raises:
         UsageError: a model has gates.
 
-    Example:
+    Examples:
         >>> import copy
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).double()
         >>> other = copy.deepcopy(net)

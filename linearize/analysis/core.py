@@ -126,7 +126,7 @@ def core_network(model: nn.Module, example_inputs: Any = None, *, weighting: Wei
     Raises:
         CaptureError: the model cannot be captured.
 
-    Example:
+    Examples:
         >>> import linearize
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> gated = linearize.convert(net, torch.randn(1, 4))
@@ -155,7 +155,7 @@ class CoreRecorder:
 
     The model is captured once. `curve` holds a row of plain data for each call of `record`.
 
-    Example:
+    Examples:
         >>> import linearize
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> gated = linearize.convert(net, torch.randn(1, 4))

@@ -132,7 +132,7 @@ def functional_dimension(
         UsageError: the inputs do not fit the model, or the matrix does not fit in memory (the message says how large).
         DataError: the Jacobian holds NaN or infinity.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> found = functional_dimension(net, torch.randn(400, 2))

@@ -156,7 +156,7 @@ def chunks(samples: int, per_sample: int, memory: float) -> Iterator[tuple[int, 
 def human(size: float) -> str:
     """A number of bytes for people.
 
-    Example:
+    Examples:
         >>> human(3 * 2**30)
         '3.0 GiB'
     """

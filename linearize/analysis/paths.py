@@ -147,7 +147,7 @@ def average_path_length(
         CaptureError: the model cannot be captured, or no output depends on the input.
         UsageError: there is no such weighting.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> float(average_path_length(net, torch.randn(1, 4)))
         2.0

@@ -30,7 +30,7 @@ def line_on(activation: nn.Module, name: str, low: float, high: float) -> Line |
         low: lower end of the interval; may be infinite.
         high: upper end.
 
-    Example:
+    Examples:
         >>> line_on(nn.ReLU6(), "relu6", 1.0, 5.0)
         Line(slope=1.0, intercept=0.0)
         >>> line_on(nn.GELU(), "gelu", 1.0, 5.0) is None

@@ -47,7 +47,7 @@ def reduce(model: nn.Module, symmetries: Sequence[Symmetry], *, when: When = "ch
     Raises:
         UsageError: a record names a site or a channel that the model does not have.
 
-    Example:
+    Examples:
         >>> from linearize.analysis import hidden_symmetries
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with torch.no_grad():

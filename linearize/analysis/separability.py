@@ -112,7 +112,7 @@ def class_separability(
         CaptureError: the model cannot be captured.
         DataError: NaN or infinity turns up.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> x = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
         >>> class_separability(net, x, torch.tensor([0, 0, 1, 1, 0]))["input"].separable

@@ -56,7 +56,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
         UsageError: the model does not run on the inputs, or the box does not fit them.
         DataError: NaN or infinity turns up.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with torch.no_grad():
         ...     _ = net[0].bias.copy_(torch.tensor([-50.0, 50.0, 0.0]))

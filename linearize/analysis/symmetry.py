@@ -56,7 +56,7 @@ class Symmetry:
 def symmetry_table(symmetries: Iterable[Symmetry]) -> str:
     """The records as a table.
 
-    Example:
+    Examples:
         >>> print(symmetry_table([Symmetry("inactive", "act", (0, 2), "data")]))
         site  kind      channels  which  evidence
         ----  --------  --------  -----  --------

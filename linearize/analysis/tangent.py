@@ -29,7 +29,7 @@ def tangent_kernel(model: nn.Module, inputs: Any, *, memory: float = 2**30) -> T
         UsageError: the inputs do not fit the model, or the kernel does not fit in `memory` (bytes).
         DataError: the kernel holds NaN or infinity.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 1)
         >>> x = torch.eye(3)
         >>> tangent_kernel(net, x).tolist()
@@ -52,7 +52,7 @@ def effective_rank(kernel: Tensor) -> float:
     R if all eigenvalues are equal, 1 if there is one only; `kernel_rank` counts the smallest like the largest.
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
 
-    Example:
+    Examples:
         >>> round(effective_rank(torch.eye(4)), 6), round(effective_rank(torch.ones(4, 4)), 6)
         (4.0, 1.0)
     """
@@ -69,7 +69,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         UsageError: the kernels have different shapes.
 
-    Example:
+    Examples:
         >>> round(kernel_distance(torch.eye(2), torch.ones(2, 2)), 3)
         0.293
     """
@@ -89,7 +89,7 @@ class TangentRecorder:
         reference: the kernel at the first record.
         curve: a row of plain data for each record.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
         >>> recorder = TangentRecorder(torch.randn(6, 2))
         >>> recorder.record(net)["distance"] < 1e-12

@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     Args:
         arguments: as in `sys.argv[1:]`; none at all shows the help.
 
-    Example:
+    Examples:
         >>> run(["--version"])
         linearize ...
         0

@@ -205,7 +205,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     Raises:
         UsageError: there is no such type.
 
-    Example:
+    Examples:
         >>> parse_dtype("bfloat16")
         torch.bfloat16
     """

@@ -76,7 +76,7 @@ def load_data(
         DataError: missing, empty, damaged, or of fewer than two classes.
         UsageError: a size or number out of range.
 
-    Example:
+    Examples:
         >>> digits = load_data("digits", size=16, batch_size=100)
         >>> images, labels = next(iter(digits.test))
         >>> tuple(images.shape), digits.num_classes

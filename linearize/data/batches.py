@@ -86,7 +86,7 @@ class Batches:
 
     `set_epoch` chooses the epoch of the next pass, so that resumed training sees what it would have seen.
 
-    Example:
+    Examples:
         >>> images = Images.of(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5))
         >>> batches = Batches(images, 2, Transform((2, 2), 1), shuffle=True)
         >>> len(batches), [tuple(x.shape) for x, y in batches]

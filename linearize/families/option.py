@@ -130,7 +130,7 @@ class Group:
 def frontier(options: tuple[Option, ...], measure: Measure) -> list[Option]:
     """The options that no other beats in both loss and cost, by falling cost.
 
-    Example:
+    Examples:
         >>> made = tuple(Option((), loss, cost, 0, 0) for loss, cost in [(0, 9), (2, 5), (3, 6), (4, 1)])
         >>> [option.loss for option in frontier(made, "flops")]
         [0, 2, 4]

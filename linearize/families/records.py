@@ -22,7 +22,7 @@ def flaw_in(kind: str, noted: Any) -> str | None:
 
     Of other kinds nothing is known but that they are told by name.
 
-    Example:
+    Examples:
         >>> flaw_in("module", {"samples": 1, "rows": None})
         'no sensitivity'
     """

@@ -25,7 +25,7 @@ def register(family: Family) -> None:
 def family_of(form: str) -> Family:
     """The family whose form this is; the first, for forms of collapsing.
 
-    Example:
+    Examples:
         >>> family_of("block").name, family_of("merged").name
         ('blocks', 'channels')
     """

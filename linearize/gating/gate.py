@@ -54,7 +54,7 @@ class ChannelGate(nn.Module):
     Raises:
         UsageError: channels is not positive, or axis is not negative.
 
-    Example:
+    Examples:
         >>> gate = ChannelGate(nn.ReLU(), channels=2)
         >>> gate(torch.tensor([[-1.0, -1.0]])).tolist()
         [[0.0, 0.0]]
@@ -144,7 +144,7 @@ class ChannelGate(nn.Module):
         Raises:
             UsageError: threshold is not between 0 and 1.
 
-        Example:
+        Examples:
             >>> gate = ChannelGate(nn.ReLU(), channels=3)
             >>> _ = gate.alpha.data.copy_(torch.tensor([0.0, 0.25, 0.75]))
             >>> gate.round_().alpha.tolist(), gate.frozen.tolist()
@@ -207,7 +207,7 @@ def gates(model: nn.Module) -> dict[str, ChannelGate]:
 
     Wrappers (DistributedDataParallel, torch.compile) are looked through: the names are the wrapped model's.
 
-    Example:
+    Examples:
         >>> list(gates(nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.GELU(), 4), nn.Linear(4, 2))))
         ['1']
     """

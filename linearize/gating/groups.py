@@ -21,7 +21,7 @@ def groups_of(model: nn.Module) -> list[list[str]]:
     A consumer behind a concatenation is not shared: each of its branches has columns of its own. Nor is one of a site
     whose channels are taken apart: it keeps them.
 
-    Example:
+    Examples:
         >>> import linearize, torch
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> groups_of(linearize.convert(net, torch.randn(1, 2)))

@@ -87,7 +87,7 @@ def _inside_objects(output: Any) -> list[Tensor]:
 def tensors_of(output: Any) -> list[Tensor]:
     """The tensors in a model's output, through dicts, dataclasses, lists and tuples; all else is left out.
 
-    Example:
+    Examples:
         >>> len(tensors_of({"logits": torch.zeros(2), "cache": object(), "states": (torch.ones(1),)}))
         2
     """

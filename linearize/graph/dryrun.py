@@ -115,7 +115,7 @@ def dry_run(
     Raises:
         Exception: whatever the model's own code raises.
 
-    Example:
+    Examples:
         >>> trace = dry_run(nn.Sequential(nn.Linear(2, 3), nn.Hardtanh(-2, 2)), ((torch.ones(1, 2),), {}))
         >>> trace.ops[-2].name, trace.ops[-2].numbers, trace.outputs
         ('hardtanh', (-2, 2), [((1, 3), torch.float32)])

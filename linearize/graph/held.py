@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 class Held(nn.Module):
     """A function that a module holds, as a child of that module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Held(torch.relu)(torch.tensor([-1.0, 2.0])).tolist()
         [0.0, 2.0]

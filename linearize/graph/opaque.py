@@ -31,7 +31,7 @@ def _(inputs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Ten
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules with packed or quantised weights: something compiled that is no tensor, or tensors of another class.
 
-    Example:
+    Examples:
         >>> packed_modules(nn.Linear(2, 2))
         {}
     """

@@ -28,7 +28,7 @@ def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequenc
         inputs: of its forward.
         working: by name, modules with a true attribute ``inplace``.
 
-    Example:
+    Examples:
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

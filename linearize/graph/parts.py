@@ -31,7 +31,7 @@ def discover_parts(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
     Raises:
         CaptureError: the model does not run.
 
-    Example:
+    Examples:
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -131,7 +131,7 @@ def _by_itself(path: str, owners: dict[int, list[str]]) -> bool:
 def under(site: Site, path: str) -> Site:
     """The same site, seen from a model that has the site's model at `path`.
 
-    Example:
+    Examples:
         >>> under(Site("1", "1", "relu", channels=8, axis=-1, order=0, positions=2), "mlp").name
         'mlp.1'
     """

@@ -40,7 +40,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     before and after; what lies in class attributes and globals is put back where a fake tensor got into it. Random
     numbers go on where they were. One thread at a time.
 
-    Example:
+    Examples:
         >>> layer = nn.Dropout()
         >>> with untouched(layer):
         ...     layer.seen = layer.training

@@ -34,7 +34,7 @@ def read_budget(*, speedup: float | None, **fractions: float | None) -> Budget |
     Raises:
         UsageError: more than one is given, or a value is out of range.
 
-    Example:
+    Examples:
         >>> read_budget(speedup=2, latency=None, flops=None)
         Budget(measure='latency', fraction=0.5)
     """

@@ -45,7 +45,7 @@ def choose(groups: Sequence[Group], measure: Measure, budget: float, *, limit: i
     Never worse, in predicted loss, than any uniform choice (`uniform`). If the budget cannot be met: the options of
     least cost.
 
-    Example:
+    Examples:
         >>> def group(name, *pairs):
         ...     return Group((name,), tuple(Option((), loss, cost, 0, 0) for loss, cost in pairs))
         >>> made = [group("a", (0, 9), (1, 4)), group("b", (0, 9), (3, 4))]

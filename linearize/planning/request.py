@@ -46,7 +46,7 @@ class Request:
     Raises:
         UsageError: no budget or several, or an option out of range.
 
-    Example:
+    Examples:
         >>> Request(speedup=2).budget
         Budget(measure='latency', fraction=0.5)
     """

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
+from linearize.families.records import flaw_in
 from linearize.nest import plain
 from linearize.planning.decision import DECISION_FILE, Decision
-from linearize.families.records import flaw_in
 from linearize.running.batches import count_of, length_of
 from linearize.storage.digest import take_in
 from linearize.storage.folders import clear
@@ -44,7 +44,7 @@ class Notes:
         request: what tells the request from others: its plan and its training are for no other.
         beside: the folder of the training, if the user named one: then the plan is noted there.
 
-    Example:
+    Examples:
         >>> Notes(None, "").read("site anything") is None
         True
     """
@@ -160,7 +160,7 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
     Tensors count by every bit. An object counts by its name, or that of its class, never by its address, so that the
     text is the same in another process.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(2, 2)
         >>> fingerprint(net, 0) == fingerprint(net, 0), fingerprint(net, 0) == fingerprint(net, 1)
         (True, False)
@@ -184,7 +184,7 @@ def facts_of(data: Iterable[Any]) -> list[Any]:
 
     Of a batch that is another each time, as one of a shuffled loader is, only shapes and dtypes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> facts_of([torch.ones(2, 3)])[:3]
         [1, 1, [((2, 3), 'torch.float32')]]

@@ -136,7 +136,7 @@ def _change(before: int, after: int) -> str:
 def _short(number: float) -> str:
     """A number with three digits and a unit.
 
-    Example:
+    Examples:
         >>> _short(598954), _short(1.31e9), _short(12)
         ('599 k', '1.31 G', '12')
     """

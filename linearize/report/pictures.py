@@ -71,7 +71,7 @@ def _draw_sites(axes: Any, title: str, sites: Sequence[Mapping[str, Any]]) -> No
 def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
     """The parts of dotted names that differ, and what they have in common, "*" for the parts that differ.
 
-    Example:
+    Examples:
         >>> _short_names(["blocks.0.mlp.act", "blocks.1.mlp.act"])
         (['0', '1'], 'blocks.*.mlp.act')
     """

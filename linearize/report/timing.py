@@ -21,7 +21,7 @@ __all__ = ["BenchmarkResult", "Ratio", "Timing", "environment", "quartiles", "wr
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile, interpolated.
 
-    Example:
+    Examples:
         >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
         (2.0, 3.0, 4.0)
     """

@@ -100,7 +100,7 @@ def read_batch(model: nn.Module, batch: Any, meaning: Meaning | None = None) -> 
         DataError: the batch is none of the forms above, or holds what no model can be given here: arrays of NumPy,
             sparse or nested tensors, tensors without values.
 
-    Example:
+    Examples:
         >>> read_batch(nn.Linear(2, 2), (torch.zeros(3, 2), torch.zeros(3))).labels
         tensor([0., 0., 0.])
     """
@@ -144,7 +144,7 @@ class Reading:
     Raises:
         DataError: there is no end to the data.
 
-    Example:
+    Examples:
         >>> data = Reading(nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))])
         >>> len(data), next(iter(data)).size
         (1, 3)
@@ -164,7 +164,7 @@ class Reading:
 def length_of(data: Any) -> int | None:
     """Number of batches, or None if the data does not tell: a loader of an iterable data set raises a TypeError.
 
-    Example:
+    Examples:
         >>> length_of([1, 2]), length_of(iter([1, 2]))
         (2, None)
     """

@@ -15,7 +15,7 @@ def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
     Raises:
         LinearizeError: of the given class, if an attribute cannot be copied.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> layer.last = layer(layer.weight)
         >>> duplicate(layer, LinearizeError).last.requires_grad

@@ -37,7 +37,7 @@ def check_whole(model: nn.Module, *, values: bool = False) -> None:
     Raises:
         UsageError: parts of it are offloaded, sharded over processes or spread over devices, or it has no values.
 
-    Example:
+    Examples:
         >>> try:
         ...     check_whole(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
         ... except UsageError as error:
@@ -77,7 +77,7 @@ def bring(model: nn.Module, device: torch.device) -> None:
 def staying(model: nn.Module) -> Iterator[None]:
     """Afterwards a model that is on one device is there again, whatever has moved it.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> with staying(layer):
         ...     _ = layer.to("meta").to_empty(device="cpu")

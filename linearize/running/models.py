@@ -23,7 +23,7 @@ def batches_of(inputs: Any) -> list[Inputs]:
     Raises:
         UsageError: there is no batch, or a batch holds no tensor.
 
-    Example:
+    Examples:
         >>> len(batches_of(torch.zeros(2, 3))), len(batches_of([torch.zeros(2, 3), (torch.zeros(2, 3),)]))
         (1, 2)
     """
@@ -77,7 +77,7 @@ def call(name: str, model: nn.Module, batch: Inputs) -> Any:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards each module is in the mode it was in.
 
-    Example:
+    Examples:
         >>> model = nn.Dropout()
         >>> with evaluating(model):
         ...     model.training
@@ -114,7 +114,7 @@ def watching(
         attach: given the zero, puts the hooks on and gives their handles.
         gradients: whether the zero requires a gradient, and gradients are recorded inside.
 
-    Example:
+    Examples:
         >>> model, seen = nn.Linear(2, 2), []
         >>> with watching(model, lambda _: [model.register_forward_hook(lambda *_: seen.append(1))], gradients=False):
         ...     _ = model(torch.zeros(1, 2))

@@ -43,7 +43,7 @@ class Repeated:
         data: re-iterable batches.
         seed: of the global random generators at the start of each pass.
 
-    Example:
+    Examples:
         >>> from torch.utils.data import DataLoader
         >>> data = Repeated(DataLoader(torch.arange(6), batch_size=6, shuffle=True), seed=0)
         >>> [x.tolist() for x in data] == [x.tolist() for x in data]

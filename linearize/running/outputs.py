@@ -67,7 +67,7 @@ def real(tensor: Tensor) -> Tensor:
 def tensors_in(output: Any) -> dict[str, list[Tensor]]:
     """Every floating tensor of an output, by name; through tuples, lists, dicts, dataclasses, and what an object holds.
 
-    Example:
+    Examples:
         >>> list(tensors_in({"logits": torch.zeros(2), "ids": torch.tensor(3), "states": (torch.ones(1), None)}))
         ['logits', 'states.0']
         >>> list(tensors_in([{"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(1, 4)}]))
@@ -129,7 +129,7 @@ class Meaning:
         Raises:
             UsageError: the choice is no pattern, weight or kind.
 
-        Example:
+        Examples:
             >>> Meaning.of(nn.Linear(2, 2), {"boxes": 2.0}).weights
             {'boxes': 2.0}
         """
@@ -214,7 +214,7 @@ def main_part(output: Any) -> Part:
     Raises:
         TrainingError: there is no floating tensor.
 
-    Example:
+    Examples:
         >>> main_part({"loss": torch.tensor(1.0), "logits": torch.zeros(2, 3)}).name
         'logits'
     """

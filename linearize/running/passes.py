@@ -53,7 +53,7 @@ class Moment:
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that belong to this batch and this name.
 
-        Example:
+        Examples:
             >>> now = Moment(nn.Identity(), torch.zeros(()), seed=0, index=3)
             >>> [torch.rand(1, generator=now.generator("a")).item() for _ in range(2)]  # doctest: +ELLIPSIS
             [0.543..., 0.543...]

@@ -15,7 +15,7 @@ def progress_bar(label: str, total: int | None, *, enabled: bool = True) -> Iter
 
     Shown only if `enabled` and standard error is a terminal.
 
-    Example:
+    Examples:
         >>> with progress_bar("counting", total=2) as advance:
         ...     advance("one")
         ...     advance("two")

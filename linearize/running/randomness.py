@@ -44,7 +44,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 def is_random_state(state: Any) -> bool:
     """Whether `set_random_state` would take it; nothing is set.
 
-    Example:
+    Examples:
         >>> is_random_state(random_state()), is_random_state({"python": (3, (1, 2), None)})
         (True, False)
     """

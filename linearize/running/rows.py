@@ -35,7 +35,7 @@ def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
 def batched(x: Tensor, dims: int) -> Tensor:
     """(B, C, *positions): an image without a batch axis, which convolutions take, too, is a batch of one.
 
-    Example:
+    Examples:
         >>> batched(torch.zeros(3, 8, 8), 2).shape, batched(torch.zeros(5, 3), 0).shape
         (torch.Size([1, 3, 8, 8]), torch.Size([5, 3]))
     """
@@ -83,7 +83,7 @@ class Wanted:
     def of(self, images: int, positions: int) -> int:
         """Positions of each image, given how many images a batch has, and how many positions an image has.
 
-        Example:
+        Examples:
             >>> Wanted(0, 2000).of(16, 196), Wanted(40, 2000).of(16, 196), Wanted(0, 2000).of(16, 9)
             (64, 8, 9)
         """

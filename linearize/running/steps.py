@@ -15,7 +15,7 @@ class Steps:
     Args:
         progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
 
-    Example:
+    Examples:
         >>> lines = []
         >>> steps = Steps(lines.append)
         >>> with steps("convert"):

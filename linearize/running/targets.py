@@ -31,7 +31,7 @@ def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
     distributions. Zeros and ones of that shape are labels that exclude nothing, unless the output is in [0, 1] itself.
     Other targets of that shape are values.
 
-    Example:
+    Examples:
         >>> import torch
         >>> fitted(torch.zeros(2, 5, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))
         ('classes', 1)

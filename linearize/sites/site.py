@@ -48,7 +48,7 @@ class Port:
     def key(self) -> str:
         """What tells it from the other ports of its module.
 
-        Example:
+        Examples:
             >>> Port("fuse", "conv2d", 4, 8, 12, False, 1).key
             'fuse[4:8]'
         """
@@ -173,7 +173,7 @@ class Site:
     def from_dict(cls, data: dict[str, Any]) -> Site:
         """The site that `to_dict` wrote.
 
-        Example:
+        Examples:
             >>> site = Site("act", "act", "relu", channels=4, axis=-1, order=0, positions=2)
             >>> Site.from_dict(site.to_dict()) == site
             True

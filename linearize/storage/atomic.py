@@ -50,7 +50,7 @@ _KINDS = {
 def checksum(*parts: bytes | memoryview) -> str:
     """SHA-256 of bytes, one part after the other, as text.
 
-    Example:
+    Examples:
         >>> checksum(b"linear", b"ize")[:12]
         '48692aadb1eb'
     """

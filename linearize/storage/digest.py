@@ -15,7 +15,7 @@ def take_in(told: Any, tensor: Tensor) -> None:
 
     Of a tensor without bytes to read (on the meta device, sparse, or of another library) only shape and dtype count.
 
-    Example:
+    Examples:
         >>> import hashlib
         >>> a, b = hashlib.sha256(), hashlib.sha256()
         >>> take_in(a, torch.tensor([1.0, 2.0]))

@@ -26,7 +26,7 @@ def alone_in(folder: Path, where: str) -> Iterator[None]:
     Raises:
         UsageError: another process is in there.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as name, alone_in(Path(name), "checkpoint_dir"):
         ...     pass

@@ -117,7 +117,7 @@ class Manifest:
 def may_hold(value: Any) -> bool:
     """Whether a file may set an attribute to this: plain data whose strings are simple names.
 
-    Example:
+    Examples:
         >>> may_hold((1, "avg")), may_hold("https://elsewhere")
         (True, False)
     """

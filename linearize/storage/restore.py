@@ -22,7 +22,7 @@ _REMEDY = "Load it onto the base model that it was made from, with the library v
 def copy_without_weights(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters and persistent buffers are on the meta device.
 
-    Example:
+    Examples:
         >>> copy_without_weights(nn.Linear(2, 3)).weight.is_meta
         True
     """

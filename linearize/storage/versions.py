@@ -15,7 +15,7 @@ def names_since(version: int, model: nn.Module) -> dict[str, str]:
 
     Version 1 knew the weight of a layer around another, say `fc2.linear.weight`, as `fc2.weight`.
 
-    Example:
+    Examples:
         >>> from linearize.surgery.carriers import CarryLinear
         >>> names_since(1, nn.Sequential(CarryLinear(2, 3, bias=False)))
         {'0.weight': '0.linear.weight'}

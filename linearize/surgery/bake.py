@@ -28,7 +28,7 @@ def bake(model: nn.Module) -> list[str]:
 
     A module with a hook of another kind, or one that computes more than a linear map, stays as it is.
 
-    Example:
+    Examples:
         >>> import linearize
         >>> wrap = nn.utils.parametrizations.weight_norm
         >>> net = nn.Sequential(wrap(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))

@@ -22,7 +22,7 @@ __all__ = ["place_of", "spliced"]
 def place_of(piece: Piece | None, start: int) -> int:
     """Where the input `start` of a consumer is now, after other branches have changed their widths.
 
-    Example:
+    Examples:
         >>> place_of(Piece("plain", branches=((0, 4, 1),)), 4)
         1
     """

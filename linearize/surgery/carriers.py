@@ -248,7 +248,7 @@ class Ones(nn.Module):
 def roles_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where a linear layer, ours or torch's, keeps its "weight", "bias" and "border": (module, name of the parameter).
 
-    Example:
+    Examples:
         >>> sorted(roles_of(CarryLinear(2, 3))), sorted(roles_of(nn.Linear(2, 3, bias=False)))
         (['bias', 'weight'], ['weight'])
     """

@@ -53,7 +53,7 @@ def neutralize(module: nn.Module, options: dict[str, Any]) -> nn.Module:
     Raises:
         CheckpointError: the module has no such parameter, or the number is neither 0 nor 1.
 
-    Example:
+    Examples:
         >>> layer = neutralize(nn.LayerNorm(4), {"values": {"weight": 1.0}})
         >>> layer.weight.tolist()
         [1.0]

@@ -85,7 +85,7 @@ def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
 def folds_by_itself(kind: type[nn.Module]) -> bool:
     """Whether a class has code of its own, besides its forward, that reads the statistics of batch norms.
 
-    Example:
+    Examples:
         >>> folds_by_itself(nn.Sequential)
         False
     """

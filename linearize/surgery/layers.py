@@ -20,7 +20,7 @@ class PartialActivation(nn.Module):
     With `inplace`, for an activation that worked in place where it stood, it overwrites its input where nothing records
     or traces it.
 
-    Example:
+    Examples:
         >>> PartialActivation(nn.ReLU(), keep=1, axis=-1)(torch.tensor([-1.0, -2.0])).tolist()
         [0.0, -2.0]
     """
@@ -75,7 +75,7 @@ class MaskedActivation(_BesideLines):
 
     It stands where linear channels cannot be collapsed into their neighbours.
 
-    Example:
+    Examples:
         >>> layer = MaskedActivation(nn.ReLU(), channels=2, axis=-1)
         >>> layer.linear[1] = True
         >>> layer(torch.tensor([-1.0, -2.0])).tolist()
@@ -101,7 +101,7 @@ class BlendedActivation(_BesideLines):
 
     What is left of a gate whose channels stopped on their way to a line.
 
-    Example:
+    Examples:
         >>> layer = BlendedActivation(nn.ReLU(), channels=2, axis=-1)
         >>> layer.alpha[1] = 0.25
         >>> layer(torch.tensor([-1.0, -1.0])).tolist()
@@ -128,7 +128,7 @@ class FoldedNorm(nn.Module):
 
     Its numbers are those of a batch norm that does this, for code that folds norms (`linearize.surgery.fusing`).
 
-    Example:
+    Examples:
         >>> layer = FoldedNorm(channels=2, axis=-1)
         >>> layer(torch.ones(1, 2)).tolist(), layer.running_var.tolist(), layer.eps
         ([[1.0, 1.0]], [1.0, 1.0], 0.0)
@@ -160,7 +160,7 @@ class FoldedNorm(nn.Module):
 class Elementwise(nn.Module):
     """An activation function of ATen as a module: what stands in for a call inside somebody's forward.
 
-    Example:
+    Examples:
         >>> Elementwise("gelu", {"approximate": "tanh"})(torch.zeros(1)).item()
         0.0
     """
@@ -185,7 +185,7 @@ def pick(layer: nn.Module, expected: nn.Module | str, callee: Any) -> Any:
 
     A forward that says `self.acts[self.kind](x)` may call something else one day.
 
-    Example:
+    Examples:
         >>> gate = nn.Identity()
         >>> pick(gate, "relu", torch.relu) is gate, pick(gate, "relu", torch.tanh) is torch.tanh
         (True, True)
@@ -200,7 +200,7 @@ def activate(layer: nn.Module, input: Tensor, **arguments: Any) -> Tensor:
 
     A forward that says `F.leaky_relu(x, self.slope)` reads the slope at each call.
 
-    Example:
+    Examples:
         >>> activate(Elementwise("leaky_relu", {"negative_slope": 0.1}), torch.tensor([-1.0]), negative_slope=0.5)
         tensor([-0.5000])
     """

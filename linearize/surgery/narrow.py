@@ -40,7 +40,7 @@ class Chain:
 def chains_of(model: nn.Module, sites: Iterable[Site | None]) -> list[Chain]:
     """The chains among sites, in order.
 
-    Example:
+    Examples:
         >>> import linearize
         >>> net = nn.Sequential(
         ...     nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 2, 1)

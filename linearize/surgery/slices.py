@@ -10,7 +10,7 @@ from torch.nn import functional
 def every(x: Tensor, steps: list[int]) -> Tensor:
     """Every so many positions along the last axes.
 
-    Example:
+    Examples:
         >>> every(torch.arange(5), [2]).tolist()
         [0, 2, 4]
     """
@@ -26,7 +26,7 @@ def every(x: Tensor, steps: list[int]) -> Tensor:
 def part(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
     """A slice along one axis, counted from the end.
 
-    Example:
+    Examples:
         >>> part(torch.arange(6).view(2, 3), -1, 1, 2).tolist()
         [[1], [4]]
     """
@@ -44,7 +44,7 @@ def part(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
 def behind(x: Tensor, axis: int, start: int) -> Tensor:
     """The slice from `start` on.
 
-    Example:
+    Examples:
         >>> behind(torch.arange(6).view(2, 3), -1, 1).tolist()
         [[1, 2], [4, 5]]
     """

@@ -52,7 +52,7 @@ def spec_of(module: nn.Module) -> Spec:
     Raises:
         CheckpointError: the module is of another class.
 
-    Example:
+    Examples:
         >>> spec_of(nn.Linear(2, 3, bias=False))
         {'type': 'Linear', 'in_features': 2, 'out_features': 3, 'bias': False}
     """

@@ -64,7 +64,7 @@ def keep_attributes(module: nn.Module) -> nn.Module:
 def hides_children(module: nn.Module) -> bool:
     """Whether copies of a module get an attribute in front of a child (`nn.TransformerDecoderLayer`: `activation`).
 
-    Example:
+    Examples:
         >>> layer = nn.TransformerDecoderLayer(4, 1, 8, activation=nn.GELU())
         >>> hides_children(layer), hides_children(layer.linear1)
         (True, False)

@@ -133,7 +133,7 @@ def call_name(node: fx.Node) -> str:
 def concrete_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call that are no tensors, by name, defaults included: what symbolic tracing must know.
 
-    Example:
+    Examples:
         >>> class Net(nn.Module):
         ...     def forward(self, x, mask=None, scale=2): ...
         >>> concrete_arguments(Net(), (1.5,), {})

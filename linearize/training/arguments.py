@@ -42,7 +42,7 @@ def check_numbers(**given: Any) -> None:
     Raises:
         UsageError: one of them is out of range.
 
-    Example:
+    Examples:
         >>> check_numbers(epochs=3, lr=1e-3, clip=None)
     """
     for name, value in given.items():

@@ -32,7 +32,7 @@ class Features:
     Raises:
         UsageError: a pattern names no module of both.
 
-    Example:
+    Examples:
         >>> student, teacher = (nn.Sequential(nn.Linear(2, 3), nn.ReLU()) for _ in range(2))
         >>> Features(student, teacher, ["0"]).paths
         ('0',)

@@ -34,7 +34,7 @@ def task_loss(output: Any, labels: Any, meaning: Meaning = UNKNOWN) -> Tensor:
     Raises:
         DataError: there are no labels, they do not fit, or they name a class that there is not.
 
-    Example:
+    Examples:
         >>> float(task_loss(torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)))  # log 4
         1.38629...
         >>> float(task_loss(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8) / 2))
@@ -110,7 +110,7 @@ def evaluate_batches(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
     Raises:
         DataError: there are no batches, or no labels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sorted(evaluate_batches(nn.Linear(2, 2), [(torch.zeros(3, 2), torch.tensor([0, 1, 0]))]))
         ['accuracy', 'eval_loss']
@@ -145,7 +145,7 @@ def scores_of(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
     Raises:
         UsageError: the function gives something else.
 
-    Example:
+    Examples:
         >>> scores_of(nn.Linear(2, 2), lambda model: 0.5)
         {'score': 0.5}
     """

@@ -44,7 +44,7 @@ class PlannedPath:
     Raises:
         UsageError: a name is unknown, or an argument out of range.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.ReLU(), 4), nn.Linear(4, 2))
         >>> path = PlannedPath(model, {"1": torch.ones(4, dtype=torch.bool)}, {"2.bias": torch.ones(2)}, steps=3)
         >>> for _ in range(3):

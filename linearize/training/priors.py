@@ -73,7 +73,7 @@ class SparsityPrior:
         UsageError: an argument is out of range or does not belong to the kind; the model has no gates, or no
             costs.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.ReLU(), 4), nn.Linear(4, 2))
         >>> prior = SparsityPrior(model, kind="target", target=0.5, steps=10)
         >>> for _ in range(10):
@@ -233,7 +233,7 @@ def param_groups(
     Raises:
         UsageError: a rate is negative or not finite, or nothing in the model can be trained.
 
-    Example:
+    Examples:
         >>> [group["name"] for group in param_groups(nn.Linear(2, 2), lr=1e-3)]
         ['decay', 'plain']
     """

@@ -30,7 +30,7 @@ def projection(output: Any, batch: Batch, generator: torch.Generator) -> tuple[T
     normal, in units of the part's own root mean square, so that the distance is a relative squared error. Parts have
     their weights; the order in which they come does not matter.
 
-    Example:
+    Examples:
         >>> z = torch.ones(4, 3, requires_grad=True)
         >>> scalar, positions = projection(z, Batch((z,)), torch.Generator().manual_seed(0))
         >>> positions

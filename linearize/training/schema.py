@@ -27,7 +27,7 @@ _PARTS = {
 def flaw_in_checkpoint(state: Any) -> str | None:
     """What is wrong with the content of a checkpoint; None if nothing is.
 
-    Example:
+    Examples:
         >>> flaw_in_checkpoint({"options": {}, "run": {"model": 3}})
         'model is a int'
     """

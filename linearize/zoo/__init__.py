@@ -41,7 +41,7 @@ def recipe(model: nn.Module) -> Recipe | None:
 
     Plain attributes and tensors outside the state dict may differ from the rebuilt model; files store those.
 
-    Example:
+    Examples:
         >>> recipe(create("timm:test_vit", num_classes=10))
         {'library': 'timm', 'name': 'test_vit', 'kwargs': {'num_classes': 10}}
         >>> recipe(nn.Linear(2, 2)) is None
@@ -92,7 +92,7 @@ def rebuild(recipe: Recipe, device: str | torch.device = "meta") -> nn.Module:
     Raises:
         UsageError: the recipe is not one of ours, or its library cannot build it.
 
-    Example:
+    Examples:
         >>> model = rebuild({"library": "timm", "name": "test_vit", "kwargs": {"num_classes": 10}})
         >>> model.head.weight.device, model.num_classes
         (device(type='meta'), 10)

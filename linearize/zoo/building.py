@@ -67,7 +67,7 @@ class Limit:
 
         Merging makes a model smaller, but not by such factors: who asks for more describes no base of this file.
 
-        Example:
+        Examples:
             >>> Limit.of_file(2, 100, 400).parts
             10100
         """
@@ -163,7 +163,7 @@ def affordable(where: str, *shape: int) -> tuple[int, ...]:
     Raises:
         CaptureError: a tensor of that shape would take more than 256 MB, or there is none.
 
-    Example:
+    Examples:
         >>> affordable("images", 2, 3, 224, 224)
         (2, 3, 224, 224)
     """

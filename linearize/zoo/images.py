@@ -34,7 +34,7 @@ def image_format(model: nn.Module) -> ImageFormat:
     Raises:
         UsageError: the model is of neither library, or takes something else than images.
 
-    Example:
+    Examples:
         >>> from linearize.zoo import create
         >>> image_format(create("timm:test_vit", img_size=32, in_chans=1)).size
         (32, 32)

@@ -19,7 +19,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...]
     Raises:
         CaptureError: the model comes from neither timm nor transformers, or its inputs cannot be derived.
 
-    Example:
+    Examples:
         >>> from linearize.zoo import create
         >>> args, kwargs = example_inputs(create("timm:test_vit"))
         >>> args[0].shape, kwargs
@@ -43,7 +43,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...]
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside data-parallel and ``torch.compile`` wrappers.
 
-    Example:
+    Examples:
         >>> inner = nn.Linear(2, 2)
         >>> unwrap(nn.DataParallel(inner)) is inner
         True

@@ -23,7 +23,7 @@ _MAX_DEPTH = 20
 def is_plain(value: object, *, simple: bool = False, depth: int = 0) -> bool:
     """Whether ``value`` is plain data; with ``simple`` its strings must also match `SIMPLE`.
 
-    Example:
+    Examples:
         >>> is_plain({"size": (3, 224)}), is_plain(len), is_plain("a/b", simple=True)
         (True, False, False)
     """
@@ -44,7 +44,7 @@ def is_plain(value: object, *, simple: bool = False, depth: int = 0) -> bool:
 def pack(value: Any) -> Any:
     """Plain data as JSON can hold it: a tuple becomes ``{"__tuple__": [...]}``.
 
-    Example:
+    Examples:
         >>> pack({"size": (3, 224)})
         {'size': {'__tuple__': [3, 224]}}
     """
@@ -60,7 +60,7 @@ def pack(value: Any) -> Any:
 def unpack(value: Any) -> Any:
     """The inverse of `pack`.
 
-    Example:
+    Examples:
         >>> unpack({"size": {"__tuple__": [3, 224]}})
         {'size': (3, 224)}
     """
@@ -76,7 +76,7 @@ def unpack(value: Any) -> Any:
 def same(a: object, b: object) -> bool:
     """Equality of plain data in value and type; NaN equals NaN.
 
-    Example:
+    Examples:
         >>> same((1, 2), [1, 2]), same(float("nan"), float("nan"))
         (False, True)
     """

@@ -31,7 +31,7 @@ def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Mo
     Raises:
         UsageError: the spec has no such form, or the model that it names cannot be made.
 
-    Example:
+    Examples:
         >>> model = create("timm:test_vit", num_classes=10)
         >>> type(model).__name__, model.num_classes
         ('VisionTransformer', 10)

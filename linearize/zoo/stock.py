@@ -39,7 +39,7 @@ def stock_copy(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         CheckpointError: the model is none of transformers, or no config describes it: layers of different widths,
             layers of ours, a bias where its class has none; or a model of that config computes something else.
 
-    Example:
+    Examples:
         >>> from transformers import BertConfig, BertModel
         >>> config = BertConfig(hidden_size=8, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
         >>> stock_copy(BertModel(config)).config.intermediate_size

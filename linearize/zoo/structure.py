@@ -124,7 +124,7 @@ class Difference:
 def compare(fresh: nn.Module, model: nn.Module) -> Difference:
     """Compare ``model`` with one built ``fresh``: classes, names, shapes, plain attributes, other tensors.
 
-    Example:
+    Examples:
         >>> compare(nn.Linear(2, 3), nn.Linear(2, 4)).problem
         'weight is of shape (4, 2), rebuilt (3, 2)'
     """

@@ -43,7 +43,7 @@ def example_inputs(model: nn.Module, *, batch: int, like: Tensor) -> tuple[tuple
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width: from the model itself where it says, else from its configuration.
 
-    Example:
+    Examples:
         >>> import timm
         >>> input_size(timm.create_model("test_vit", img_size=96, in_chans=1))
         (1, 96, 96)
@@ -120,7 +120,7 @@ def check_arguments(name: str, kwargs: Any) -> dict[str, Any]:
     Raises:
         UsageError: an argument is not plain, has a name that no recipe may set, or a number out of any range.
 
-    Example:
+    Examples:
         >>> check_arguments("test_vit", {"num_classes": 10})
         {'num_classes': 10}
     """

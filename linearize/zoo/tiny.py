@@ -97,7 +97,7 @@ def tiny_config(model_type: str, level: int = 0) -> Any:
     Raises:
         UsageError: there is no such type, or its configuration cannot be made from defaults, or not that small.
 
-    Example:
+    Examples:
         >>> config = tiny_config("bert")
         >>> config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size
         (64, 2, 4, 256)

@@ -42,7 +42,7 @@ def tiny_models(
     Raises:
         UsageError: no level gives a model; with the reason of the first.
 
-    Example:
+    Examples:
         >>> level, model = next(tiny_models("gpt2"))
         >>> level, type(model).__name__
         (0, 'GPT2Model')

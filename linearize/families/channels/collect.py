@@ -202,7 +202,7 @@ def observe(
     Raises:
         DataError: there are no batches, or NaN or infinity turned up at a site.
 
-    Example:
+    Examples:
         >>> import linearize
         >>> net = linearize.convert(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 3))
         >>> found = observe(net, [torch.randn(64, 3)], progress=False)["1"]

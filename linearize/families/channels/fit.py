@@ -159,7 +159,7 @@ def levels(channels: int, round_to: int | None = None) -> list[int]:
         channels: of the site.
         round_to: they are multiples of this; None takes 8, or less at a site that would have next to no choice.
 
-    Example:
+    Examples:
         >>> levels(64)
         [56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 0]
         >>> levels(64, 16)

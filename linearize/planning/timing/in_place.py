@@ -33,7 +33,7 @@ def shares_in_place(
         parts: paths of modules, by name; a part of which one is not called exactly once is left out.
         rounds: a third of the number of runs.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
         >>> found = shares_in_place(model, torch.randn(4, 256), [4], {"first": ["0"], "all": ["0", "2"]}, rounds=3)
         >>> found["first"][4] < found["all"][4] <= 1
