@@ -29,6 +29,7 @@ _CONTAINERS = (dict, list, set, deque)
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType)
 _FOREIGN = (FakeTensor, FunctionalTensor, fx.Proxy, fx.Node)
 _MOST = 50_000  # containers looked at, so that a huge structure in an attribute costs no minutes
+_OF_THE_IMPORT = ("__builtins__", "__loader__", "__spec__")  # a loader may hold the whole program
 
 
 @contextmanager
@@ -122,10 +123,17 @@ def _contents(roots: Iterable[Any]) -> list[tuple[Any, Any]]:
     """The containers that are held by others, nested ones and attributes of plain objects too, each with a copy."""
     found: list[tuple[Any, Any]] = []
     seen: set[int] = set()
+    plain: set[type] = set()  # a list of a million numbers is looked through by this alone
     waiting = deque(roots)
     while waiting and len(found) < _MOST:
         holder = waiting.popleft()
+        leave = {id(dict.get(holder, name)) for name in _OF_THE_IMPORT} if issubclass(type(holder), dict) else set()
         for value in _values(holder):
+            if type(value) in plain or id(value) in leave:
+                continue
+            if _is_plain(type(value)):
+                plain.add(type(value))
+                continue
             container = _container(value)
             if container is None or id(container) in seen:
                 continue
@@ -136,13 +144,16 @@ def _contents(roots: Iterable[Any]) -> list[tuple[Any, Any]]:
     return found
 
 
+def _is_plain(kind: type) -> bool:
+    """Whether values of this type hold nothing: numbers, texts, functions; modules have their own place."""
+    held = issubclass(kind, (*_CONTAINERS, tuple))
+    return not held and (issubclass(kind, (*_PLAIN, nn.Module, Tensor)) or _of_torch(kind))
+
+
 def _container(value: Any) -> Any:
-    """What a value holds others in: itself, or the dict of its attributes; None for what is plain, and for modules."""
-    kind = type(value)
-    if issubclass(kind, (*_CONTAINERS, tuple)):
+    """What a value that is not plain holds others in: itself, or the dict of its attributes, or None."""
+    if issubclass(type(value), (*_CONTAINERS, tuple)):
         return value
-    if issubclass(kind, (*_PLAIN, nn.Module, Tensor)) or _of_torch(kind):
-        return None
     try:
         attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
