@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linearize import checks
-from linearize.algebra.forms import FORMS, Infeasible, Pieces
-from linearize.algebra.parts import made
+from linearize.algebra.forms import FORMS
+from linearize.algebra.piece import Infeasible
 from linearize.convert import unwrapped
 from linearize.errors import CollapseError
 from linearize.gating.gate import ChannelGate, gates
-from linearize.graph.dryrun import Trace, dry_run, first_line
 from linearize.graph.protect import ALONE
-from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, SitePlan, When
+from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, When
 from linearize.running.copies import duplicate
 from linearize.sites.record import Record, Step, converted_parts, record_of, set_record
-from linearize.sites.site import Site
 from linearize.surgery.alphas import check_alphas
-from linearize.surgery.folds import what_is_left
-from linearize.surgery.form_choice import fixed_producer, make_plan, mask_of, masks_of
+from linearize.surgery.carry_out import WHOLE, carry_out
+from linearize.surgery.difference import difference
+from linearize.surgery.form_choice import make_plan
 from linearize.surgery.fused import fuse_again
-from linearize.surgery.fusing import keep_readable
-from linearize.surgery.leftover import keep_activation, shrink_activation
-from linearize.surgery.make import make_layer
-from linearize.surgery.maps import Reader
-from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
-from linearize.surgery.specs import Spec, build, replace_module, spec_of
+from linearize.surgery.specs import replace_module
 
 _log = logging.getLogger(__name__)
-
-_WHOLE = (MASKED, UNCHANGED)  # forms that leave the maps of a site as they are
 
 
 def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = None) -> nn.Module:
@@ -155,162 +145,15 @@ def _collapse_parts(
 def _try(model: nn.Module, plan: Plan) -> tuple[nn.Module | None, str | None]:
     """The collapsed model, or why there is none."""
     try:
-        result = _carry_out(model, plan)
+        result = carry_out(model, plan)
     except Infeasible as why:  # the weights showed what the shapes did not
         return None, str(why)
-    failure = _difference(model, result)
+    failure = difference(model, result)
     if failure is not None:
         return None, failure
     record = record_of(result) or Record()
     record.steps = fuse_again(result, record.steps)
     return result, None
-
-
-def _carry_out(model: nn.Module, plan: Plan) -> nn.Module:
-    result = duplicate(model, CollapseError)
-    found = gates(result)
-    masks = masks_of(found)
-    reader = Reader(result)
-    steps, unfolded = list[Step](), list[Site]()
-    at: dict[str, int] = {}
-    last_use = _last_use(found)
-    chains = {chain.lower.name: chain for chain in chains_of(result, (gate.site for gate in found.values()))}
-    for planned in reversed(plan.sites):
-        gate = found[planned.site]
-        site, carries = gate.site, True
-        if planned.form == NARROWED and planned.site in chains:
-            chain = chains[planned.site]
-            reader.pieces.update(narrow(reader, chain, found, _dropped(planned, chain, found, masks)))
-            at.update({port.module: port.dims for port in chain.ports})
-            unfolded += [chain.upper, chain.lower]
-            steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
-        elif planned.form not in (*_WHOLE, NARROWED) and site is not None:
-            maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
-            reader.pieces.update(reader.settled(site, made(planned.form, maps)))
-            carries = maps.linear.numel() > 0  # else all others were dropped: an ordinary activation remains
-            at.update(
-                {port.module: port.dims for port in (site.producer, site.up, *site.consumers) if port is not None}
-            )
-            unfolded.append(site)
-            steps += unfold(result, site)
-        linear = mask_of(planned, gate.channels)
-        if planned.form in _WHOLE:
-            steps += keep_activation(result, gate, linear, torch.zeros_like(linear))
-        elif planned.form == NARROWED:
-            gone = torch.zeros_like(linear)
-            gone[list(planned.dropped)] = True
-            steps += keep_activation(result, gate, linear, gone)
-        else:
-            width = _width(reader.pieces, site)
-            steps += shrink_activation(result, gate, linear, carries=carries, width=width)
-        steps += _settle_maps(result, reader.pieces, at, {p for p, first in last_use.items() if first == planned.site})
-    record = record_of(model) or Record()
-    steps = [*sorted(steps, key=_depth), *keep_readable(result, unfolded)]
-    set_record(result, Record((), [*record.steps, *steps], record.inputs))
-    return result
-
-
-def _dropped(planned: SitePlan, chain: Chain, found: dict[str, ChannelGate], masks: dict[str, Tensor]) -> Tensor:
-    """The channels that leave a chain, bool (C,).
-
-    Raises:
-        CollapseError: the plan drops a channel of which more than a constant is left.
-    """
-    gone = torch.zeros(chain.lower.channels, dtype=torch.bool)
-    gone[list(planned.dropped)] = True
-    odd = (gone & ~constant_channels(chain, found, masks)).nonzero()
-    if odd.numel():
-        found_text = f"channel {int(odd[0])} is dropped in the plan, but more than a constant of it is left"
-        raise CollapseError(planned.site, found_text, "Make the plan from this model.")
-    return gone
-
-
-def _depth(step: Step) -> int:
-    """A module whose own map was folded away gives way before its children are touched."""
-    return 0 if step["module"]["type"] == "Children" else 1
-
-
-def _width(pieces: Pieces, site: Site | None) -> int:
-    """How many features the producer of a site puts out."""
-    piece = pieces[site.producer.module] if site is not None and site.producer is not None else None
-    return 0 if piece is None or piece.affine is None else piece.affine.weight.shape[0]
-
-
-def _last_use(found: dict[str, ChannelGate]) -> dict[str, str]:
-    """For every linear map, the first site (the last to be handled) that it belongs to: then its weights are final."""
-    last: dict[str, str] = {}
-    for name, gate in reversed(found.items()):
-        if gate.site is not None:
-            ports = (gate.site.producer, gate.site.up, *gate.site.consumers)
-            last.update({port.module: name for port in ports if port is not None})
-    return last
-
-
-def unfold(model: nn.Module, site: Site) -> list[Step]:
-    """Take away the constant maps that now live in their neighbours; their children stay.
-
-    A map behind a concatenation belongs to several sites: it may be gone already.
-    """
-    steps: list[Step] = []
-    for fold in (*site.folds, *site.up_folds, *site.consumer_folds):
-        spec: Spec = what_is_left(fold)
-        step: Step = {"path": fold.module, "module": spec}
-        if step not in steps:  # a module of several maps goes once
-            replace_module(model, fold.module, build(spec, model.get_submodule(fold.module)))
-            steps.append(step)
-    return steps
-
-
-def _settle_maps(model: nn.Module, pieces: Pieces, at: dict[str, int], final: set[str]) -> list[Step]:
-    """Turn the pieces that no other site will touch into layers, and let go of their float64 copies."""
-    steps: list[Step] = []
-    for path in [path for path in pieces if path in final]:
-        layer = make_layer(path, pieces[path], at[path], model.get_submodule(path))
-        spec = spec_of(layer)
-        replace_module(model, path, layer)
-        steps.append({"path": path, "module": spec})
-        piece = pieces[path]
-        pieces[path] = replace(piece, affine=None, border=None)
-    return steps
-
-
-def _difference(model: nn.Module, result: nn.Module) -> str | None:
-    """What shows, without computing anything, that the collapsed model is not the same function; None if nothing does.
-
-    The code around a site may name the width of its tensors, or compute with it.
-    """
-    record, after = record_of(model), record_of(result)
-    if record is None or record.inputs is None or after is None:
-        return None
-    new = after.steps[len(record.steps) :]
-    changed = {step["path"] for step in new if step["module"]["type"] != "Neutral"}
-    skip = frozenset(changed | {path for path, module in model.named_modules() if isinstance(module, ChannelGate)})
-    modes = (False, True) if any(parameter.requires_grad for parameter in model.parameters()) else (False,)
-    for gradients in modes:
-        try:
-            expected = dry_run(model, record.inputs, skip=skip, gradients=gradients)
-        except Exception as error:  # a model that does not run on fake tensors at all cannot be asked
-            _log.debug("no dry run: %s", error)
-            continue
-        try:
-            found = dry_run(result, record.inputs, skip=skip, gradients=gradients)
-        except Exception as error:  # whatever the model's own code raises
-            return first_line(error)
-        why = _difference_of(expected, found, changed)
-        if why is not None:
-            return why
-    return None
-
-
-def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | None:
-    """What two runs in the same mode show."""
-    missed = (changed & expected.called) - found.called
-    if missed:
-        return f"it calls {min(missed)} from another place that holds it, too"
-    if found.outputs != expected.outputs:
-        return "an output has another shape"
-    odd = found.numbers - expected.numbers
-    return f"it computes with the number {next(iter(odd))[1][0]} then" if odd else None
 
 
 def _branches(model: nn.Module) -> bool:
@@ -322,7 +165,7 @@ def _branches(model: nn.Module) -> bool:
 def _troublemakers(model: nn.Module, plan: Plan, *, widen: bool) -> dict[str, str]:
     """The sites that cannot be collapsed on their own, with what happens if they are: found by halving."""
     names = [planned.site for planned in plan.sites]
-    waiting = [[planned.site for planned in plan.sites if planned.form not in _WHOLE]]
+    waiting = [[planned.site for planned in plan.sites if planned.form not in WHOLE]]
     barred: dict[str, str] = {}
     while waiting:
         group = waiting.pop()

@@ -31,7 +31,8 @@ from linearize.algebra.affine import (
     scaled,
     stacked,
 )
-from linearize.algebra.forms import FORMS, Infeasible, Maps, Piece, Pieces
+from linearize.algebra.forms import FORMS
+from linearize.algebra.piece import Infeasible, Maps, Piece, Pieces
 
 # Sums of some hundred products of numbers around 1 in another order.
 CLOSE = 1e-11

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import capture, shape
-from linearize.graph.channels import _RULES, Motion, move
+from linearize.graph.channels import move
+from linearize.graph.motion import RULES, Motion
 from linearize.graph.ops import ACTIVATIONS, op_name
 
 Function = Callable[[Tensor], Any]
@@ -322,7 +323,7 @@ def affine_per_channel(function: Function, x: Tensor, axis: int, motion: Motion)
 
 def test_every_rule_has_a_case() -> None:
     reached = {case.name for case in CASES}
-    assert set(_RULES) - reached == set(UNREACHED) & set(_RULES)
+    assert set(RULES) - reached == set(UNREACHED) & set(RULES)
 
 
 def test_some_cases_are_followed() -> None:

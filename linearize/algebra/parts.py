@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from linearize.algebra.affine import Affine, rows, stacked
-from linearize.algebra.forms import FORMS, Infeasible, Maps, Piece, Pieces, factored, merged
+from linearize.algebra.forms import FORMS, factored, merged
+from linearize.algebra.piece import Infeasible, Maps, Piece, Pieces
 
 __all__ = ["made"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine
-from linearize.algebra.forms import Infeasible
+from linearize.algebra.piece import Infeasible
 from linearize.errors import CollapseError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.site import Port, Site

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from linearize.algebra.forms import IDENTITY, Infeasible, Piece, Pieces
 from linearize.algebra.parts import made
+from linearize.algebra.piece import IDENTITY, Infeasible, Piece, Pieces
 from linearize.families.option import SiteChoice
 from linearize.gating.gate import ChannelGate
 from linearize.gating.groups import ports_of

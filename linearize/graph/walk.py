@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import CONSTANT, Capture, shape, users
-from linearize.graph.channels import Motion, move
+from linearize.graph.channels import move
 from linearize.graph.folds import Folder
+from linearize.graph.motion import Motion
 from linearize.graph.ops import constant, op_name
 from linearize.graph.problem import Dead
 from linearize.graph.uses import Uses, Way

@@ -165,6 +165,13 @@ class Site:
     direct: bool = True
     saved: float = 0.0
 
+    @property
+    def packed(self) -> str | None:
+        """For a gated unit whose two maps are one layer, which half comes first: "gate_first" or "up_first"."""
+        if self.up is None or self.producer is None or self.up.module != self.producer.module:
+            return None
+        return "gate_first" if self.producer.start == 0 else "up_first"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `Site.from_dict` reads it back."""
         return asdict(self)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine
-from linearize.algebra.forms import Infeasible, Piece
+from linearize.algebra.piece import Infeasible, Piece
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
 from linearize.sites.record import Record, Step, record_of, set_record

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from linearize.algebra.affine import Affine
-from linearize.algebra.forms import Infeasible, Piece
+from linearize.algebra.piece import Infeasible, Piece
 from linearize.sites.site import Port
 
 __all__ = ["place_of", "spliced"]

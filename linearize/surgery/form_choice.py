@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.forms import FORMS, Infeasible, Maps, Pieces, cost
+from linearize.algebra.forms import FORMS, cost
 from linearize.algebra.parts import made
+from linearize.algebra.piece import Infeasible, Maps, Pieces
 from linearize.errors import UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, SitePlan, When

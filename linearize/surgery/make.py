@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine
 from linearize.algebra.finite import all_finite
-from linearize.algebra.forms import Piece
+from linearize.algebra.piece import Piece
 from linearize.errors import CollapseError
 from linearize.surgery.carriers import Around, roles_of
 from linearize.surgery.specs import Spec, build

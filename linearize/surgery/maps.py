@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from linearize.algebra.affine import Affine, behind, columns, dense, rows, scaled
 from linearize.algebra.finite import all_finite
-from linearize.algebra.forms import Infeasible, Maps, Piece, Pieces
+from linearize.algebra.piece import Infeasible, Maps, Piece, Pieces
 from linearize.errors import CollapseError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.site import Fold, Port, Site
@@ -73,7 +73,7 @@ class Reader:
             direct=site.direct,
             bent=site.bent,
             grouped=any(self._groups(port) > 1 for port in ports),
-            packed=_packed(site),
+            packed=site.packed,
             fixed_producer=fixed_producer,
             branches=tuple(not port.whole for port in site.consumers),
             parts=tuple(port.part for port in site.consumers),
@@ -294,9 +294,3 @@ class Reader:
     def index(self, mask: Tensor) -> Tensor:
         """Where a mask is True, on the device of the maps."""
         return self._place(mask.nonzero().flatten())
-
-
-def _packed(site: Site) -> str | None:
-    if site.up is None or site.producer is None or site.up.module != site.producer.module:
-        return None
-    return "gate_first" if site.producer.start == 0 else "up_first"

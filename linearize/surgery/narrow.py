@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.affine import columns, rows
-from linearize.algebra.forms import Infeasible, Piece, Pieces
+from linearize.algebra.piece import Infeasible, Piece, Pieces
 from linearize.gating.gate import ChannelGate
 from linearize.sites.site import Port, Site
 from linearize.surgery.maps import Reader

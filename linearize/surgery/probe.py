@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from linearize.algebra.affine import Affine, apply, dense
-from linearize.algebra.forms import Infeasible
+from linearize.algebra.piece import Infeasible
 from linearize.sites.site import Port
 
 _FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}

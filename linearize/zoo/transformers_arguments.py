@@ -5,19 +5,16 @@ Shape letters: B batch, T tokens, F audio frames, P patches, C image channels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.zoo.building import affordable
+from linearize.zoo.settings import Settings
 
 TOKENS = 8
 """T, the length of example sequences."""
-
-_SPECIAL = re.compile(r".*(token_ids?|token_index|_pad_id|_bos_id|_eos_id)")
 
 
 def _number(value: Any) -> int:
@@ -25,58 +22,8 @@ def _number(value: Any) -> int:
     return int(value[-1] if isinstance(value, (tuple, list)) else value)
 
 
-class Arguments:
-    """Makes one argument at a time; public methods are named after the argument that they make.
-
-    Args:
-        model: the model.
-        batch: B.
-        like: a tensor of the model, for device and dtype.
-    """
-
-    def __init__(self, model: Any, batch: int, like: Tensor) -> None:
-        self.model, self.config, self.batch = model, model.config, batch
-        self.device, self.dtype = like.device, like.dtype
-
-    def _configs(self, parts: tuple[str, ...] = ()) -> list[Any]:
-        """The configuration and its parts, those whose key contains one of ``parts`` first."""
-        preferred: list[Any] = []
-        others: list[Any] = []
-        for key, part in vars(self.config).items():
-            if hasattr(part, "to_dict"):
-                inner = [value for value in vars(part).values() if hasattr(value, "to_dict")]
-                (preferred if any(word in key for word in parts) else others).extend([part, *inner])
-        return [*preferred, self.config, *others]
-
-    def _setting(self, *names: str, parts: tuple[str, ...] = (), default: Any = None) -> Any:
-        """The first of ``names`` that is set anywhere."""
-        for config in self._configs(parts):
-            for name in names:
-                try:
-                    value = getattr(config, name, None)
-                except Exception:  # settings that differ by layer refuse to be read
-                    value = None
-                if value is not None:
-                    return value
-        return default
-
-    def _floats(self, *shape: int) -> Tensor:
-        shape = affordable(type(self.model).__name__, *shape)
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def _ones(self, *shape: int) -> Tensor:
-        return torch.ones(affordable(type(self.model).__name__, *shape), dtype=torch.long, device=self.device)
-
-    def _ids(self, high: int, *shape: int) -> Tensor:
-        """Random indices that are no special tokens."""
-        special: set[Any] = set()
-        for config in self._configs():
-            for name, value in vars(config).items():
-                if _SPECIAL.fullmatch(name):
-                    special.update(value if isinstance(value, (list, tuple)) else [value])
-        shape = affordable(type(self.model).__name__, *shape)
-        allowed = [i for i in range(min(high, 1000)) if i not in special and i > 3] or [0]
-        return torch.tensor(allowed, device="cpu")[torch.randint(len(allowed), shape)].to(self.device)
+class Arguments(Settings):
+    """Makes one argument at a time; public methods are named after the argument that they make."""
 
     # Text
 

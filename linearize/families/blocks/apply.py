@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.collapse import unfold
 from linearize.families.blocks.find import Block
 from linearize.families.blocks.fit import BlockFit
 from linearize.gating.gate import gates
 from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.surgery.carriers import roles_of
+from linearize.surgery.carry_out import unfold
 from linearize.surgery.specs import Spec, build, replace_module
 
 __all__ = ["replace_block"]

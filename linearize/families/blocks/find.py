@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.algebra.covariance import Covariance
-from linearize.algebra.forms import Infeasible
+from linearize.algebra.piece import Infeasible
 from linearize.gating.gate import gates
 from linearize.sites.site import Port, Site
 from linearize.surgery.specs import Spec

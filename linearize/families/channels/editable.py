@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.forms import Infeasible
+from linearize.algebra.piece import Infeasible
 from linearize.sites.site import Fold, Port, Site
 from linearize.surgery.folds import scale_shift
 from linearize.surgery.narrow import chains_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from linearize.algebra.forms import Piece
+from linearize.algebra.piece import Piece
 from linearize.families.family import Layers
 from linearize.families.option import Group, Option
 from linearize.families.price import Pricer

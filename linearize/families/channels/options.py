@@ -8,7 +8,7 @@ from itertools import product
 
 from torch import nn
 
-from linearize.algebra.forms import Infeasible
+from linearize.algebra.piece import Infeasible
 from linearize.families.channels.editable import obstacle_to_refit
 from linearize.families.channels.fit import Curve, levels
 from linearize.families.option import Group, Option, SiteChoice

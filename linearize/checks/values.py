@@ -1,47 +1,17 @@
-"""Checks of arguments, in one vocabulary: each gives the argument back, or says what was found and what to pass.
-
-Public functions check what they are called with before they do anything. A message names the argument, the value
-found, and what it must be.
-"""
+"""Checks of arguments that are numbers, texts, paths and functions."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
-from linearize.errors import DataError, UsageError
-
-__all__ = [
-    "batches",
-    "boolean",
-    "choice",
-    "device",
-    "dtype",
-    "evaluation",
-    "folder",
-    "function",
-    "is_number",
-    "is_whole",
-    "module",
-    "normal_mode",
-    "number",
-    "path",
-    "patterns",
-    "plain",
-    "refuse",
-    "seed",
-    "share",
-    "weights",
-    "whole",
-    "wholes",
-]
+from linearize.errors import UsageError
 
 _LONGEST = 80  # characters of a value in a message
 
@@ -160,17 +130,6 @@ def choice(name: str, value: Any, known: Sequence[str]) -> str:
     return value
 
 
-def module(name: str, value: Any) -> nn.Module:
-    """A module of torch.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    if not isinstance(value, nn.Module):
-        raise UsageError(name, f"found a {type(value).__name__}", "Pass a torch.nn.Module.")
-    return value
-
-
 def function(name: str, value: Any, expected: str = "a function") -> Callable[..., Any]:
     """Something that can be called.
 
@@ -228,94 +187,6 @@ def folder(name: str, value: Any) -> Path:
     if wrong is not None:
         raise UsageError(name, f"found {wrong}, which is no folder", "Pass a folder, new or not.")
     return found
-
-
-def dtype(name: str, value: Any) -> torch.dtype:
-    """A floating type of torch.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        refuse(name, value, "a floating type such as torch.float64 or torch.bfloat16")
-    return value
-
-
-def device(name: str, value: Any) -> torch.device:
-    """A device that can be used here.
-
-    Raises:
-        UsageError: there is no such device, or it holds no values.
-    """
-    expected = "a device such as 'cpu' or 'cuda:0' that this machine has"
-    if isinstance(value, bool) or not isinstance(value, str | torch.device | int):
-        refuse(name, value, expected)
-    try:
-        found = torch.device(value)
-        if found.type == "meta":
-            refuse(name, value, expected)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        refuse(name, value, expected)
-    return found
-
-
-def batches(name: str, value: Any) -> Iterable[Any]:
-    """Batches that can be read again and again.
-
-    Raises:
-        DataError: it cannot be iterated, or only once.
-    """
-    if isinstance(value, Iterator):
-        found = f"found a {type(value).__name__}, which can be read only once"
-        raise DataError(name, found, "Pass a list of batches or a DataLoader, for instance list(batches).")
-    if isinstance(value, str | bytes | dict | Tensor) or not hasattr(value, "__iter__"):
-        remedy = "Pass an iterable of batches: tensors, tuples (inputs, labels), or dicts of keyword arguments."
-        raise DataError(name, f"found a {type(value).__name__}", remedy)
-    batched: Iterable[Any] = value
-    return batched
-
-
-def normal_mode(name: str) -> None:
-    """New tensors have values here, and can have gradients.
-
-    Raises:
-        UsageError: inside torch.inference_mode(), or with the meta device as the default.
-    """
-    if torch.is_inference_mode_enabled():
-        raise UsageError(name, "found torch.inference_mode()", "Call it outside: it needs gradients.")
-    if torch.get_default_device().type == "meta":
-        found = "found the meta device as torch's default, on which tensors have no values"
-        raise UsageError(name, found, "Call it outside of torch.device('meta').")
-
-
-def evaluation(name: str, value: Any) -> None:
-    """A function of a model, or batches that can be read again and again.
-
-    Raises:
-        UsageError: neither of these.
-    """
-    if callable(value):
-        return
-    if isinstance(value, Iterator | str | bytes | Mapping | Tensor) or not hasattr(value, "__iter__"):
-        found = f"found a {type(value).__name__}"
-        raise UsageError(
-            name, found, "Pass batches with labels, such as a list or a DataLoader, or a function of a model."
-        )
-
-
-def weights(name: str, model: nn.Module) -> None:
-    """The parameters and buffers have values.
-
-    Raises:
-        UsageError: one of them is on the meta device.
-    """
-    for place, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            found = f"found no values in {place} (meta device): the model is offloaded, or was never filled"
-            raise UsageError(name, found, "Load all its weights first.")
 
 
 def plain(value: Any) -> Any:
