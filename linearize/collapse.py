@@ -49,6 +49,7 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
 
     Examples:
         >>> import linearize
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> gated = linearize.convert(net, torch.randn(2, 4))
         >>> _ = linearize.gates(gated)["1"].linearize_(torch.ones(64, dtype=torch.bool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.stress.mutants import MUTANTS, ROOT
 from linearize.algebra.affine import Affine, apply, compose, obstacle
 
 
@@ -23,3 +24,11 @@ def test_a_pointwise_map_behind_one_whose_padding_depends_on_the_size(size: tupl
     assert both.same
     assert apply(both, x).shape == expected.shape == (2, 4, -(-size[0] // stride), -(-size[1] // stride))
     torch.testing.assert_close(apply(both, x), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+def test_every_fault_can_still_be_put_in() -> None:
+    """The list names text of the package; where that is gone, nothing would be tested."""
+    for mutant in MUTANTS:
+        text = (ROOT / "linearize" / mutant.file).read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1, f"{mutant.file}: {mutant.old!r}"
+        assert all((ROOT / "tests" / name).exists() for name in mutant.tests)

@@ -60,11 +60,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "algebra/affine.py", "if outer.padded and not inner.pointwise:", "if outer.padded and inner.padded:", ALGEBRA
     ),
-    Mutant("algebra/affine.py", "[total // 2, total - total // 2]", "[total - total // 2, total // 2]", ALGEBRA),
+    Mutant("algebra/affine.py", "padding.append(total // 2)", "padding.append(total - total // 2 - 1)", ALGEBRA),
     Mutant("algebra/affine.py", "outer.same or inner.same)", "outer.same)", ALGEBRA),
     Mutant("algebra/affine.py", "torch.sqrt(var.double() + eps)", "torch.sqrt(var.double() + 1e-5)", ALGEBRA),
     Mutant("algebra/moments.py", "weight = old * count / total", "weight = old / total", CALIBRATE),
-    Mutant("algebra/moments.py", "+ (x * h).sum(0) + weight * dx * dh", "+ (x * h).sum(0)", CALIBRATE),
+    Mutant("algebra/moments.py", "+ xh + weight * dx * dh", "+ xh", CALIBRATE),
     Mutant("algebra/moments.py", "flat = self.xx <= count *", "flat = self.xx < 0 * count *", CALIBRATE),
     # forms
     Mutant("algebra/forms.py", "maps.intercept[maps.dropped]", "maps.slope[maps.dropped]", FORMS),
@@ -74,10 +74,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("algebra/forms.py", "    if maps.grouped:\n", "    if False:\n", FORMS),
     Mutant("surgery/narrow.py", "constant & (lower.intercept == 0).cpu()", "constant", ("test_narrow.py",)),
     # losses
-    Mutant("training/losses.py", ".sum(-1).mean() * temperature**2", ".sum(-1).mean()", LOSSES),
-    Mutant("training/losses.py", "labels.flatten(), ignore_index=IGNORED)", "labels.flatten().clamp(min=0))", LOSSES),
-    Mutant("training/losses.py", "teacher.square().mean().clamp(min=1e-12)", "student.square().mean()", LOSSES),
-    Mutant("prior.py", "math.floor(goal + 0.5)", "math.floor(goal)", ("test_prior.py",)),
+    Mutant("training/divergence.py", ".sum(-1).mean() * temperature**2", ".sum(-1).mean()", LOSSES),
+    Mutant("training/losses.py", "classes, ignore_index=IGNORED)", "classes.clamp(min=0))", LOSSES),
+    Mutant("training/divergence.py", "teacher.square().mean().clamp(min=1e-12)", "student.square().mean()", LOSSES),
+    Mutant("training/priors.py", "math.floor(goal + 0.5)", "math.floor(goal)", ("test_prior.py",)),
     # walks
     Mutant(
         "graph/walk.py", "if len(users(node)) > 1 and not packed:", "if len(users(node)) > 9 and not packed:", WALKS
@@ -88,15 +88,15 @@ MUTANTS: tuple[Mutant, ...] = (
     # storage and checks
     Mutant("storage/tensorfile.py", "if end - start != math.prod(shape)", "if end - start < math.prod(shape)", FILES),
     Mutant("storage/tensorfile.py", "    if reach > room:", "    if reach > room + 2**20:", FILES),
-    Mutant("storage/tensorfile.py", "            beside.unlink(missing_ok=True)\n", "            pass\n", FILES),
+    Mutant("storage/atomic.py", "                beside.unlink()\n", "                pass\n", FILES),
     Mutant(
         "verify.py", "return 0.0 if difference == 0 else", "return 0.0 if difference >= 0 else", ("test_verify.py",)
     ),
     # tests that could not fail before: latency below reach, pictures, times
     Mutant("planning/settle.py", "if not best.met and best.reached > 1:", "if False:", ("test_compress_input.py",)),
     Mutant("bench.py", "(time.perf_counter() - start) / number", "time.perf_counter() - start", ("test_bench.py",)),
-    Mutant("analysis/charts.py", "axes.axvline(found.mean,", "axes.axvline(0,", ("test_analysis_charts.py",)),
-    Mutant("analysis/pictures.py", '100 * row["share"]', 'row["share"]', ("test_analysis_core.py",)),
+    Mutant("analysis/paths.py", "axes.axvline(found.mean,", "axes.axvline(0,", ("test_analysis_charts.py",)),
+    Mutant("analysis/core.py", '100 * row["share"]', 'row["share"]', ("test_analysis_core.py",)),
     Mutant("report/pictures.py", "axes.bar(places, shares,", "axes.bar(places, shares[::-1],", ("test_compress.py",)),
 )
 

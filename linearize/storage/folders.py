@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from linearize.errors import CheckpointError
+from linearize.storage.atomic import write
 
 __all__ = ["clear", "make_folder", "remove_leftovers", "write_text"]
 
@@ -36,20 +36,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with beside.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        found = f"it cannot be written: {error.strerror or error}"
-        raise CheckpointError(str(path), found, "Free some space, or pass another folder.") from error
+    write(path, lambda file: file.write(text.encode()))
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
