@@ -100,10 +100,10 @@ def benchmark(
                 for name, model in ready.items():
                     call(name, model, sized)
                 fresh = any(_overwrites(model, sized) for model in ready.values())
-                runs = {name: _bound(model, sized, compiled, fresh=fresh) for name, model in ready.items()}
+                runs = {name: _bound(model, sized, compiled=compiled, fresh=fresh) for name, model in ready.items()}
                 samples = interleaved(runs, place, rounds, warmup)
-                timings += [Timing.of(name, size, compiled, values) for name, values in samples.items()]
-                ratios += _ratios(samples, size, compiled)
+                timings += [Timing.of(name, size, values, compiled=compiled) for name, values in samples.items()]
+                ratios += _ratios(samples, size, compiled=compiled)
         facts = environment(place, dtype or _dtype_of(named))
     return BenchmarkResult(tuple(timings), tuple(ratios), {**facts, "rounds": rounds, "warmup": warmup})
 
@@ -176,7 +176,7 @@ def _dtype_of(named: Mapping[str, nn.Module]) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def _bound(model: nn.Module, batch: Inputs, compiled: bool, *, fresh: bool) -> Callable[[], Any]:
+def _bound(model: nn.Module, batch: Inputs, *, compiled: bool, fresh: bool) -> Callable[[], Any]:
     """A call of the model on the batch; on a copy of it each time if `fresh`, which then all models pay for."""
     run: Callable[..., Any] = torch.compile(model) if compiled else model
     if not fresh:
@@ -250,11 +250,13 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _ratios(samples: Mapping[str, list[float]], size: int, compiled: bool) -> list[Ratio]:
+def _ratios(samples: Mapping[str, list[float]], size: int, *, compiled: bool) -> list[Ratio]:
     """Every other model against the first, round by round."""
     first, *others = samples
     return [
-        Ratio.of(name, first, size, compiled, [a / b for a, b in zip(samples[name], samples[first], strict=True)])
+        Ratio.of(
+            name, first, size, [a / b for a, b in zip(samples[name], samples[first], strict=True)], compiled=compiled
+        )
         for name in others
     ]
 

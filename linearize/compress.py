@@ -173,7 +173,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
     check_inputs(model, data)
     if request.stock:
         expect_stock(model)
-    steps, repeated = Steps(request.progress), Repeated(data, request.seed)
+    steps, repeated = Steps(progress=request.progress), Repeated(data, request.seed)
     with ExitStack() as around:
         around.enter_context(staying(model))
         around.enter_context(randomness_kept())
@@ -183,7 +183,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         if request.output is not None:
             check_output(model, reading)
         if request.training["epochs"] and not request.dry_run:
-            check_training(model, reading, request.training, request.distill)
+            check_training(model, reading, request.training, distill=request.distill)
         with steps("convert"):
             example = batches[0] if request.example_inputs is None else request.example_inputs
             gated = convert(model, example, include=request.include, exclude=request.exclude)

@@ -76,7 +76,7 @@ def convert(
     model = unwrapped(checks.module("model", model))
     check_whole(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
-        return _convert(model, example_inputs, include, exclude, inplace)
+        return _convert(model, example_inputs, include, exclude, inplace=inplace)
 
 
 def _convert(
@@ -84,6 +84,7 @@ def _convert(
     example_inputs: Any,
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
+    *,
     inplace: bool,
 ) -> nn.Module:
     if gates(model):

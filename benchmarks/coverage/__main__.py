@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent / "results"
 SIZE_FIELDS = ("name", "family", "parameters", "modules", "result")
 
 
-def timm_row(name: str, family: str, megabytes: float, smallest: bool, out: Path | None = None) -> Record:
+def timm_row(name: str, family: str, megabytes: float, out: Path | None = None, *, smallest: bool) -> Record:
     """The row of one timm model; what `out` has of the same model under another name is not checked again."""
     from benchmarks.coverage.cases import timm_case
     from benchmarks.coverage.check import fill
@@ -92,7 +92,7 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
     names = small if options.families else [*small, *others]
     return (
         names,
-        lambda name: timm_row(name, family.get(name, "?"), options.weights, name in small, options.out),
+        lambda name: timm_row(name, family.get(name, "?"), options.weights, options.out, smallest=name in small),
         tuple(Row.names()),
     )
 

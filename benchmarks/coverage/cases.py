@@ -69,7 +69,7 @@ def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
     from linearize import zoo
 
     last: Exception | None = None
-    for options, size in _timm_options(name, shallow):
+    for options, size in _timm_options(name, shallow=shallow):
         try:
             with torch.device("meta"):
                 hollow = timm.create_model(name, **options).eval()
@@ -92,7 +92,7 @@ def timm_case(name: str, megabytes: float, *, shallow: bool) -> Case:
     raise DoesNotRun(name, f"it takes no input size: {last}", "See timm.")
 
 
-def _timm_options(name: str, shallow: bool) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+def _timm_options(name: str, *, shallow: bool) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     """Options and input sizes to try for a timm model, the cheapest first."""
     import timm
 

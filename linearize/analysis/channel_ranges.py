@@ -32,7 +32,7 @@ class ChannelRange:
     products: Tensor
     batches: Callable[[], Sequence[Tensor]]
 
-    def parallel(self, channels: Sequence[int], any_scale: bool) -> list[dict[int, float]]:
+    def parallel(self, channels: Sequence[int], *, any_scale: bool) -> list[dict[int, float]]:
         """Groups of channels with the scale of each: candidates by their angle, proven value by value."""
         norms = self.products.diagonal().clamp_min(0).sqrt()
         groups: list[dict[int, float]] = []

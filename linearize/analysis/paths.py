@@ -179,13 +179,13 @@ class PathGraph:
     def lengths(self, weighting: Weighting = "normalized") -> PathLength:
         """The path lengths with the gates as they are now."""
         normalized = check_weighting(weighting)
-        found, rules = self._outputs(normalized, integers=False)
+        found, rules = self._outputs(normalized=normalized, integers=False)
         if not found:  # integer inputs that are not looked up in a table
-            found, rules = self._outputs(normalized, integers=True)
+            found, rules = self._outputs(normalized=normalized, integers=True)
         if not found:
             remedy = "Pass inputs that the outputs are computed from."
             raise CaptureError("average_path_length", "no output depends on a floating input", remedy)
-        outputs = [_output(name, flow, axis, sizes, normalized) for name, flow, axis, sizes in found]
+        outputs = [_output(name, flow, axis, sizes, normalized=normalized) for name, flow, axis, sizes in found]
         counts = torch.tensor([0.0 if o.log10_paths is None else o.log10_paths for o in outputs], dtype=torch.float64)
         shares = torch.softmax(counts * math.log(10), 0)
         longest = max(len(output.distribution) for output in outputs)
@@ -195,7 +195,7 @@ class PathGraph:
         return PathLength(weighting, total, tuple(outputs), tuple(rules.opaque))
 
     def _outputs(
-        self, normalized: bool, *, integers: bool
+        self, *, normalized: bool, integers: bool
     ) -> tuple[list[tuple[str, Flow, int | None, tuple[int, ...]]], Rules]:
         """Name, flow, channel axis and shape of every output that a path leads to."""
         rules = Rules(self.axes, normalized)
@@ -204,7 +204,7 @@ class PathGraph:
         found: list[tuple[str, Flow, int | None, tuple[int, ...]]] = []
         for node in self.captured.graph.nodes:
             if node.op == "placeholder":
-                rules.states[node] = _input(node, integers)
+                rules.states[node] = _input(node, integers=integers)
             elif node.op == "output":
                 for index, result in enumerate(node.args[0]):
                     flow, sizes = rules.flow(result), shape(result)
@@ -222,7 +222,7 @@ class PathGraph:
         return found, rules
 
 
-def _input(node: fx.Node, integers: bool) -> Flow | None:
+def _input(node: fx.Node, *, integers: bool) -> Flow | None:
     sizes = shape(node)
     if sizes is None or CONSTANT in node.meta:
         return None
@@ -238,7 +238,7 @@ def _floating(node: fx.Node, state: Any) -> Any:
     return state
 
 
-def _output(name: str, flow: Flow, axis: int | None, sizes: tuple[int, ...], normalized: bool) -> OutputPaths:
+def _output(name: str, flow: Flow, axis: int | None, sizes: tuple[int, ...], *, normalized: bool) -> OutputPaths:
     if axis is None or axis >= len(sizes):
         axis = len(sizes) - 1 if sizes else None
     if axis is None:

@@ -178,7 +178,11 @@ def _parallel(
         groups = parallel_rows(twin, site, channels, any_scale=any_scale) if use_weights else []
         used = {c for group in groups for c in group}
         evidence: Evidence = "box"
-        for group in [*groups, None, *observed[name].parallel([c for c in channels if c not in used], any_scale)]:
+        for group in [
+            *groups,
+            None,
+            *observed[name].parallel([c for c in channels if c not in used], any_scale=any_scale),
+        ]:
             if group is None:
                 evidence = "data"
                 continue

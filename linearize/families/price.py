@@ -90,7 +90,7 @@ class Pricer:
                     reader.pieces.update(narrow(reader, chains[site.name], found, gone))
                 continue
             mask = torch.zeros(gate.channels, dtype=torch.bool)
-            maps = reader.maps(site, gate, mask, self._fixed(site))
+            maps = reader.maps(site, gate, mask, fixed_producer=self._fixed(site))
             index = torch.arange(gate.channels, device="meta")
             end = choice.keep + choice.rank
             maps = replace(maps, keep=index[: choice.keep], linear=index[choice.keep : end], dropped=index[end:])

@@ -49,7 +49,7 @@ class Walker:
         """What finds the constant maps in between."""
         return Folder(self.model, self.captured, self.shared)
 
-    def back(self, node: fx.Node, axis: int, packed: bool = False) -> Reading:
+    def back(self, node: fx.Node, axis: int, *, packed: bool = False) -> Reading:
         """From a node whose channels lie on `axis` to the linear map that produced them.
 
         With `packed`, the node may be one of several slices of that map's output.
@@ -116,7 +116,7 @@ class Walker:
         reason = reason or f"{op_name(node)} does not keep the channels on one axis"
         raise Dead(f"between producer and activation, {reason} ({self._where(node)})")
 
-    def _alone(self, node: fx.Node, packed: bool) -> None:
+    def _alone(self, node: fx.Node, *, packed: bool) -> None:
         """A map can only be changed if nothing else reads what it puts out."""
         if len(users(node)) > 1 and not packed:
             raise Dead(f"what its producer puts out is also read elsewhere ({self._where(node)})")
@@ -184,7 +184,7 @@ class Walker:
             if part is node:
                 self._forward(reader, axis, way.after(sum(sizes[:index])), uses)
 
-    def port(self, node: fx.Node, operand: fx.Node, axis: int, output: bool) -> tuple[Port, fx.Node]:
+    def port(self, node: fx.Node, operand: fx.Node, axis: int, *, output: bool) -> tuple[Port, fx.Node]:
         """The port of a linear op, and the last node of its module.
 
         Raises:

@@ -141,18 +141,18 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     choices = site_choices(choice)
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
-    outcome = _outcome(found, budget, predicted, None, choice.loss, None)
+    outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
     told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
-    outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, settled.met)
+    outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
     return {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
 
 
 def _outcome(
-    found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, met: bool | None
+    found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
 ) -> Outcome:
     same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
     least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told

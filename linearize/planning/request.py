@@ -246,7 +246,7 @@ def _needs_labels(model: nn.Module, batch: Batch) -> bool:
     return False
 
 
-def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], distill: bool) -> None:
+def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], *, distill: bool) -> None:
     """Whether a loss comes out of the first batch at all, before minutes are spent on the plan.
 
     Raises:

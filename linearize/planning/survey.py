@@ -130,7 +130,7 @@ def survey(
     baked = bake(gated)
     if baked:
         say(f"  {len(baked)} computed weights become plain ones, such as that of {baked[0]}")
-    ties = _ties(gated, uniform or stock)
+    ties = _ties(gated, uniform=uniform or stock)
     context = Context(
         gated,
         batch,
@@ -184,7 +184,7 @@ def _warn(notes: Sequence[str]) -> None:
         warnings.warn(note + more, stacklevel=5)
 
 
-def _ties(gated: nn.Module, uniform: bool | Sequence[str]) -> list[list[str]]:
+def _ties(gated: nn.Module, *, uniform: bool | Sequence[str]) -> list[list[str]]:
     """Groups of site names that must keep equal widths."""
     names = list(gates(gated))
     if uniform is True:

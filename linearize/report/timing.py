@@ -44,7 +44,7 @@ class Timing:
     samples: tuple[float, ...] = field(repr=False, default=())
 
     @classmethod
-    def of(cls, model: str, batch_size: int, compiled: bool, samples: Sequence[float]) -> Timing:
+    def of(cls, model: str, batch_size: int, samples: Sequence[float], *, compiled: bool) -> Timing:
         """From the measurements themselves."""
         q1, median, q3 = quartiles(samples)
         return cls(model, batch_size, compiled, median, q1, q3, tuple(samples))
@@ -63,7 +63,7 @@ class Ratio:
     q3: float
 
     @classmethod
-    def of(cls, model: str, reference: str, batch_size: int, compiled: bool, values: Sequence[float]) -> Ratio:
+    def of(cls, model: str, reference: str, batch_size: int, values: Sequence[float], *, compiled: bool) -> Ratio:
         """From the ratio of every round."""
         q1, median, q3 = quartiles(values)
         return cls(model, reference, batch_size, compiled, median, q1, q3)

@@ -153,7 +153,7 @@ def run_passes(
     todo = _unknown(collectors, notes)
     numbers = None if indices is None else list(indices)
     for some in in_passes(todo, memory):
-        _run(model, batches, numbers, some, probe, seed, label, progress)
+        _run(model, batches, numbers, some, probe, seed, label, progress=progress)
         if notes is not None:
             for kind in dict.fromkeys(collector.kind for collector in some):
                 notes.write(kind, {c.name: c.state() for c in some if c.kind == kind})
@@ -196,6 +196,7 @@ def _run(
     probe: Probe | None,
     seed: int,
     label: str,
+    *,
     progress: bool,
 ) -> None:
     gradients = any(collector.gradients for collector in collectors)

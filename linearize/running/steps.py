@@ -17,14 +17,14 @@ class Steps:
 
     Examples:
         >>> lines = []
-        >>> steps = Steps(lines.append)
+        >>> steps = Steps(progress=lines.append)
         >>> with steps("convert"):
         ...     pass
         >>> lines, list(steps.seconds)
         (['convert'], ['convert'])
     """
 
-    def __init__(self, progress: bool | Callable[[str], None]) -> None:
+    def __init__(self, *, progress: bool | Callable[[str], None]) -> None:
         self.bars = progress is not False
         self.say: Callable[[str], None] = progress if callable(progress) else lambda _: None
         self.seconds: dict[str, float] = {}

@@ -73,7 +73,7 @@ def fill(model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> 
             if old is not None:
                 stored = content.aliases.get(dot + name, dot + name)
                 if stored not in made:
-                    made[stored] = _parameter(tensors[stored], old, stored not in frozen)
+                    made[stored] = _parameter(tensors[stored], old, trainable=stored not in frozen)
                 replaced[id(old)] = made[stored]
                 # Not by the registry: a recurrent layer keeps a second list of its weights.
                 setattr(module, name, made[stored])
@@ -87,7 +87,7 @@ def fill(model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> 
                 put_tensor(module, where, replaced[id(tensor)])
 
 
-def _parameter(tensor: Tensor, old: nn.Parameter, trainable: bool) -> nn.Parameter:
+def _parameter(tensor: Tensor, old: nn.Parameter, *, trainable: bool) -> nn.Parameter:
     new = nn.Parameter(tensor, requires_grad=trainable and (tensor.is_floating_point() or tensor.is_complex()))
     new.__dict__.update(old.__dict__)
     return new

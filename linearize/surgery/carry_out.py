@@ -52,7 +52,9 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             unfolded += [chain.upper, chain.lower]
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
         elif planned.form not in (*WHOLE, NARROWED) and site is not None:
-            maps = reader.maps(site, gate, mask_of(planned, gate.channels), fixed_producer(found, site, masks))
+            maps = reader.maps(
+                site, gate, mask_of(planned, gate.channels), fixed_producer=fixed_producer(found, site, masks)
+            )
             reader.pieces.update(reader.settled(site, made(planned.form, maps)))
             carries = maps.linear.numel() > 0  # else all others were dropped: an ordinary activation remains
             at.update(

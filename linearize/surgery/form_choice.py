@@ -184,7 +184,7 @@ class _Choice:
     def _options(self, site: Site) -> tuple[dict[str, Pieces], str]:
         fixed = fixed_producer(self.found, site, self.masks)
         try:
-            maps = self.reader.maps(site, self.found[site.name], self.masks[site.name], fixed)
+            maps = self.reader.maps(site, self.found[site.name], self.masks[site.name], fixed_producer=fixed)
         except Infeasible as why:
             return {}, str(why)
         options, reasons = options_of(maps, lambda made: self.reader.settled(site, made))

@@ -37,7 +37,7 @@ class Reader:
     pieces: Pieces = field(default_factory=dict)
     widen: bool = True
 
-    def maps(self, site: Site, gate: ChannelGate, linear: Tensor, fixed_producer: bool) -> Maps:
+    def maps(self, site: Site, gate: ChannelGate, linear: Tensor, *, fixed_producer: bool) -> Maps:
         """The maps of a site whose channels in `linear` (bool, (C,)) are to become linear.
 
         Raises:

@@ -40,7 +40,7 @@ def traced_forward(module: nn.Module, original: type[nn.Module], options: Option
     if why is not None:
         found = f"the source of its forward cannot be read, and a graph would not stand for it, since it {why}"
         raise ConvertError(type(module).__name__, found, _REMEDY)
-    in_eval, in_training = (_generated(module, options, training) for training in (False, True))
+    in_eval, in_training = (_generated(module, options, training=training) for training in (False, True))
     concrete = options.get("concrete") or {}
     names = list(inspect.signature(original.forward).parameters)[1:]
 
@@ -66,8 +66,8 @@ def _check_specialised(where: str, concrete: dict[str, Any], given: dict[str, An
             raise ConvertError(where, found, f"Convert with example inputs that lead to {name}={shown}.")
 
 
-def _generated(module: nn.Module, options: Options, training: bool) -> Callable[..., Any]:
-    graph = _trace(module, options.get("concrete") or {}, training)
+def _generated(module: nn.Module, options: Options, *, training: bool) -> Callable[..., Any]:
+    graph = _trace(module, options.get("concrete") or {}, training=training)
     redirect(graph, options["calls"], type(module).__name__)
     code = graph.python_code("self")
     namespace = dict(code.globals)
@@ -103,7 +103,7 @@ def redirect(graph: fx.Graph, calls: list[Options], where: str) -> None:
     graph.lint()
 
 
-def _trace(module: nn.Module, concrete: dict[str, Any], training: bool) -> fx.Graph:
+def _trace(module: nn.Module, concrete: dict[str, Any], *, training: bool) -> fx.Graph:
     """The symbolic graph in one mode; code that asks for `self.training` sees that mode."""
     try:
         with untouched(module, training=training):

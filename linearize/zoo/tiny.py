@@ -98,12 +98,12 @@ class _Shrinker:
             derived = default is None and name not in found and name != "attention_types"
             if value is None or isinstance(value, (bool, str, dict)) or derived:
                 continue
-            new = self._shrink(name, value, config, listed)
+            new = self._shrink(name, value, config, listed=listed)
             if new != value:
                 found[name] = new
         return found
 
-    def _shrink(self, name: str, value: Any, config: Any, listed: bool) -> Any:
+    def _shrink(self, name: str, value: Any, config: Any, *, listed: bool) -> Any:
         if TOKEN.fullmatch(name) and "vocabulary" in self.roles:
             return self._token(value)
         role = next((role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)), "keep")
@@ -114,7 +114,7 @@ class _Shrinker:
         if role == "indices" and isinstance(value, (list, tuple)) and _depth(config):
             return type(value)(i if i < 0 else i * _layers(config) // _depth(config) for i in value)
         if isinstance(value, (list, tuple)):
-            return _shrink_list(role, value, self.width == SIZES[0][0])
+            return _shrink_list(role, value, widths=self.width == SIZES[0][0])
         if type(value) is not int or value <= 0:
             return value
         if role == "image":
@@ -211,7 +211,7 @@ def _changed(config: Any) -> dict[str, Any]:
     return found
 
 
-def _shrink_list(role: str, value: Any, widths: bool) -> Any:
+def _shrink_list(role: str, value: Any, *, widths: bool) -> Any:
     numbers = all(type(item) is int for item in value)
     if role == "layer_kinds":  # [[[kind, ...], how often], ...]
         return [[kinds, 1] for kinds, _ in value]
