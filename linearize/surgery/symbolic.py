@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from linearize.errors import ConvertError
@@ -23,7 +25,9 @@ _REMEDY = "Make the activation a module of its own, called once, and convert aga
 
 
 class _Tracer(fx.Tracer):
-    """Traces one forward; every child is a leaf."""
+    """Traces one forward; every child is a leaf, and what is done to a buffer becomes part of the graph."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002 - fx's signature
         return True
@@ -106,7 +110,7 @@ def redirect(graph: fx.Graph, calls: list[Options], where: str) -> None:
 def _trace(module: nn.Module, concrete: dict[str, Any], *, training: bool) -> fx.Graph:
     """The symbolic graph in one mode; code that asks for `self.training` sees that mode."""
     try:
-        with untouched(module, training=training):
+        with untouched(module, training=training), _unwritten(module):
             graph = _Tracer().trace(module, concrete_args=dict(concrete) or None)
     except Exception as error:  # tracing runs the user's own code on proxies: anything may come out of it
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -119,6 +123,31 @@ def _trace(module: nn.Module, concrete: dict[str, Any], *, training: bool) -> fx
         plain = node.target.rpartition("_")[0]
         node.target = plain if plain in concrete else node.target
     return graph
+
+
+@contextmanager
+def _unwritten(module: nn.Module) -> Iterator[None]:
+    """Tensors in plain attributes are real while a forward is traced: what is written to them is no part of the graph.
+
+    Raises:
+        ValueError: something was written; it is taken back.
+    """
+    plain = {
+        f"{path}.{name}" if path else name: value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor) and not value.is_inference()
+    }
+    before = {name: (tensor._version, tensor.detach().clone()) for name, tensor in plain.items()}
+    try:
+        yield
+    finally:
+        written = [name for name, (version, _) in before.items() if plain[name]._version != version]
+        with torch.no_grad():
+            for name in written:
+                plain[name].copy_(before[name][1])
+    if written:
+        raise ValueError(f"it writes to {written[0]}, which is no buffer")
 
 
 def call_name(node: fx.Node) -> str:
