@@ -19,6 +19,7 @@ from linearize.running.order import set_epoch
 from linearize.running.outputs import Choice, Meaning
 from linearize.running.progress import progress_bar
 from linearize.running.randomness import seed_everything
+from linearize.tensors import same_values
 from linearize.training.arguments import check_numbers, check_training
 from linearize.training.features import Features
 from linearize.training.kept import checkpoints_in
@@ -182,7 +183,13 @@ def finetune(
         kept.restore(lambda state: run.load_state_dict(state, data))
         done = len(run.history)
         watching = nullcontext() if inside is None else inside.watching()
-        with _modes_kept(model, teacher), watching, progress_bar("fine-tune", run.total, enabled=progress) as advance:
+        bar = progress_bar("fine-tune", run.total, enabled=progress)
+        with (
+            _modes_kept(model, teacher),
+            same_values(*(m for m in (teacher,) if m is not None)),
+            watching,
+            bar as advance,
+        ):
             for _ in range(run.step):
                 advance("")
             if teacher is not None:

@@ -7,7 +7,7 @@ weight is read in training mode. So weights are read here, as they are in eval m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,11 @@ __all__ = [
     "is_computed",
     "is_wrapper",
     "meddler",
+    "noted_values",
     "oddity",
     "quantised_part",
+    "same_values",
+    "write_back",
 ]
 
 QUANTISE_LATER = "convert first, quantise afterwards"
@@ -51,6 +54,54 @@ def at_rest(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def same_values(*modules: nn.Module) -> Iterator[None]:
+    """What modules hold besides parameters (buffers, tensors in attributes) has afterwards the values that it had.
+
+    A forward may count its calls, or follow a running mean even in eval mode; a measurement is no call of the user's.
+
+    Examples:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> with same_values(layer):
+        ...     _ = layer(torch.ones(3, 2))
+        >>> layer.running_mean, layer.num_batches_tracked
+        (tensor([0., 0.]), tensor(0))
+    """
+    parts = [part for module in modules for part in module.modules()]
+    noted = noted_values(value for part in parts for held in (vars(part), part._buffers) for value in held.values())
+    try:
+        yield
+    finally:
+        write_back(noted)
+
+
+def noted_values(values: Iterable[Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The tensors among some values, each with its memory and a copy of what stands there.
+
+    Parameters, which take most of a model's memory, are left out.
+    """
+    found = {id(value): value for value in values if _is_ordinary(value)}
+    with torch.no_grad():
+        return [(tensor, tensor.detach(), tensor.detach().clone()) for tensor in found.values()]
+
+
+def _is_ordinary(value: Any) -> bool:
+    """A tensor with values in memory of its own; nothing can be written into one that was expanded."""
+    if type(value) is not Tensor or value.is_meta or value.layout is not torch.strided or value.is_quantized:
+        return False
+    return 0 not in value.stride() or value.numel() <= 1
+
+
+def write_back(noted: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Give tensors the memory and the values that `noted_values` saw."""
+    for tensor, place, content in noted:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            if tensor.data_ptr() != place.data_ptr() or tensor.shape != place.shape or tensor.dtype != place.dtype:
+                tensor.data = place
+            if not torch.equal(place, content):  # by value: writes through `.data` count no version
+                place.copy_(content)
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:

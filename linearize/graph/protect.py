@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from linearize.tensors import noted_values, write_back
+
 ALONE = threading.RLock()
 """Held by whoever captures, traces or dry-runs: torch.export keeps global state, and modules change for a while."""
 
@@ -37,7 +39,8 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """A model in eval mode (or in training mode); afterwards its modules have the modes and attributes they had.
 
     Whatever a forward leaves on its module (a feature map, a counter, an entry in a list) would be a fake tensor here,
-    or would count a call that nobody made. Tensors that a function remembers (`functools.lru_cache`) are forgotten
+    or would count a call that nobody made; values that it writes into buffers and other tensors that the modules hold
+    (parameters excepted) are taken back. Tensors that a function remembers (`functools.lru_cache`) are forgotten
     before and after; what lies in class attributes and globals is put back where a fake tensor got into it. Random
     numbers go on where they were. One thread at a time.
 
@@ -52,6 +55,8 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         modules = list(model.modules())
         held = [(module, module.training, dict(vars(module))) for module in modules]
         inside = _contents(vars(module) for module in modules)
+        holders = [*(vars(module) for module in modules), *(container for container, _ in inside)]
+        values = noted_values(value for holder in holders for value in _values(holder))
         kinds = {cls for module in modules for cls in type(module).__mro__ if cls is not object}
         own = [(cls, dict(vars(cls))) for cls in kinds if not _of_torch(cls)]
         outside = _contents([[attributes for _, attributes in own], _globals(attributes for _, attributes in own)])
@@ -69,6 +74,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 vars(module).update(attributes)
             for container, content in inside:
                 _put_back(container, content)
+            write_back(values)
             for container, content in outside:
                 _weed(container, content)
             for cell, content in cells:

@@ -13,6 +13,7 @@ from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
 from linearize.nest import copied, leaves_of, mapped
 from linearize.running.devices import device_of
+from linearize.tensors import same_values
 
 __all__ = ["batches_of", "call", "device_of", "eagerly", "evaluating", "move", "watching"]
 
@@ -75,7 +76,7 @@ def call(name: str, model: nn.Module, batch: Inputs) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards each module is in the mode it was in.
+    """Eval mode and no gradients inside; afterwards each module has the mode and the buffers' values that it had.
 
     Examples:
         >>> model = nn.Dropout()
@@ -89,7 +90,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), same_values(*models):
             yield
     finally:
         for module, training in modes:
@@ -110,7 +111,7 @@ def watching(
     """Eval mode with hooks, for a while; gives a zero that hooks may add to what they see, so that gradients reach it.
 
     Args:
-        model: its modules are put back into the mode they were in.
+        model: its modules are put back into the mode they were in, and their buffers to the values they had.
         attach: given the zero, puts the hooks on and gives their handles.
         gradients: whether the zero requires a gradient, and gradients are recorded inside.
 
@@ -128,7 +129,7 @@ def watching(
     try:
         handles.extend(attach(source))
         model.eval()
-        with eagerly(), torch.set_grad_enabled(gradients):
+        with eagerly(), same_values(model), torch.set_grad_enabled(gradients):
             yield source
     finally:
         for handle in handles:

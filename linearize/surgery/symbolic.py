@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from linearize.errors import ConvertError
@@ -130,7 +129,7 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
     """Tensors in plain attributes are real while a forward is traced: what is written to them is no part of the graph.
 
     Raises:
-        ValueError: something was written; it is taken back.
+        ValueError: something was written.
     """
     plain = {
         f"{path}.{name}" if path else name: value
@@ -138,14 +137,9 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
         for name, value in vars(part).items()
         if isinstance(value, Tensor) and not value.is_inference()
     }
-    before = {name: (tensor._version, tensor.detach().clone()) for name, tensor in plain.items()}
-    try:
-        yield
-    finally:
-        written = [name for name, (version, _) in before.items() if plain[name]._version != version]
-        with torch.no_grad():
-            for name in written:
-                plain[name].copy_(before[name][1])
+    before = {name: tensor._version for name, tensor in plain.items()}
+    yield
+    written = [name for name, version in before.items() if plain[name]._version != version]
     if written:
         raise ValueError(f"it writes to {written[0]}, which is no buffer")
 
