@@ -14,6 +14,7 @@ from torch import nn
 import linearize
 from benchmarks.stress import chain
 from benchmarks.stress.chain import Mismatch, check
+from benchmarks.stress.mutants import MUTANTS, ROOT
 from benchmarks.stress.networks import Tally, main, tally_of
 from tests.random_features import FEATURES, add_feature
 from tests.random_networks import Writer, network
@@ -86,3 +87,11 @@ def test_a_run_that_shows_nothing_fails(tmp_path: Path, monkeypatch: pytest.Monk
     stored.write_text(json.dumps({"seeds": [[0, 3]], **found.to_dict()}))
     assert main(["--to", "3", "--workers", "1", "--out", str(stored)]) == 1
     assert Tally(json.loads(stored.read_text())).to_dict() == found.to_dict()
+
+
+def test_every_fault_can_still_be_put_in() -> None:
+    """The list names text of the package; where that is gone, nothing would be tested."""
+    for mutant in MUTANTS:
+        text = (ROOT / "linearize" / mutant.file).read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1, f"{mutant.file}: {mutant.old!r}"
+        assert all((ROOT / "tests" / name).exists() for name in mutant.tests)

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from benchmarks.stress.mutants import MUTANTS, ROOT
+import linearize
 from linearize.algebra.affine import Affine, apply, compose, obstacle
+from linearize.cost import Cost
+from linearize.errors import CheckpointError
+from linearize.families.family import Context
+from linearize.families.option import Group, Option
+from linearize.plan import Plan
+from linearize.planning import settle as settling
+from linearize.planning.budget import Budget
+from linearize.planning.knapsack import Choice
+from linearize.planning.settle import Settled
+from linearize.planning.survey import Survey
+from linearize.storage.tensorfile import read_header
+from tests.chain import TOLERANCE, check_chain, error, outputs
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 5), (9, 10)])
@@ -26,9 +43,114 @@ def test_a_pointwise_map_behind_one_whose_padding_depends_on_the_size(size: tupl
     torch.testing.assert_close(apply(both, x), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
-def test_every_fault_can_still_be_put_in() -> None:
-    """The list names text of the package; where that is gone, nothing would be tested."""
-    for mutant in MUTANTS:
-        text = (ROOT / "linearize" / mutant.file).read_text(encoding="utf-8")
-        assert text.count(mutant.old) == 1, f"{mutant.file}: {mutant.old!r}"
-        assert all((ROOT / "tests" / name).exists() for name in mutant.tests)
+def lively(model: nn.Module) -> nn.Module:
+    """In float64 and eval mode, with norms that do something."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)  # type: ignore[arg-type]
+    return model.double().eval()
+
+
+class Between(nn.Module):
+    """Something between producer and activation; what the producer puts out may be read elsewhere, too."""
+
+    def __init__(self, between: nn.Module, *, read_twice: bool = False) -> None:
+        super().__init__()
+        self.first, self.between, self.act = nn.Conv2d(3, 16, 1), between, nn.ReLU()
+        self.last, self.read_twice = nn.Conv2d(16, 16, 1), read_twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.last(self.act(self.between(x)))
+        return y + x if self.read_twice else y
+
+
+IMAGE = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_two_constant_maps_before_the_activation_fold_in_their_order() -> None:
+    model = lively(Between(nn.Sequential(nn.BatchNorm2d(16), nn.BatchNorm2d(16))))
+    gated, collapsed = check_chain(model, IMAGE)
+    assert linearize.gates(gated)["act"].site.reason is None  # type: ignore[union-attr]
+    assert collapsed.first.out_channels != 16  # type: ignore[union-attr]
+
+
+def test_a_producer_that_is_read_in_two_places_keeps_its_channels() -> None:
+    """The second reader sees it before the norm that would be folded into it."""
+    gated, _ = check_chain(lively(Between(nn.BatchNorm2d(16), read_twice=True)), IMAGE)
+    reason = linearize.gates(gated)["act"].site.reason  # type: ignore[union-attr]
+    assert reason is not None
+    assert "also read elsewhere" in reason
+
+
+@pytest.mark.parametrize("between", [nn.ZeroPad2d(1), nn.AvgPool2d(3, stride=1, padding=1)])
+def test_what_pads_before_the_activation_keeps_the_channels(between: nn.Module) -> None:
+    """At the border the producer's bias is missing."""
+    gated, _ = check_chain(lively(Between(between)), IMAGE)
+    reason = linearize.gates(gated)["act"].site.reason  # type: ignore[union-attr]
+    assert reason is not None
+    assert "scales or pads" in reason
+
+
+def test_a_constant_that_is_padded_afterwards_does_not_leave_its_chain() -> None:
+    """Zeros at the border dilute it, so that no bias of the consumer's can stand for it."""
+    model = lively(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.ReLU(),
+            nn.AvgPool2d(3, stride=1, padding=1),
+            nn.Conv2d(8, 4, 1),
+        )
+    )
+    gated = linearize.convert(model, IMAGE)
+    gate = linearize.gates(gated)["3"]
+    gate.slope.zero_()
+    gate.intercept.fill_(0.7)
+    gate.intercept[:2] = 0.0  # these may leave
+    gate.linearize_(torch.arange(8) < 6)
+    collapsed = linearize.collapse(gated, when="always")
+    assert error(outputs(gated, IMAGE), outputs(collapsed, IMAGE)) <= TOLERANCE[torch.float64]
+
+
+def _forged(path: Path, entry: dict[str, Any], data: int) -> Path:
+    header = json.dumps({"a": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(data))
+    return path
+
+
+def test_a_header_that_gives_a_tensor_more_than_its_shape_takes(tmp_path: Path) -> None:
+    fits = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    assert read_header(_forged(tmp_path / "good", fits, 24)).shapes == {"a": (2, 3)}
+    for end in (20, 28):
+        with pytest.raises(CheckpointError, match="size of 'a' is not that of its shape"):
+            read_header(_forged(tmp_path / "bad", {**fits, "data_offsets": [0, end]}, end))
+
+
+def test_a_file_that_lacks_the_end_of_its_last_tensor(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    with pytest.raises(CheckpointError, match="24 bytes, 23 are there"):
+        read_header(_forged(tmp_path / "short", entry, 23))
+
+
+@pytest.mark.parametrize("slowest", [1.3, 0.9])
+def test_a_plan_that_is_slower_than_the_original_is_not_given_out(
+    slowest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every change misses the budget and makes the model slower, the original is the nearest."""
+    options = tuple(Option((), loss, cost, 0, 0, latency=cost) for loss, cost in ((0.0, 1.0), (1.0, 0.5)))
+    context = Context(nn.Identity(), None, [], "latency")
+    found = Survey(context, "latency", [Group(("a",), options)], 1.0, Cost(1, 1))
+
+    def measured(_: Any, budget: Budget, choice: Choice, *__: Any) -> Settled:
+        reached = 1.0 if choice.cost == 1.0 else slowest
+        return Settled(choice, nn.Identity(), nn.Identity(), Plan(()), choice.cost, reached, reached <= budget.fraction)
+
+    monkeypatch.setattr(settling, "_try", measured)
+    settled = settling.settle(found, Budget("latency", 0.6), None, time_ratio=lambda _: 1.0)
+    assert not settled.met
+    assert settled.choice.cost == (1.0 if slowest > 1 else 0.5)
+    assert settled.reached == min(slowest, 1.0)
