@@ -161,3 +161,74 @@ def test_same_values() -> None:
     assert layer.plain.data_ptr() == memory
     assert layer.frozen.tolist() == [0.0] * 2
     assert (layer.weight == 1).all()  # parameters are not looked at
+
+
+class Keeping(nn.Module):
+    """Keeps a feature map, and an auxiliary loss of another, on itself and in a list."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.first, self.act, self.last, self.kept = nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4), kept
+        self.more, self.act2, self.end = nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4)
+        self.seen: list[Tensor] = []
+        self.feature: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.first(x))
+        if self.kept == "feature":
+            self.feature = h
+        elif self.kept == "loss":
+            self.feature = h.square().mean()
+        elif self.kept == "list":
+            self.seen.append(h)
+        x = self.last(h)
+        return self.end(self.act2(self.more(x)))
+
+    def held(self) -> list[Tensor]:
+        return [*self.seen, *([] if self.feature is None else [self.feature])]
+
+
+@pytest.mark.parametrize("kept", ["feature", "loss", "list", "nothing"])
+def test_what_a_forward_keeps_is_the_same_after_collapsing(kept: str) -> None:
+    torch.manual_seed(2)
+    model = Keeping(kept).double().eval()
+    x = DATA[0].double()
+    gated: Any = linearize.convert(model, x)
+    assert model.held() == []
+    for gate in linearize.gates(gated).values():
+        gate.slope.copy_(torch.linspace(-1, 1, 32))
+        gate.linearize_(torch.arange(32) < 20)
+    small: Any = linearize.collapse(gated, when="always")
+    torch.testing.assert_close(small(x), gated(x), rtol=0, atol=1e-12)
+    assert len(small.held()) == len(gated.held()) == (kept != "nothing")
+    for a, b in zip(small.held(), gated.held(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    reasons = {row.name: row.reason for row in linearize.summary(gated).sites}
+    assert small.end.in_features < 32  # what is kept elsewhere bars nothing here
+    assert (reasons["act"] is None) == (kept == "nothing"), reasons
+
+
+class Overwriting(nn.Module):
+    """A gated unit in place, in the two halves of one tensor."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 32), act, nn.Linear(16, 4)
+        self.more, self.act2 = nn.Linear(4, 8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        a, b = h[:, :16], h[:, 16:]
+        return self.last(b.mul_(self.act(a))) + self.act2(self.more(x)).sum()
+
+
+def test_a_gate_whose_input_is_overwritten_is_taken_back() -> None:
+    """ReLU keeps its output for the backward pass, a gate its input: nobody could train the gated model."""
+    torch.manual_seed(2)
+    model = Overwriting(nn.ReLU()).eval()
+    gated: Any = linearize.convert(model, DATA[0])
+    assert set(linearize.gates(gated)) == {"act2"}
+    assert "overwritten later" in str(linearize.summary(gated))
+    model(DATA[0]).sum().backward()
+    gated(DATA[0]).sum().backward()
+    torch.testing.assert_close(gated.first.weight.grad, model.first.weight.grad, rtol=1e-6, atol=1e-6)

@@ -72,7 +72,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("algebra/forms.py", "ones = not maps.constant_bias", "ones = False", FORMS),
     Mutant("algebra/forms.py", "if not early and not maps.direct:", "if early and not maps.direct:", FORMS),
     Mutant("algebra/forms.py", "    if maps.grouped:\n", "    if False:\n", FORMS),
-    Mutant("surgery/narrow.py", "constant & (lower.intercept == 0).cpu()", "constant", ("test_survivors.py", "test_narrow.py")),
+    Mutant(
+        "surgery/narrow.py",
+        "constant & (lower.intercept == 0).cpu()",
+        "constant",
+        ("test_survivors.py", "test_narrow.py"),
+    ),
     # losses
     Mutant("training/divergence.py", ".sum(-1).mean() * temperature**2", ".sum(-1).mean()", LOSSES),
     Mutant("training/losses.py", "classes, ignore_index=IGNORED)", "classes.clamp(min=0))", LOSSES),
@@ -93,7 +98,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "verify.py", "return 0.0 if difference == 0 else", "return 0.0 if difference >= 0 else", ("test_verify.py",)
     ),
     # tests that could not fail before: latency below reach, pictures, times
-    Mutant("planning/settle.py", "if not best.met and best.reached > 1:", "if False:", ("test_survivors.py", "test_compress_input.py")),
+    Mutant(
+        "planning/settle.py",
+        "if not best.met and best.reached > 1:",
+        "if False:",
+        ("test_survivors.py", "test_compress_input.py"),
+    ),
     Mutant("bench.py", "(time.perf_counter() - start) / number", "time.perf_counter() - start", ("test_bench.py",)),
     Mutant("analysis/paths.py", "axes.axvline(found.mean,", "axes.axvline(0,", ("test_analysis_charts.py",)),
     Mutant("analysis/core.py", '100 * row["share"]', 'row["share"]', ("test_analysis_core.py",)),

@@ -206,7 +206,7 @@ class PathGraph:
             if node.op == "placeholder":
                 rules.states[node] = _input(node, integers=integers)
             elif node.op == "output":
-                for index, result in enumerate(node.args[0]):
+                for index, result in enumerate(self.captured.returned(node)):
                     flow, sizes = rules.flow(result), shape(result)
                     if flow is not None and sizes is not None:
                         found.append((str(index), flow, self.axes.get(result), sizes))

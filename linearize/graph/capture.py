@@ -43,6 +43,7 @@ class Capture:
         parameters: name of the parameter or buffer behind a placeholder.
         order: position of every node in the graph.
         stacks: the module calls that an op runs in, from the outermost to the innermost.
+        kept: so many of the graph's last outputs are none of the model's: the forward leaves them on its modules.
     """
 
     graph: fx.Graph
@@ -52,6 +53,12 @@ class Capture:
     parameters: dict[fx.Node, str] = field(default_factory=dict)
     order: dict[fx.Node, int] = field(default_factory=dict)
     stacks: dict[fx.Node, tuple[Call, ...]] = field(default_factory=dict)
+    kept: int = 0
+
+    def returned(self, node: fx.Node) -> tuple[Any, ...]:
+        """What the output node of the graph gives back to the model's caller."""
+        results: Any = node.args[0]
+        return tuple(results[: len(results) - self.kept])
 
     def path(self, node: fx.Node) -> str:
         """Path of the module that called the op; "" is the model itself."""
@@ -63,15 +70,30 @@ class Capture:
 
 
 class _TensorsOnly(nn.Module):
-    """Returns the tensors of a model's output: caches and other objects are no outputs of a graph."""
+    """Returns the tensors of a model's output: caches and other objects are no outputs of a graph.
+
+    After them comes what the forward leaves on its modules, such as a feature map or an auxiliary loss: whoever reads
+    it there is to find it there, so that nothing that it depends on may change.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.kept = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        before = {id(tensor) for tensor in _on_modules(self.model)}
         output = self.model(*args, **kwargs)
-        return [*tensors_of(output), *_inside_objects(output)]
+        kept = [tensor for tensor in _on_modules(self.model) if id(tensor) not in before]
+        self.kept = len(kept)
+        return [*tensors_of(output), *_inside_objects(output), *kept]
+
+
+def _on_modules(model: nn.Module) -> list[Tensor]:
+    """The tensors in attributes of modules that are no parameters and no buffers."""
+    own = ("_parameters", "_buffers", "_modules")
+    held = [value for part in model.modules() for name, value in vars(part).items() if name not in own]
+    return list({id(tensor): tensor for tensor in tensors_of(held)}.values())
 
 
 def _inside_objects(output: Any) -> list[Tensor]:
@@ -136,10 +158,13 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
     try:
         with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), _silent():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_TensorsOnly(model), *copied(inputs), strict=False)
+            whole = _TensorsOnly(model)
+            program = torch.export.export(whole, *copied(inputs), strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
         raise CaptureError(*_explain(model, inputs, error)) from error
-    return _index(program, model)
+    captured = _index(program, model)
+    captured.kept = whole.kept
+    return captured
 
 
 @contextmanager

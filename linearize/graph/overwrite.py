@@ -69,6 +69,50 @@ def stale_inputs(model: nn.Module, inputs: Inputs, working: Mapping[str, Sequenc
     return found
 
 
+def overwritten_later(model: nn.Module, inputs: Inputs, paths: Iterable[str]) -> set[str]:
+    """The modules whose input, or another part of the same memory, is written after they have run.
+
+    No gradient can be computed with such an input: autograd refuses it, by its count of writes.
+
+    Args:
+        model: it stays as it was.
+        inputs: of its forward.
+        paths: of the modules.
+
+    Examples:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.act = nn.ReLU()
+        ...     def forward(self, x):
+        ...         a, b = (2 * x).chunk(2, -1)
+        ...         return b.mul_(self.act(a))
+        >>> overwritten_later(Net(), ((torch.ones(1, 2),), {}), ["act"])
+        {'act'}
+    """
+    seen: list[tuple[str, Tensor, int]] = []
+
+    def note(path: str) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, _out: Any) -> None:
+            given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            seen.extend((path, value, value._version) for value in given[:1] if not value.is_inference())
+
+        return hook
+
+    hooks = [model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in paths]
+    found: set[str] = set()
+    try:
+        for training in (False, True):
+            run_once(model, inputs, training=training, before=seen.clear)
+            found |= {path for path, value, version in seen if value._version != version}
+    except Exception as error:  # a batch of one in training mode, for example
+        _log.debug("no run: %s", error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 class _Noter(TorchDispatchMode):
     """Holds what would have been overwritten by now, and notes whose input an op reads."""
 

@@ -141,7 +141,8 @@ class Walker:
             raise Dead("nothing reads it")
         for reader in readers:
             if reader.op == "output":
-                raise Dead("it is an output of the model")
+                returned = node in self.captured.returned(reader)
+                raise Dead("it is an output of the model" if returned else "the forward keeps it on a module")
             if op_name(reader) in _LINEAR and reader.args[1 if op_name(reader) == "addmm" else 0] is node:
                 port, _ = self.port(reader, node, axis, output=False)
                 uses.ports.append(way.port(port))

@@ -1,4 +1,4 @@
-"""Gates that a model calls with gradients only: its fused path is switched off, or they are taken back."""
+"""Gates that do not work in every mode: a fused path past them is switched off, or they are taken back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import called_by_mode, called_modules
+from linearize.graph.overwrite import overwritten_later
 from linearize.sites.record import Step
 from linearize.sites.site import Site
 from linearize.surgery.fused import STEP, SWITCH, fuse, unfuse
@@ -16,13 +17,14 @@ from linearize.surgery.specs import replace_module
 
 _ELSEWHERE = "the model holds it in another place, too, and calls it from there"
 _PASSED = "in eval mode {mode} gradients the model goes another way, which does not call it"
+_WRITTEN = "its input is overwritten later in the forward, so that no gradient could go through a gate"
 _MODES = ("without", "with")
 
 
 def settle_modes(
     model: nn.Module, sites: tuple[Site, ...], replaced: dict[str, nn.Module], inputs: Inputs
 ) -> tuple[tuple[Site, ...], list[Step]]:
-    """Take back the gates that a model does not call, or not in every mode, if nothing can be done about it.
+    """Take back the gates that a model does not call in every mode, or through which no gradient could go.
 
     Args:
         model: with gates; it is changed in place.
@@ -45,7 +47,11 @@ def settle_modes(
         unfuse(model.get_submodule(path), {})
     called = called_modules(model, inputs)
     modes = called_by_mode(model, inputs) or [called, called]
-    settled = tuple(_settled(site, replaced, called, modes) for site in sites)
+    written = overwritten_later(model, inputs, replaced)
+    settled = tuple(
+        replace(site, ungated=_WRITTEN) if site.name in written else _settled(site, replaced, called, modes)
+        for site in sites
+    )
     for name in [site.name for site in settled if site.name in replaced and site.ungated is not None]:
         replace_module(model, name, replaced[name])
     left = {path for site in settled if site.name in replaced and site.ungated is None for path in _above(site.name)}
