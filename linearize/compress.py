@@ -19,7 +19,7 @@ from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
 from linearize.planning.job import Job, Made
-from linearize.planning.request import Request, check_inputs, check_output, check_training, some_batches
+from linearize.planning.request import Request, check_inputs, check_output, check_training_data, some_batches
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.running.batches import Reading
@@ -183,7 +183,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         if request.output is not None:
             check_output(model, reading)
         if request.training["epochs"] and not request.dry_run:
-            check_training(model, reading, request.training, distill=request.distill)
+            check_training_data(model, reading, request.training, distill=request.distill)
         with steps("convert"):
             example = batches[0] if request.example_inputs is None else request.example_inputs
             gated = convert(model, example, include=request.include, exclude=request.exclude)

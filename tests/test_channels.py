@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import capture, shape
-from linearize.graph.channels import move
+from linearize.graph.channels import motion_of
 from linearize.graph.motion import RULES, Motion
 from linearize.graph.ops import ACTIVATIONS, op_name
 
@@ -269,8 +269,8 @@ def motions(case: Case) -> list[Motion]:
     """What the table says of each axis, through a chunk and the choice of a part if the op is one."""
     node, source = captured(case)
     if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node) and node.args[0] is not source:
-        return [move(node, node.args[0], axis) for axis in range(len(case.sizes))]
-    return [move(node, source, axis) for axis in range(len(case.sizes))]
+        return [motion_of(node, node.args[0], axis) for axis in range(len(case.sizes))]
+    return [motion_of(node, source, axis) for axis in range(len(case.sizes))]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
@@ -382,7 +382,7 @@ def test_reshapes_with_equal_sizes(sizes: tuple[tuple[int, ...], tuple[int, ...]
     if not nodes:
         return
     for axis in range(len(before)):
-        motion = move(nodes[0], graph_input(graph), axis)
+        motion = motion_of(nodes[0], graph_input(graph), axis)
         check(case.function, torch.randn(before), axis, motion)
         if motion.axis is not None:
             assert shape(nodes[0])[motion.axis] == before[axis]  # type: ignore[index]
@@ -395,7 +395,7 @@ def test_a_single_channel_is_only_followed_where_its_axis_is_certain() -> None:
     ):
         graph = capture(Wrapped(lambda x, after=after: x.reshape(after)), ((torch.zeros(before),), {})).graph  # type: ignore[misc]
         node = next(node for node in graph.nodes if node.op == "call_function")
-        motion = move(node, graph_input(graph), axis)
+        motion = motion_of(node, graph_input(graph), axis)
         if before[axis] == 1 and motion.axis is not None:
             assert after[: axis + 1] == before[: axis + 1]
             assert motion.axis == axis

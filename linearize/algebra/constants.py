@@ -88,10 +88,10 @@ def names_in(expression: Expression | None) -> tuple[str, ...]:
     return tuple(name for part in parts for name in names_in(part))
 
 
-def renamed(expression: Expression | None, rename: Callable[[str], str]) -> Expression | None:
+def with_names(expression: Expression | None, rename: Callable[[str], str]) -> Expression | None:
     """The same expression of tensors with other names."""
     if isinstance(expression, str):
         return rename(expression)
     if isinstance(expression, tuple):
-        return (expression[0], *(renamed(part, rename) for part in expression[1:]))
+        return (expression[0], *(with_names(part, rename) for part in expression[1:]))
     return expression

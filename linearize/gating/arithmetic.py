@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-__all__ = ["Line", "Recomputed", "Unit", "mix", "mix_in_pieces", "recomputable"]
+__all__ = ["Mixture", "Recomputed", "Surrogate", "mix", "mix_in_pieces", "recomputable"]
 
 # Numbers of elements worked on at once: on a CPU what stays in its second cache, elsewhere what keeps the
 # temporary tensors small against the memory of the device without making its kernels small too.
@@ -25,7 +25,7 @@ _CPU_PIECE = 2**18
 _PIECE = 2**25
 
 
-class Line(NamedTuple):
+class Surrogate(NamedTuple):
     """Per channel, the gate's value `alpha`, the line it leads to, and where alpha counts as one."""
 
     alpha: Tensor
@@ -44,29 +44,29 @@ class Line(NamedTuple):
         return (1 - a).view(shape), (a * self.slope).view(shape), (a * self.intercept).view(shape)
 
 
-class Unit(NamedTuple):
+class Mixture(NamedTuple):
     """All that a gate's value depends on besides its input."""
 
     activation: nn.Module
-    line: Line
+    line: Surrogate
     axis: int
 
 
-def mix(unit: Unit, x: Tensor) -> Tensor:
+def mix(mixture: Mixture, x: Tensor) -> Tensor:
     """`h + a * (slope * x + intercept - h)` for `h = activation(x)`, in differentiable operations."""
-    h = unit.activation(x)
-    of_h, of_x, of_one = unit.line.coefficients(unit.axis)
+    h = mixture.activation(x)
+    of_h, of_x, of_one = mixture.line.coefficients(mixture.axis)
     y = torch.addcmul(torch.addcmul(of_one, of_x, x), of_h, h)
     return y.to(h.dtype)
 
 
-def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
+def mix_in_pieces(mixture: Mixture, x: Tensor) -> Tensor:
     """As `mix`, without autograd, and written over `h` unless `h` is another name of `x`."""
-    h = unit.activation(x)
-    of_h, of_x, of_one = unit.line.coefficients(unit.axis)
+    h = mixture.activation(x)
+    of_h, of_x, of_one = mixture.line.coefficients(mixture.axis)
     alias = h.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     y = torch.empty_like(h) if alias else h
-    for piece in _pieces(x, unit.axis):
+    for piece in _pieces(x, mixture.axis):
         torch.addcmul(torch.addcmul(of_one, of_x, x[piece]), of_h, h[piece], out=y[piece])
     return y
 
@@ -94,13 +94,13 @@ class Recomputed(torch.autograd.Function):
     """`mix(activation(x), x, ...)` that saves `x` for the backward pass, and parameters, no more."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Unit, x: Tensor, alpha: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, mixture: Mixture, x: Tensor, alpha: Tensor, *parameters: Tensor) -> Tensor:
         """Run the activation and the mix; `alpha` and `parameters` stand here to be seen by autograd."""
-        ctx.unit = unit._replace(line=unit.line._replace(alpha=alpha.detach()))
+        ctx.mixture = mixture._replace(line=mixture.line._replace(alpha=alpha.detach()))
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.save_for_backward(x, alpha, *parameters)
-        return mix_in_pieces(unit, x)
+        return mix_in_pieces(mixture, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -119,8 +119,8 @@ class Recomputed(torch.autograd.Function):
 
 def _differentiable(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> list[Tensor | None]:
     x, alpha = inputs[:2]
-    unit: Unit = ctx.unit
-    y = mix(unit._replace(line=unit.line._replace(alpha=alpha)), x)
+    mixture: Mixture = ctx.mixture
+    y = mix(mixture._replace(line=mixture.line._replace(alpha=alpha)), x)
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[1:]]
 
@@ -128,7 +128,7 @@ def _differentiable(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], wanted: 
 def _in_pieces(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
     x, alpha, *parameters = inputs
     wants_x, wants_alpha, *wanted = ctx.needs_input_grad[1:]
-    activation, line, channel_axis = ctx.unit
+    activation, line, channel_axis = ctx.mixture
     of_h, of_x, _ = line.coefficients(channel_axis)
     exact = torch.promote_types(alpha.dtype, torch.float32)  # a sum over a batch is not for half precision
     slope, intercept = (value.to(exact).view(of_x.shape) for value in (line.slope, line.intercept))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from linearize import checks
 from linearize.errors import UsageError
-from linearize.gating.arithmetic import Line, Recomputed, Unit, mix, mix_in_pieces, recomputable
+from linearize.gating.arithmetic import Mixture, Recomputed, Surrogate, mix, mix_in_pieces, recomputable
 from linearize.purity import repeats
 
 if TYPE_CHECKING:
@@ -171,12 +171,12 @@ class ChannelGate(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name by which torch's activations may be called
         """The gated activation of `input`."""
         activation, x = self.activation, input
-        unit = Unit(activation, Line(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
+        mixture = Mixture(activation, Surrogate(self.alpha, self.slope, self.intercept, self.frozen), self.axis)
         if torch.compiler.is_compiling() or not self._repeats or not recomputable(activation, x):
-            return mix(unit, x)
+            return mix(mixture, x)
         if not torch.is_grad_enabled():
-            return mix_in_pieces(unit, x)
-        return cast("Tensor", Recomputed.apply(unit, x, self.alpha, *activation.parameters()))
+            return mix_in_pieces(mixture, x)
+        return cast("Tensor", Recomputed.apply(mixture, x, self.alpha, *activation.parameters()))
 
     def extra_repr(self) -> str:
         """Channels and axis, for `print(model)`."""

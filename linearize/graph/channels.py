@@ -25,7 +25,7 @@ _ANY_OPERAND = frozenset(
 )
 
 
-def move(node: fx.Node, source: fx.Node, axis: int) -> Motion:
+def motion_of(node: fx.Node, source: fx.Node, axis: int) -> Motion:
     """Follow the channels of `source`, held on `axis`, through `node`."""
     before, after = shape(source), shape(node)
     name = op_name(node)
@@ -65,7 +65,7 @@ def channel_axes(graph: fx.Graph) -> dict[fx.Node, int]:
             continue
         axis = produced_axis(node)
         if axis is None:
-            moved = (move(node, source, known[source]).axis for source in node.all_input_nodes if source in known)
+            moved = (motion_of(node, source, known[source]).axis for source in node.all_input_nodes if source in known)
             axis = next((value for value in moved if value is not None), None)
         if axis is not None:
             known[node] = axis

@@ -14,7 +14,7 @@ from linearize.graph.memory import overwrites, overwritten, stale_reader
 from linearize.graph.opaque import OPAQUE
 from linearize.graph.ops import is_constant, op_name
 from linearize.graph.problem import Dead
-from linearize.graph.walk import Reading, Walker
+from linearize.graph.walk import Trail, Walker
 from linearize.sites.site import Port, Site
 from linearize.tensors import QUANTISE_LATER, held
 
@@ -131,7 +131,7 @@ def _gated_unit(
     return replace(site, saved=_saved(walker.model, site))
 
 
-def _check_packing(gate: Reading, up: Reading, ends: tuple[fx.Node, fx.Node]) -> None:
+def _check_packing(gate: Trail, up: Trail, ends: tuple[fx.Node, fx.Node]) -> None:
     """Two halves of one map must be the whole of it; two maps must be read whole."""
     a, b = gate.port, up.port
     if a.module != b.module:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from linearize.algebra.constants import OPERATIONS, Expression, expression_of
 from linearize.graph.capture import CONSTANT, Capture, shape, users
-from linearize.graph.channels import move
+from linearize.graph.channels import motion_of
 from linearize.graph.ops import RESHAPES, op_name
 from linearize.graph.problem import Dead
 from linearize.sites.site import Fold
@@ -235,4 +235,4 @@ def _numel(sizes: tuple[int, ...]) -> int:
 
 
 def _is_fold(node: fx.Node, source: fx.Node) -> bool:
-    return any(move(node, source, axis).fold for axis in range(len(shape(source) or ())))
+    return any(motion_of(node, source, axis).fold for axis in range(len(shape(source) or ())))

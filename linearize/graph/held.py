@@ -44,7 +44,7 @@ class Held(nn.Module):
         return str(getattr(function, "__name__", type(function).__name__))
 
 
-def may_hold(module: nn.Module, name: str) -> bool:
+def may_be_held(module: nn.Module, name: str) -> bool:
     """Whether an attribute of a module is a function that can be held as a child."""
     value = vars(module).get(name)
     if not name.isidentifier() or name.startswith("_") or name == "forward" or hasattr(type(module), name):
@@ -69,7 +69,7 @@ def called_functions(model: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
     The model runs once, as cheaply as it goes, if it has such attributes at all; it stays as it was.
     """
     candidates = {
-        path: [name for name in list(vars(module)) if may_hold(module, name)]
+        path: [name for name in list(vars(module)) if may_be_held(module, name)]
         for path, module in model.named_modules()
         if not _is_nothing_else(module)
     }

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from linearize.graph.capture import CONSTANT, Capture, shape, users
-from linearize.graph.channels import move
+from linearize.graph.channels import motion_of
 from linearize.graph.folds import Folder
 from linearize.graph.motion import Motion
 from linearize.graph.ops import constant, op_name
@@ -26,7 +26,7 @@ _AROUND = frozenset(
 
 
 @dataclass
-class Reading:
+class Trail:
     """Where a walk from an activation back to its producer ended, and the nodes that it came through."""
 
     port: Port
@@ -49,7 +49,7 @@ class Walker:
         """What finds the constant maps in between."""
         return Folder(self.model, self.captured, self.shared)
 
-    def back(self, node: fx.Node, axis: int, *, packed: bool = False) -> Reading:
+    def back(self, node: fx.Node, axis: int, *, packed: bool = False) -> Trail:
         """From a node whose channels lie on `axis` to the linear map that produced them.
 
         With `packed`, the node may be one of several slices of that map's output.
@@ -69,7 +69,7 @@ class Walker:
                     port = replace(port, start=rows[0], stop=rows[1])
                 if into is not start:  # who reads the start is the caller's question
                     self._alone(into, packed=rows is not None)
-                return Reading(port, node, tuple(reversed(folds)), direct, tuple(visited))
+                return Trail(port, node, tuple(reversed(folds)), direct, tuple(visited))
             if node.op != "call_function":
                 raise Dead("its input is an input of the model")
             if node in self.captured.calls and self._inside_linear(node):
@@ -107,12 +107,12 @@ class Walker:
             raise Dead(f"{op_name(node)} is not in the channel table ({self._where(node)})")
         last: Motion | None = None
         for candidate in range(len(sizes)):
-            motion = move(node, source, candidate)
+            motion = motion_of(node, source, candidate)
             if motion.axis == axis:
                 if motion.reason is None:
                     return source, candidate, motion
                 last = motion
-        reason = last.reason if last is not None else move(node, source, 0).reason
+        reason = last.reason if last is not None else motion_of(node, source, 0).reason
         reason = reason or f"{op_name(node)} does not keep the channels on one axis"
         raise Dead(f"between producer and activation, {reason} ({self._where(node)})")
 
@@ -151,7 +151,7 @@ class Walker:
             if op_name(reader) == "cat":
                 self._joined(reader, node, axis, way, uses)
                 continue
-            motion = move(reader, node, axis)
+            motion = motion_of(reader, node, axis)
             if motion.axis is not None and motion.each and not way.folds:
                 uses.bent, uses.direct = True, False
                 self._forward(reader, motion.axis, way, uses)

@@ -25,7 +25,7 @@ from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, settle
-from linearize.planning.survey import Survey, describe, survey
+from linearize.planning.survey import Survey, descriptions, survey
 from linearize.report.budget import Outcome
 from linearize.surgery.form_choice import mask_of
 from linearize.training.distance import check_seen, real_loss, some_of
@@ -142,13 +142,13 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
     outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
-    told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
+    told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": tuple(found.notes)}
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
     outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
-    return {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
+    return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": tuple(found.notes)}
 
 
 def _outcome(

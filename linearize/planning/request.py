@@ -29,7 +29,7 @@ from linearize.training.kept import check_folder
 from linearize.training.losses import has_loss
 from linearize.training.run import Objective
 
-__all__ = ["Request", "check_inputs", "check_output", "check_training", "some_batches"]
+__all__ = ["Request", "check_inputs", "check_output", "check_training_data", "some_batches"]
 
 _log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def _needs_labels(model: nn.Module, batch: Batch) -> bool:
     return False
 
 
-def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], *, distill: bool) -> None:
+def check_training_data(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], *, distill: bool) -> None:
     """Whether a loss comes out of the first batch at all, before minutes are spent on the plan.
 
     Raises:

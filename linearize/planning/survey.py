@@ -30,7 +30,7 @@ from linearize.surgery.bake import bake
 from linearize.training.distance import some_of
 from linearize.training.probes import projection
 
-__all__ = ["Survey", "describe", "survey"]
+__all__ = ["Survey", "descriptions", "survey"]
 
 
 @dataclass
@@ -204,6 +204,6 @@ def _ties(gated: nn.Module, *, uniform: bool | Sequence[str]) -> list[list[str]]
     return ties
 
 
-def describe(groups: Sequence[Group], measure: Measure) -> Mapping[str, str]:
+def descriptions(groups: Sequence[Group], measure: Measure) -> Mapping[str, str]:
     """Per group, its best options as a table."""
     return {", ".join(group.sites): str(group.pareto(measure)) for group in groups}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
-from linearize.running.targets import Kind, axes_of, fitted, labels_by_part
+from linearize.running.targets import Kind, class_axes, fitted, labels_by_part
 
 __all__ = ["UNKNOWN", "Choice", "Kind", "Meaning", "Part", "main_part", "real", "tensors_in"]
 
@@ -200,7 +200,7 @@ class Meaning:
 
     def _axis(self, z: Tensor, *, any_size: bool) -> int | None:
         """The axis of a number of classes that the configuration knows, two or more; None if there is none."""
-        axes = axes_of(z) if any_size or z.dim() != 3 else (-1,)  # a short sequence may have such a length
+        axes = class_axes(z) if any_size or z.dim() != 3 else (-1,)  # a short sequence may have such a length
         some = [axis for axis in axes if z.shape[axis] > 1]
         return next((axis for axis in some if any_size or z.shape[axis] in self.sizes), None)
 

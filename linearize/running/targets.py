@@ -12,12 +12,12 @@ from torch import Tensor
 
 from linearize.nest import leaves_of
 
-__all__ = ["Kind", "axes_of", "fitted", "labels_by_part"]
+__all__ = ["Kind", "class_axes", "fitted", "labels_by_part"]
 
 Kind = Literal["classes", "multilabel", "values"]
 
 
-def axes_of(z: Tensor) -> tuple[int, ...]:
+def class_axes(z: Tensor) -> tuple[int, ...]:
     """Where classes may be: last, or (B, K, ...) as in images, where that comes first."""
     if z.dim() < 1:
         return ()
@@ -40,7 +40,7 @@ def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
     """
     shape = tuple(z.shape)
     if not y.is_floating_point() and not y.is_complex():
-        for axis in axes_of(z):
+        for axis in class_axes(z):
             place = axis % z.dim()
             if shape[axis] > 1 and tuple(y.shape) == shape[:place] + shape[place + 1 :]:
                 return "classes", axis
@@ -51,7 +51,7 @@ def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
         return "values", -1
     numbers = y.float()
     if bool((numbers >= 0).all()):
-        for axis in axes_of(z):
+        for axis in class_axes(z):
             if shape[axis] > 1 and bool(((numbers.sum(axis) - 1).abs() < 1e-3).all()):
                 return "classes", axis
     zeros, ones = numbers == 0, numbers == 1

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from linearize.algebra.constants import Expression, expression_of, renamed
+from linearize.algebra.constants import Expression, expression_of, with_names
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Fold:
             bias=name(self.bias),
             mean=name(self.mean),
             var=name(self.var),
-            scale=renamed(self.scale, rename),
-            shift=renamed(self.shift, rename),
+            scale=with_names(self.scale, rename),
+            shift=with_names(self.shift, rename),
             neutral=tuple((rename(parameter), value) for parameter, value in self.neutral),
         )
 

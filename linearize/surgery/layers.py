@@ -11,7 +11,7 @@ from linearize.errors import CheckpointError
 from linearize.gating.gate import out_of_place
 from linearize.graph.ops import ACTIVATIONS
 from linearize.purity import is_torch
-from linearize.surgery.slices import behind, part
+from linearize.surgery.slices import part, rest_from
 
 
 class PartialActivation(nn.Module):
@@ -38,7 +38,7 @@ class PartialActivation(nn.Module):
                 kept = part(input, self.axis, 0, self.keep)
                 kept.copy_(self.activation(kept))
                 return input
-        kept, carried = part(input, self.axis, 0, self.keep), behind(input, self.axis, self.keep)
+        kept, carried = part(input, self.axis, 0, self.keep), rest_from(input, self.axis, self.keep)
         return torch.cat((self.activation(kept), carried), dim=self.axis)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from linearize.errors import ConvertError
-from linearize.graph.held import hold, may_hold
+from linearize.graph.held import hold, may_be_held
 from linearize.surgery.layers import Elementwise
 from linearize.surgery.source import Place, methods_with
 from linearize.surgery.subclass import subclass
@@ -103,7 +103,7 @@ def hold_function(module: nn.Module, options: Options) -> nn.Module:
         ConvertError: it has no such function.
     """
     name = options["attribute"]
-    if not isinstance(name, str) or not may_hold(module, name):
+    if not isinstance(name, str) or not may_be_held(module, name):
         found = f"has no attribute {name!r} that is a function"
         raise ConvertError(type(module).__name__, found, "Load it onto the model that it was made from.")
     hold(module, name)

@@ -41,11 +41,11 @@ def part(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
     return x.movedim(axis, -1)[..., start:stop].movedim(-1, axis)
 
 
-def behind(x: Tensor, axis: int, start: int) -> Tensor:
+def rest_from(x: Tensor, axis: int, start: int) -> Tensor:
     """The slice from `start` on.
 
     Examples:
-        >>> behind(torch.arange(6).view(2, 3), -1, 1).tolist()
+        >>> rest_from(torch.arange(6).view(2, 3), -1, 1).tolist()
         [[1, 2], [4, 5]]
     """
     return part(x, axis, start, 0x7FFFFFFFFFFFFFFF)
