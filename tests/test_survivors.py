@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.algebra.affine import Affine, apply, compose, obstacle
+from linearize.algebra.forms import FORMS
+from linearize.algebra.piece import Infeasible, Maps
 from linearize.cost import Cost
 from linearize.errors import CheckpointError
 from linearize.families.family import Context
@@ -154,3 +157,32 @@ def test_a_plan_that_is_slower_than_the_original_is_not_given_out(
     assert not settled.met
     assert settled.choice.cost == (1.0 if slowest > 1 else 0.5)
     assert settled.reached == min(slowest, 1.0)
+
+
+@pytest.mark.parametrize("between", [nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="nearest")])
+def test_a_padded_map_behind_something_steady_takes_the_whole_site_in(between: nn.Module) -> None:
+    """Its bias at the border is exact, whatever moves positions in between."""
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), between, nn.Conv2d(8, 4, 3, padding=1)))
+    _, collapsed = check_chain(model, IMAGE, share=1.0)
+    assert isinstance(collapsed[0], nn.Identity)  # type: ignore[index]
+
+
+def test_grouped_channels_are_not_put_into_another_order() -> None:
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    half = torch.arange(3)
+    maps = Maps(
+        producer=Affine(noise(6, 4), noise(6)),
+        consumers=(Affine(noise(5, 6), noise(5)),),
+        producer_at=("producer", 0),
+        consumers_at=(("consumer", 0),),
+        slope=noise(6),
+        intercept=noise(6),
+        keep=half,
+        linear=half + 3,
+        dropped=half[:0],
+    )
+    assert set(FORMS["factored"](maps)) == {"producer", "consumer"}
+    with pytest.raises(Infeasible, match="grouped"):
+        FORMS["factored"](replace(maps, grouped=True))

@@ -70,7 +70,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("algebra/forms.py", "maps.intercept[maps.dropped]", "maps.slope[maps.dropped]", FORMS),
     Mutant("algebra/forms.py", "if maps.steady:  # the bias", "if True:  # the bias", FORMS),
     Mutant("algebra/forms.py", "ones = not maps.constant_bias", "ones = False", FORMS),
-    Mutant("algebra/forms.py", "if not early and not maps.direct:", "if early and not maps.direct:", FORMS),
+    Mutant("algebra/forms.py", "merged = replace(merged, bias=consumer.bias)", "pass", FORMS),
     Mutant("algebra/forms.py", "    if maps.grouped:\n", "    if False:\n", FORMS),
     Mutant(
         "surgery/narrow.py",

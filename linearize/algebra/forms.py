@@ -76,8 +76,6 @@ def vanished(maps: Maps) -> Pieces:
     if consumer.padded:
         layer, border = "border", border_kernel(columns(consumer, maps.linear), inner.bias)
         merged = replace(merged, bias=consumer.bias)
-        if not early and not maps.direct:
-            raise Infeasible("a padded map follows something that is not the identity")
     place = _main(maps) if early else maps.consumers_at[0]
     if maps.up is not None and (not early or maps.producer_at[1] or maps.up_at[1]):
         raise Infeasible("the maps of the gated unit are convolutions")
