@@ -148,7 +148,7 @@ def compare(name: str, expected: dict[str, list[Any]], found: dict[str, list[Any
         others = found[what]
         if len(values) != len(others):
             raise Mismatch(f"{name}: {len(values)} {what}, found {len(others)}")
-        # Gradients are sums over many paths: of two orders of summing, each is off by rounding of what is summed. That of
+        # Gradients are sums over many paths: two orders of summing differ by rounding of what is summed. That of
         # a bias in front of a norm is zero but for this.
         sizes = [float(t.abs().max()) for t in values if isinstance(t, Tensor) and t.numel()]
         least = max(1e-300, 1e-3 * max(sizes, default=0.0)) if what == "gradients" else 1e-300
