@@ -1,4 +1,7 @@
-"""Mean and covariance of rows of features, in one pass, in float64.
+"""Mean and covariance of rows of features, in one pass, summed in float64.
+
+Products of single-precision rows are taken in float32, about the mean of their chunk, which costs no digit that the
+rows have; they are summed in float64. A covariance is symmetric: only its lower half is computed.
 
 Shape letters: R rows, F features.
 """
@@ -13,7 +16,8 @@ from torch import Tensor
 
 __all__ = ["Covariance"]
 
-_CHUNK = 2**23  # elements turned to float64 at once
+_CHUNK = 2**23  # elements worked on at once
+_PANEL = 512  # features whose products are taken at once
 
 
 class Covariance:
@@ -41,27 +45,49 @@ class Covariance:
         self.count = 0
         self.weight = 0.0
         self.mean = torch.zeros(features, dtype=torch.float64, device=place)
-        self.scatter = torch.zeros(features, features, dtype=torch.float64, device=place)
+        self._lower = torch.zeros(features, features, dtype=torch.float64, device=place)
+
+    @property
+    def scatter(self) -> Tensor:
+        """The sum of products about the mean (F, F)."""
+        return self._lower.tril() + self._lower.tril(-1).t()
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
         """Take in rows (R, F), each counted `weights` (R,) times."""
         step = max(1, _CHUNK // max(1, rows.shape[1]))
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         for start in range(0, len(rows), step):
             some = None if weights is None else weights[start : start + step].to(self.mean)
-            self._update(rows[start : start + step].to(self.mean), some)
+            self._update(rows[start : start + step].to(self.mean.device, dtype), some)
 
     def _update(self, rows: Tensor, weights: Tensor | None) -> None:
         self.count += len(rows)
         total = float(len(rows) if weights is None else weights.sum())
         if not total:
             return
-        mean = rows.mean(0) if weights is None else (weights @ rows) / total
-        centred = rows - mean
-        scaled = centred if weights is None else centred * weights[:, None]
-        shift, before = mean - self.mean, self.weight
-        self.weight = before + total
-        self.scatter.addmm_(scaled.t(), centred)
-        self.scatter.addr_(shift, shift, alpha=before * total / self.weight)
+        about = rows.mean(0) if weights is None else (weights.to(rows) @ rows) / total
+        centred = rows - about
+        scaled = centred if weights is None else centred * weights.to(rows)[:, None]
+        rest = scaled.sum(0, dtype=torch.float64) / total  # of the mean, for which float32 has no digits
+        self._shift(about.double() + rest - self.mean, total)
+        for start in range(0, rows.shape[1], _PANEL):
+            panel, left, right = self._panel(start), scaled[:, start : start + _PANEL].t(), centred[:, : start + _PANEL]
+            if rows.dtype == panel.dtype:
+                panel.addmm_(left, right)
+            else:
+                panel += left @ right
+
+    def _panel(self, start: int) -> Tensor:
+        """Some rows of the lower half."""
+        return self._lower[start : start + _PANEL, : start + _PANEL]
+
+    def _shift(self, shift: Tensor, total: float) -> None:
+        """Move the mean by what further rows, of some weight in all, draw it to theirs, which is `shift` away."""
+        before = self.weight
+        self.weight += total
+        for start in range(0, len(shift), _PANEL) if before else ():
+            some, until = shift[start : start + _PANEL], shift[: start + _PANEL]
+            self._panel(start).addr_(some, until, alpha=before * total / self.weight)
         self.mean += shift * (total / self.weight)
 
     def merge(self, other: Covariance) -> None:
@@ -79,17 +105,14 @@ class Covariance:
         self.count += other.count
         if not other.weight:
             return
-        shift, before = other.mean.to(self.mean) - self.mean, self.weight
-        self.weight = before + other.weight
-        self.scatter += other.scatter.to(self.scatter)
-        self.scatter.addr_(shift, shift, alpha=before * other.weight / self.weight)
-        self.mean += shift * (other.weight / self.weight)
+        self._shift(other.mean.to(self.mean) - self.mean, other.weight)
+        self._lower += other._lower.to(self._lower)
 
     def part(self, start: int) -> Covariance:
         """The same of the features from `start` on."""
         found = Covariance(0, self.mean.device)
         found.count, found.weight = self.count, self.weight
-        found.mean, found.scatter = self.mean[start:].clone(), self.scatter[start:, start:].clone()
+        found.mean, found._lower = self.mean[start:].clone(), self._lower[start:, start:].clone()
         return found
 
     def state(self) -> dict[str, Any]:
@@ -102,7 +125,7 @@ class Covariance:
         made = cls(len(state["mean"]), device)
         made.count, made.weight = state["count"], state["weight"]
         made.mean.copy_(state["mean"])
-        made.scatter.copy_(state["scatter"])
+        made._lower.copy_(state["scatter"])
         return made
 
     @property
@@ -113,4 +136,4 @@ class Covariance:
     @property
     def finite(self) -> bool:
         """Whether all sums are finite. On a GPU this waits for the device."""
-        return bool(torch.isfinite(self.scatter.sum() + self.mean.sum()))
+        return bool(torch.isfinite(self._lower.sum() + self.mean.sum()))

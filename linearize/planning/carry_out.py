@@ -19,7 +19,7 @@ from linearize.running.copies import duplicate
 from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.form_choice import make_plan
 
-__all__ = ["collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
+__all__ = ["carry_out", "collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
 
 
 def site_choices(choice: Choice) -> dict[str, SiteChoice]:
@@ -36,11 +36,18 @@ def replaced(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
 def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A copy of the gated model with the choices carried out; `keep` overrides which channels stay."""
     model = duplicate(found.gated, CollapseError)
+    carry_out(found, model, choices, keep)
+    return model
+
+
+def carry_out(
+    found: Survey, model: nn.Module, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None
+) -> None:
+    """The same on a copy that is at hand."""
     for family in FAMILIES:
         own = {name: choice for name, choice in choices.items() if family_of(choice.form) is family}
         if own:
             family.apply(model, found.context, found.places[family.name], own, keep or {})
-    return model
 
 
 def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:

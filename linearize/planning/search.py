@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
+from linearize.errors import CollapseError
 from linearize.families.option import Group, Option
 from linearize.families.registry import FAMILIES
-from linearize.planning.carry_out import edited, site_choices
+from linearize.planning.carry_out import carry_out, site_choices
 from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
-from linearize.training.distance import real_loss, some_of
+from linearize.running.copies import Workbench
+from linearize.training.distance import Yardstick, some_of
 
 __all__ = ["searched", "unscaled"]
 
@@ -50,32 +52,51 @@ def searched(
         say: told what is going on.
     """
     generator = torch.Generator().manual_seed(seed)
-    some = some_of(data, batches)
-    seen: dict[tuple[Option, ...], float] = {}
-
-    def tried(groups: list[Group], of: str) -> float:
-        """The real loss of the choice among these groups; infinite if it has been tried."""
-        choice = unscaled(choose(groups, found.measure, budget), found)
-        if choice.options in seen:
-            return float("inf")
-        seen[choice.options] = real_loss(found.gated, edited(found, site_choices(choice)), some)
-        say(f"  search: {seen[choice.options]:.4g} {of}")
-        return seen[choice.options]
-
-    best, least = found.groups, tried(found.groups, "at the start")
+    race = _Race(found, budget, some_of(data, batches), say)
+    best = found.groups
+    race.wins(found.groups, "at the start")
     for name, forms in _kinds().items():
         without = _without(found.groups, forms)
-        if trials and without != found.groups and (loss := tried(without, f"without {name}")) < least:
-            best, least = without, loss
+        if trials and without != found.groups and race.wins(without, f"without {name}"):
+            best = without
     start, factors = best, torch.zeros(len(found.groups), dtype=torch.float64)
     for trial in range(trials):
         step = torch.randn(len(found.groups), generator=generator, dtype=torch.float64) * _SPREAD
         scales = (factors + step).exp().tolist()
         scaled = [_scaled(group, scale) for group, scale in zip(start, scales, strict=True)]
-        loss = tried(scaled, f"in trial {trial + 1}")
-        if loss < least:
-            best, least, factors = scaled, loss, factors + step
+        if race.wins(scaled, f"in trial {trial + 1}"):
+            best, factors = scaled, factors + step
     return replace(found, groups=best)
+
+
+class _Race:
+    """Choices one after another, each measured as long as it can still win.
+
+    The original runs once; all choices are carried out on one copy of the model, which is put back in between.
+    """
+
+    def __init__(self, found: Survey, budget: float, batches: Sequence[Any], say: Callable[[str], None]) -> None:
+        self.found, self.budget, self.say = found, budget, say
+        self.measure = Yardstick(found.gated, batches)
+        self.bench = Workbench(found.gated, CollapseError)
+        self.best: list[float] = []
+        self.tried: set[tuple[Option, ...]] = set()
+
+    def wins(self, groups: list[Group], of: str) -> bool:
+        """Whether the choice among these groups has the least real loss so far; not if it has been tried."""
+        choice = unscaled(choose(groups, self.found.measure, self.budget), self.found)
+        if choice.options in self.tried:
+            return False
+        self.tried.add(choice.options)
+        model = self.bench.fresh()
+        carry_out(self.found, model, site_choices(choice))
+        losses = self.measure.losses(model, self.best)
+        behind = len(losses) and losses[-1] == float("inf")
+        self.say(f"  search: {'given up' if behind else f'{sum(losses):.4g}'} {of}")
+        if self.best and sum(losses) >= sum(self.best):
+            return False
+        self.best = losses
+        return True
 
 
 def _kinds() -> dict[str, list[str]]:

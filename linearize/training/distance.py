@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from linearize.errors import UsageError
 from linearize.running.batches import count_of, read_batches
@@ -20,7 +20,9 @@ from linearize.training.divergence import distillation_loss
 _SEEN = 1e-3  # relative difference of outputs that no loss may overlook; less may be rounding
 _PREDICTED = 1e-6  # loss
 
-__all__ = ["check_seen", "losses_with", "real_loss", "some_of"]
+_BEHIND = 1.25  # times the loss of the best so far on the same batches: no further batch is tried
+
+__all__ = ["Yardstick", "check_seen", "losses_with", "real_loss", "some_of"]
 
 
 def some_of(data: Iterable[Any], count: int) -> list[Any]:
@@ -38,6 +40,73 @@ def real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]
             total += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
             count += batch.size
     return math.inf if math.isnan(total) else total / max(1, count)
+
+
+class Yardstick:
+    """How far models are from one reference, on some batches: the reference runs once, not once for each model.
+
+    Args:
+        reference: it stays as it was.
+        batches: a few.
+        memory: bytes that its outputs may take; beyond, it runs again for each model.
+
+    Examples:
+        >>> model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> batches = [torch.randn(4, 2), torch.randn(3, 2)]
+        >>> measure = Yardstick(model, batches)
+        >>> round(sum(measure.losses(other)) / real_loss(model, other, batches), 9)
+        1.0
+    """
+
+    def __init__(self, reference: nn.Module, batches: Sequence[Any], memory: float = 1e9) -> None:
+        self.reference = reference
+        self.batches = list(read_batches(reference, batches))
+        self.count = sum(batch.size for batch in self.batches)
+        self.outputs: list[Any] = []
+        with evaluating(reference):
+            for batch in self.batches:
+                output = batch.run(reference)
+                memory -= bytes_of(output)
+                if memory < 0:
+                    self.outputs = []
+                    return
+                self.outputs.append(output)
+
+    def losses(self, candidate: nn.Module, best: Sequence[float] = ()) -> list[float]:
+        """What each batch adds to the mean distance of a model's output to the reference's.
+
+        Args:
+            candidate: a model.
+            best: what another one came to. Where this one falls far behind it, the rest is told as infinite.
+        """
+        found: list[float] = []
+        with evaluating(self.reference, candidate):
+            for index, batch in enumerate(self.batches):
+                taught = self.outputs[index] if self.outputs else batch.run(self.reference)
+                loss = float(distillation_loss(batch.run(candidate), taught, batch, 1.0))
+                found.append(math.inf if math.isnan(loss) else loss * batch.size / max(1, self.count))
+                if best and sum(found) > _BEHIND * sum(best[: len(found)]):
+                    return [*found, math.inf] if len(found) < len(self.batches) else found
+        return found
+
+
+def bytes_of(output: Any) -> int:
+    """Memory of all tensors that an output holds, those in caches and other objects too."""
+    total, waiting, seen = 0, [output], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (nn.Module, type, str, bytes, int, float)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            total += value.nbytes
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        else:
+            waiting += getattr(value, "__dict__", {}).values()
+    return total
 
 
 def check_seen(reference: nn.Module, candidate: nn.Module, data: Iterable[Any], predicted: float = 0.0) -> None:

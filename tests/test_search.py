@@ -1,0 +1,109 @@
+"""The search for a plan: one run of the original, one copy for all trials, trials given up when they are behind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import linearize
+from linearize.errors import CollapseError
+from linearize.families.option import Option
+from linearize.planning.carry_out import carry_out, edited, site_choices
+from linearize.planning.knapsack import Choice
+from linearize.planning.search import searched
+from linearize.planning.survey import Survey, survey
+from linearize.running.copies import Workbench
+from linearize.training.distance import Yardstick, real_loss
+
+IMAGES = [torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(n)) for n in range(6)]
+
+
+def surveyed() -> Survey:
+    """Of a network in which channels, lines, blocks and modules have options."""
+    torch.manual_seed(0)
+    block = nn.Sequential(
+        nn.Conv2d(3, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.ReLU(), nn.Conv2d(24, 3, 1)
+    )
+    head = nn.Sequential(nn.Flatten(), nn.Linear(108, 32), nn.GELU(), nn.Linear(32, 4))
+    model = nn.Sequential(block, head).eval()
+    gated = linearize.convert(model, IMAGES[0])
+    return survey(model, gated, IMAGES, IMAGES[0], measure="flops", progress=False)
+
+
+@pytest.fixture(scope="module")
+def found() -> Survey:
+    return surveyed()
+
+
+def choice_of(options: list[Option]) -> Any:
+    return site_choices(Choice(tuple(options), 0.0, 0.0, reachable=True))
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return model.state_dict()
+
+
+def test_a_copy_that_is_put_back_is_as_good_as_a_new_one(found: Survey) -> None:
+    """Each option by itself: what it edits, replaces or freezes is gone afterwards."""
+    bench = Workbench(found.gated, CollapseError)
+    forms = set()
+    with torch.no_grad():
+        expected = found.gated(IMAGES[0])
+        for option in [option for group in found.groups for option in group.options[1::3]]:
+            choices = choice_of([option])
+            forms |= {choice.form for choice in choices.values()}
+            model = bench.fresh()
+            assert torch.equal(model(IMAGES[0]), expected)
+            carry_out(found, model, choices)
+            other = edited(found, choices)
+            assert [type(part) for part in model.modules()] == [type(part) for part in other.modules()]
+            assert tensors(model).keys() == tensors(other).keys()
+            assert all(torch.equal(value, tensors(other)[name]) for name, value in tensors(model).items())
+            assert not torch.equal(model(IMAGES[0]), expected)  # negative control
+    assert any(family in str(forms) for family in ("block",))
+    assert len(forms) >= 4, forms
+    back = bench.fresh()
+    assert all(torch.equal(value, tensors(found.gated)[name]) for name, value in tensors(back).items())
+
+
+@pytest.mark.parametrize("memory", [1e9, 0.0])
+def test_a_yardstick_measures_the_real_loss(found: Survey, memory: float) -> None:
+    calls: list[int] = []
+    handle = found.gated.register_forward_hook(lambda *_: calls.append(1))
+    measure = Yardstick(found.gated, IMAGES, memory)
+    others = [edited(found, choice_of([group.options[-1]])) for group in found.groups[:2]]
+    losses = [measure.losses(other) for other in others]
+    handle.remove()
+    assert len(calls) == (6 if memory else 6 + 1) + (0 if memory else 12) - (0 if memory else 6)
+    for other, loss in zip(others, losses, strict=True):
+        assert sum(loss) == pytest.approx(real_loss(found.gated, other, IMAGES), rel=1e-9)
+
+
+def test_a_candidate_that_is_far_behind_is_given_up(found: Survey) -> None:
+    measure = Yardstick(found.gated, IMAGES)
+    far = edited(found, choice_of([group.options[-1] for group in found.groups[:3]]))
+    whole = measure.losses(far)
+    assert measure.losses(far, best=whole) == whole
+    calls: list[int] = []
+    far.register_forward_hook(lambda *_: calls.append(1))
+    short = measure.losses(far, best=[loss / 2 for loss in whole])
+    assert len(calls) == 1
+    assert short == [whole[0], math.inf]
+
+
+def test_the_search_finds_the_plan_of_least_real_loss_among_its_trials(found: Survey) -> None:
+    """Trials that are given up could not have won by their first batches; the winner is no worse than the start."""
+    lines: list[str] = []
+    budget = 0.6 * found.total - found.fixed
+    searched(found, budget, IMAGES, trials=12, say=lines.append)
+    told = [line.split()[1] for line in lines]
+    numbers = [float(text) for text in told if text != "given"]
+    assert numbers[0] >= min(numbers)
+    assert len(lines) <= 12 + 1 + len(found.groups)
+    worse = replace(found, groups=[replace(g, options=g.options[:1]) for g in found.groups])
+    assert searched(worse, budget, IMAGES, trials=3).groups[0].options == worse.groups[0].options
