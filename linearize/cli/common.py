@@ -1,4 +1,4 @@
-"""What the commands share: models from what a user types, inputs for them, and how results are printed."""
+"""What all commands use: opening the model that a user names, making inputs for it, and printing results."""
 
 from __future__ import annotations
 
@@ -41,27 +41,37 @@ __all__ = [
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a file."),
+    typer.Argument(
+        metavar="MODEL", help="timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a file that linearize saved."
+    ),
 ]
 ModelArgument = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", "-a", metavar="KEY=VALUE", help="Argument of the model, such as num_classes=10."),
+    typer.Option(
+        "--model-arg",
+        "-a",
+        metavar="KEY=VALUE",
+        help="One argument of the model, such as num_classes=10. Can be repeated.",
+    ),
 ]
 Pretrained = Annotated[
     bool | None,
-    typer.Option("--pretrained/--random", help="Weights of a new model; without: random for timm, stored for hf."),
+    typer.Option("--pretrained/--random", help="Weights of a new model. Default: random for timm, pretrained for hf."),
 ]
 Shape = Annotated[
     str | None,
-    typer.Option(metavar="SHAPE", help="Input of one sample if it cannot be known, such as 3x224x224."),
+    typer.Option(
+        metavar="SHAPE",
+        help="Shape of one input sample, such as 3x224x224. Needed only if linearize cannot find it out.",
+    ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples in a batch.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of random weights, inputs and orders.")]
+Batch = Annotated[int, typer.Option(min=1, help="Number of samples in a batch.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights, inputs and orders.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def say(text: str) -> None:
-    """A line about what is going on, on standard error."""
+    """Print a line of progress on standard error."""
     typer.echo(text, err=True)
 
 
