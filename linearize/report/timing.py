@@ -74,11 +74,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What `benchmark` measured. Prints as a table.
+    """The result of `benchmark`. It prints as a table.
 
     Attributes:
-        timings: one per model, batch size and way of running; seconds.
-        ratios: every other model against the first.
+        timings: one per model, batch size and way of running (eager or compiled), in seconds.
+        ratios: the latency of each other model divided by that of the first.
         environment: device, threads, dtype, versions, rounds.
     """
 

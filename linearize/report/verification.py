@@ -32,13 +32,13 @@ class OutputError:
 
     @property
     def passed(self) -> bool:
-        """Within tolerance. NaN never passes."""
+        """True if both errors are within the tolerance. NaN never passes."""
         return self.reason is None and self.max_error <= self.tolerance and self.rms_error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify`: true if every output passed. Prints as a table.
+    """The result of `verify`. It is true if every output passed, and prints as a table.
 
     Attributes:
         outputs: one entry per output.
@@ -50,7 +50,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """True if there was something to compare and all of it passed."""
+        """True if at least one output was compared and all of them passed."""
         return bool(self.outputs) and all(output.passed for output in self.outputs)
 
     @property
@@ -67,7 +67,7 @@ class Verification:
         return self.passed
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; errors that are no numbers for JSON are the texts "inf" and "nan"."""
+        """The same as plain data. Errors that JSON cannot hold are the texts "inf" and "nan"."""
         outputs = [{**asdict(output), "passed": output.passed} for output in self.outputs]
         found = {
             "passed": self.passed,
