@@ -1,4 +1,4 @@
-"""Nests of tuples, lists, dicts and dataclasses: what batches and outputs are made of."""
+"""Nested tuples, lists, dicts and dataclasses: the shape of batches and outputs."""
 
 from __future__ import annotations
 

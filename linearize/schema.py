@@ -1,7 +1,7 @@
-"""What a file may say, as data: small checks of plain values that are put together to one schema per format.
+"""Schemas: what a file may contain. Small checks of plain values are combined into one schema per format.
 
-A check takes a value and where it stands, returns nothing, and raises `Unfit` for what it does not allow. A format is
-checked as a whole before anything of it is used.
+A check gets a value and its place in the file. It returns nothing, and raises `Unfit` if the value is not allowed. A
+whole file is checked before anything in it is used.
 """
 
 from __future__ import annotations

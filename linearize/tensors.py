@@ -1,7 +1,7 @@
-"""The tensors that modules hold, of whatever kind: parameters, what a parametrization computes, quantised ones.
+"""The tensors that modules hold: parameters, the results of parametrizations, quantised ones.
 
-Reading a weight that is computed runs code of others: a spectral norm takes a step of its power iteration whenever its
-weight is read in training mode. So weights are read here, as they are in eval mode.
+Reading a computed weight runs other code. A spectral norm, for example, takes a step of its power iteration whenever
+its weight is read in training mode. So weights are read here, as they are in eval mode.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The forms that a site with linear channels can take: merged, factored, vanished. Pure functions on affine maps.
 
-With N the channels that stay nonlinear and L the linear ones, slopes S and intercepts t, producer `A x + a` and
-consumer `B h + c`:
+Let N be the channels that stay nonlinear, and L the linear ones, with slopes S and intercepts t. The producer is
+`A x + a`, the consumer `B h + c`. Then
 
     y = B_N act(A_N x + a_N)  +  (B_L S A_L) x  +  (B_L (S a_L + t) + c)
 
-A form is a dict from a place in the model to the piece that goes there. Every form of a site is the same function; they
-differ in cost. All work is done on whatever device the maps live on: on meta tensors they give shapes, and so the cost.
+A form is a dict from a place in the model to the piece that goes there. All forms of a site compute the same function
+at different costs. All work is done on the device of the maps. On meta tensors, a form gives shapes and so its cost.
 """
 
 from __future__ import annotations

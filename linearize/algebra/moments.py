@@ -1,4 +1,4 @@
-"""Streaming moments of an activation's input and output, and the straight line that they imply.
+"""Moments of an activation's input and output, summed batch by batch, and the straight line that follows from them.
 
 Shape letters: C channels of a gate, R rows (every token or pixel of every sample).
 """

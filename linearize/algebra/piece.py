@@ -1,4 +1,4 @@
-"""What the forms of a site work on, and what they make: affine maps with their places, and pieces."""
+"""Pieces: affine maps with their places. The forms of a site read pieces and make new ones."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""The best linear replacement of removed channels: kept channels, a linear skip and the bias, refitted together.
+"""Refit: the best weights for the kept channels, a linear skip and the bias, after other channels are removed.
 
-With N the channels that stay and x the site's input, minimise over B_N, W and the bias
+Let N be the channels that stay, and x the site's input. Minimise over B_N, W and the bias
 
     E | M^(1/2) (y - B_N h_N - W x - bias) |^2,    y = B h + c,    rank(W) <= r
 
-in closed form from the covariance of (x, h). Without a restriction on the rank the metric M does not matter; with one,
-it is reduced-rank regression (Izenman, 1975) of what h_N leaves, on what h_N leaves of x.
+in closed form, from the covariance of (x, h). Without a limit on the rank, the metric M does not matter. With a limit,
+this is a reduced-rank regression (Izenman, 1975): what h_N does not explain of y is regressed on what h_N does not
+explain of x.
 
 Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank.
 """

@@ -1,15 +1,15 @@
-"""Which channels to remove: optimal-brain-surgeon scores with exact downdates, in blocks.
+"""Choose the channels to remove: scores of the optimal brain surgeon, removed in blocks with exact updates.
 
-The output `y = B h` of a site loses least, in mean square, if the channels removed are those that the others can
-predict. With S the covariance of h and P its inverse, removing channel c and refitting the rest costs
-`b_c P_cc^-1 b_c^T`. After each block of removals B and P are those of the channels that are left, exactly. P is
-updated lazily: blocks of removals are remembered as factors, `P - V^T V`, and carried out for a panel of them at once.
+The output `y = B h` of a site changes least, in mean square, if the removed channels are those that the others can
+predict. Let S be the covariance of h, and P its inverse. Removing channel c and refitting the others costs `b_c P_cc^-1
+b_c^T`. After each block of removals, B and P are updated exactly to the channels that are left. The updates of P are
+collected as factors, `P - V^T V`, and applied for several blocks at once.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992; Frantar
 and Alistarh, "Optimal Brain Compression", NeurIPS 2022 (rows of a layer); Kurtic, Frantar and Alistarh, "ZipLM",
 NeurIPS 2023 (structures).
 
-Shape letters: C channels, g features per channel (1, or the taps of a spatial consumer), O outputs.
+Shape letters: C channels, g features per channel (1, or the positions of the kernel of a spatial consumer), O outputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Interval bounds: between which values can each channel lie, for every input in a box?
+"""Interval bounds: the range of values of each channel, for every input in a box.
 
-Sound: whatever is not understood is unbounded, and each rounded sum is widened by more than its rounding error.
-The bounds hold for the function in exact arithmetic with the given (float64) weights.
+The bounds are safe: any operation without a rule counts as unbounded, and each rounded sum is widened by more than its
+rounding error. They hold for the function in exact arithmetic with the given (float64) weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A canonical form: networks that differ by positive scalings and permutations of hidden channels become the same."""
+"""A canonical form: networks that differ only by positive rescalings and the order of channels get the same form."""
 
 from __future__ import annotations
 

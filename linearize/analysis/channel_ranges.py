@@ -1,4 +1,4 @@
-"""What a converted model's channels do on data: ranges, parallel channels, channels that no output depends on."""
+"""What the channels of a converted model do on data: ranges, parallel channels, channels that no output needs."""
 
 from __future__ import annotations
 

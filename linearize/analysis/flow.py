@@ -1,7 +1,7 @@
-"""How path lengths are carried along: a distribution for each element of a tensor, and how they meet.
+"""How path lengths pass through a network: a distribution for each element of a tensor, and how they are merged.
 
-A `Flow` belongs to a tensor of shape S. Its grid G is S with size 1 wherever all entries are alike, so that a dense
-layer costs nothing and positions and batches take no memory. Shape letters: G the grid, K lengths 0 .. K - 1.
+A `Flow` belongs to a tensor of shape S. Its grid G is S, with size 1 on each axis along which all entries are equal. So
+a dense layer is cheap, and positions and batches take no memory. Shape letters: G the grid, K lengths 0 .. K - 1.
 """
 
 from __future__ import annotations

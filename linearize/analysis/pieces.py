@@ -1,4 +1,4 @@
-"""Where an activation is a straight line, and which channels stay on one."""
+"""Where an activation is a straight line, and which channels always stay on one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are the classes linearly separable here? Layer by layer, as a cheap signal where nonlinearity is still needed.
+"""Are the classes linearly separable? Tested layer by layer; a cheap sign of where nonlinearity is still needed.
 
 Two point sets A and B can be separated by a hyperplane if and only if their Minkowski difference `A - B` lies in an
 open half-space: `w (a - b) > 0` for all a and b. A linear classifier without errors on the points is such a `w`.

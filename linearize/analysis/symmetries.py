@@ -1,4 +1,4 @@
-"""Hidden symmetries: channels that a smaller network could do without, on the data seen or on a whole box.
+"""Hidden symmetries: redundant channels, on the data seen or on a whole box of inputs.
 
 Source: Grigsby, Lindsey and Rolnick, "Hidden Symmetries of ReLU Networks", ICML 2023. Shape letter: C channels.
 """

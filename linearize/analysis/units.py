@@ -1,6 +1,6 @@
 """The nonlinear units of a captured graph: every activation, and which of its channels are nonlinear now.
 
-Gates, partial and masked activations are units of their own: what they are made of does not count again.
+Gates, partial activations and masked activations count as one unit each. The activations inside do not count again.
 """
 
 from __future__ import annotations

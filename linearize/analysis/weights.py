@@ -1,4 +1,4 @@
-"""What the weights around a site say: parallel rows of its producer, and the columns that its consumers read."""
+"""What the weights around a site show: parallel rows of its producer, and the columns that its consumers read."""
 
 from __future__ import annotations
 

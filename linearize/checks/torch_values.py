@@ -1,4 +1,4 @@
-"""Checks of arguments that are modules, devices and batches, and of the state that torch is in."""
+"""Checks of arguments that are modules, devices or batches, and of PyTorch's current mode."""
 
 from __future__ import annotations
 

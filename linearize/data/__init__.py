@@ -1,4 +1,4 @@
-"""Data sources for the command line and the demo: handwritten digits, idx files, folders of images."""
+"""Data sets for the command line and the demo: handwritten digits, idx files, folders of images."""
 
 from __future__ import annotations
 

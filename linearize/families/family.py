@@ -1,8 +1,8 @@
-"""The face of a family: all that the planner knows about a kind of replacement.
+"""The interface of a family: all that the planner knows about a kind of replacement.
 
-A family finds the places where it applies, says which statistics it wants of them, offers options with costs and
-predicted losses, shows the layers that would stand there, carries a choice out on a gated model, and reads it back from
-a plan. Adding one is a folder here, a line in `registry.FAMILIES`, its tests, and a page.
+A family finds the places where it applies, says which statistics it needs, offers options with costs and predicted
+losses, shows the layers that an option would leave, carries out a choice on a gated model, and reads it back from a
+plan. To add a family, add a folder here, a line in `registry.FAMILIES`, tests, and a section in the docs.
 """
 
 from __future__ import annotations

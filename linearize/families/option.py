@@ -1,4 +1,4 @@
-"""Options: what could happen to the sites of a group, with what it costs and what it loses. Plain data.
+"""Options: what could happen to the sites of a group, with its cost and its predicted loss. Plain data.
 
 Shape letters: C channels, K channels that stay nonlinear, r rank of the linear skip.
 """

@@ -1,6 +1,6 @@
-"""What an option costs, exactly: from the shapes of the layers that it would leave behind.
+"""The exact cost of an option, from the shapes of the layers that it would leave.
 
-The pieces are made by the very functions that collapse a model, on the meta device: nothing is computed.
+The pieces are made by the same functions that collapse a model, on the meta device, so nothing is computed.
 """
 
 from __future__ import annotations

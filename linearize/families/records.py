@@ -1,4 +1,4 @@
-"""What noted statistics must be: seen before they are used, so that a damaged note is gathered again."""
+"""Check stored statistics before they are used. Damaged ones are gathered again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All families, in the order in which they offer options: one may build upon the groups of those before it."""
+"""All families, in the order in which they offer options. A family can build on the groups of those before it."""
 
 from __future__ import annotations
 

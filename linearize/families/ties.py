@@ -1,4 +1,4 @@
-"""Sites that must keep equal widths: their groups become one."""
+"""Sites that must keep equal widths become one group."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The arithmetic of a gate, and its backward pass that recomputes instead of remembering.
+"""The arithmetic of a gate, with a backward pass that recomputes the activation instead of storing it.
 
-Eager autograd would keep several tensors of the activation's size for every gate. `Recomputed` keeps
-the input alone and runs the activation once more on the way back, in pieces that fit a cache: a training step
-with gates then needs about the memory and the time of one without.
+Plain autograd would keep several tensors of the activation's size for every gate. `Recomputed` keeps only the input,
+and computes the activation again in the backward pass, in pieces that fit a cache. A training step with gates then
+needs about the memory and the time of one without.
 
 Shape letters: C channels. Coefficients are (C, 1, ..., 1), so that they broadcast over an input whose channel
 axis is counted from the end.

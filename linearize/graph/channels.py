@@ -1,7 +1,7 @@
-"""The channel table: how each ATen op moves, keeps or mixes the channel axis.
+"""The channel table: how each ATen operation moves, keeps or mixes the channel axis.
 
-One rule per op: given the axis that holds the channels in an operand, where are they in the result, and what happened
-to them? An op that is not in the table is an opaque boundary. It is never taken for elementwise.
+There is one rule per operation. Given the axis that holds the channels in an operand, it says where they are in the
+result, and what happened to them. An operation that is not in the table is opaque. It is never taken as elementwise.
 """
 
 from __future__ import annotations

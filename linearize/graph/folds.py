@@ -1,7 +1,7 @@
 """Constant affine maps per channel in a captured graph: norms with fixed statistics, scales and shifts by parameters.
 
-One op is one map. It can be folded away in two ways: its module goes, if that does nothing else; or the parameter that
-makes it becomes neutral, one or zero of size 1, which suits any number of channels.
+Each operation is one map. It can be folded away in two ways. If its module does nothing else, the module is removed.
+Otherwise its parameter becomes neutral, a one or a zero of size 1, which fits any number of channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Functions that a module keeps in its attributes and calls as activations: `self.act = F.gelu`.
+"""Functions that a module keeps in its attributes and calls as activations, such as `self.act = F.gelu`.
 
-While a model is read they stand in it as modules, so that a call of theirs is told from other code like a module's.
+While a model is read, modules take their place. So a call of such a function can be recognised like that of a module.
 """
 
 from __future__ import annotations

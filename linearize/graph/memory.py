@@ -1,4 +1,4 @@
-"""Which values of a captured graph share memory, and who reads or writes it after whom."""
+"""Which values of a captured graph share memory, and which operations read or write it, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an op does to the channels of an operand, and the table of rules, one for each op."""
+"""What an operation does to the channels of an operand, and the table with one rule per operation."""
 
 from __future__ import annotations
 

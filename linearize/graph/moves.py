@@ -1,4 +1,4 @@
-"""Rules of the channel table for ops that move values: views, permutations, slices, padding, concatenations."""
+"""Rules of the channel table for operations that move values: views, permutations, slices, padding, concatenations."""
 
 from __future__ import annotations
 

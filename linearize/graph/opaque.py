@@ -1,4 +1,4 @@
-"""Layers that torch.export cannot look into, such as quantised ones with packed weights: boundaries in the graph."""
+"""Layers that torch.export cannot capture, such as quantised ones with packed weights. Each is one opaque operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who reads what a module that works in place has overwritten: seen in one run in which it does not."""
+"""Find code that reads a tensor which an in-place module has overwritten, by a run without overwriting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reads the channels of a site, and where they are when it does."""
+"""Which operations read the channels of a site, and on which axis the channels are there."""
 
 from __future__ import annotations
 

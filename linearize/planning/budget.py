@@ -1,4 +1,4 @@
-"""What a user asks for, checked before any work begins."""
+"""The budget that a user asks for, checked before any work begins."""
 
 from __future__ import annotations
 

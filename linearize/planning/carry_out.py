@@ -1,4 +1,4 @@
-"""Carry choices out on a copy of the gated model, plan its collapse, and collapse it."""
+"""Carry out choices on a copy of the gated model, make the plan of its collapse, and collapse it."""
 
 from __future__ import annotations
 

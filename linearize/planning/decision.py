@@ -1,4 +1,4 @@
-"""What was decided for a budget, as a file: from it an interrupted run goes on with the very same plan."""
+"""The decision for a budget as a file. An interrupted run continues from it with the same plan."""
 
 from __future__ import annotations
 

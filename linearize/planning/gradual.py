@@ -1,4 +1,4 @@
-"""Gradual fine-tuning to a plan: gates and weights walk to the planned state while the model learns to cope."""
+"""Gradual fine-tuning: gates and weights move to the planned state while the model trains."""
 
 from __future__ import annotations
 

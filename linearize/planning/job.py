@@ -1,4 +1,4 @@
-"""What the ways of compressing share: the job, and what is made of it."""
+"""The job that all ways of compressing work on, and the result that they make."""
 
 from __future__ import annotations
 

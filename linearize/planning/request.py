@@ -1,4 +1,4 @@
-"""What `compress` is called with: made, checked and told apart in one place, before any work begins."""
+"""The arguments of `compress` as one frozen object: made, checked and compared here, before any work begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an interrupted compression has found out already, in a folder: statistics of finished passes, and the plan."""
+"""What an interrupted compression has found so far, in a folder: statistics of finished passes, and the plan."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""From a survey and a budget to the smaller model: choose, carry out, collapse, measure, and choose again if it missed.
+"""From a survey and a budget to the smaller model: choose, carry out, collapse, measure, and choose again after a miss.
 
-Predicted costs are exact for FLOPs and parameters but for what only collapsing shows (a bias that a layer gets, a norm
-that is folded away), and approximate for latency. So the outcome is measured, and a miss tightens the next choice.
+Predicted FLOPs and parameters are exact, except for what only collapsing shows: a layer may get a bias, or a norm may
+be folded away. Predicted latencies are approximate. So the result is measured, and a miss makes the next choice
+stricter.
 """
 
 from __future__ import annotations

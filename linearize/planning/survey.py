@@ -1,4 +1,4 @@
-"""Everything known about a model before anything is decided: statistics, options with costs and losses, totals."""
+"""The survey: everything known about a model before a decision: statistics, options with costs and losses, totals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was asked of `compress`, and what came of it, in a sentence and as data."""
+"""The budget that was asked for and what was reached, as a sentence and as data."""
 
 from __future__ import annotations
 

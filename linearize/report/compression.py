@@ -1,4 +1,4 @@
-"""What `compress` did to a model, in numbers: quality, cost, latency, and the proof that collapsing changed nothing."""
+"""The report of `compress`: quality, cost and latency before and after, and the proof that collapsing was exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured latencies as data: medians and quartiles in seconds, ratios, and the machine they come from."""
+"""Measured latencies as data: medians and quartiles in seconds, ratios, and the machine they were measured on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outcome of comparing two models, as data and as a table."""
+"""The result of comparing two models, as data and as a table."""
 
 from __future__ import annotations
 

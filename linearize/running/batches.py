@@ -1,11 +1,11 @@
-"""One convention for batches, and one place where they enter, wherever linearize runs a model over data.
+"""The one convention for batches, and the one place where batches are read, wherever linearize runs a model over data.
 
 A batch is a tensor (the input), a tuple or list of positional inputs whose last entry may be the labels, or a
-dict of keyword arguments, of which "labels" may be one. The last entry of a tuple is taken as labels if there
-are at least two entries and more than `forward` requires; a dict's labels are passed on to a `forward` that
+dict of keyword arguments, which may include "labels". The last entry of a tuple is taken as labels if there
+are at least two entries and more than `forward` requires. A dict's labels are passed on to a `forward` that
 takes them.
 
-Batches belong to the user: every call of a model gets containers and tensors of its own.
+Batches belong to the user. Every call of a model gets its own copies of containers and tensors.
 """
 
 from __future__ import annotations

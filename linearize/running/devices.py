@@ -1,4 +1,4 @@
-"""Where a model is: on one device as a whole, or taken apart by others, who then move its parts as they need them."""
+"""Where a model is: on one device, or distributed or offloaded by another library, which moves its parts."""
 
 from __future__ import annotations
 

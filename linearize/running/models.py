@@ -1,4 +1,4 @@
-"""Run models to measure or compare them: inputs in one form, eval mode, everything put back afterwards."""
+"""Run models to measure or compare them: one form of inputs, eval mode, and everything restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which data comes: the epoch it is in, the random generators it owns, and passes that are all alike."""
+"""The order of the data: its epoch, its random generators, and passes that all start in the same state."""
 
 from __future__ import annotations
 

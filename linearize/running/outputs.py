@@ -1,9 +1,10 @@
-"""What a model's output consists of: every floating tensor in it, each a part with a kind of its own.
+"""The parts of a model's output: every floating tensor in it is a part, and has a kind.
 
-Kinds: "classes" are logits of a softmax over one axis, "multilabel" are logits of a yes or no each, "values" are real
-numbers, in units of their own (relative to their mean square). Classes only where classes are meant; what says so is,
-in this order: the user, the model's configuration (`problem_type`), the labels, and the sizes in that configuration.
-Without any of these a part is values: a relative squared error sees every change, a divergence of classes does not.
+The kinds are "classes" (logits of a softmax over one axis), "multilabel" (each entry is the logit of a yes-or-no
+decision), and "values" (real numbers, measured relative to their mean square). A part is classes only if something says
+so. In this order: the user, the model's configuration (`problem_type`), the labels, and the sizes in that
+configuration. Otherwise a part is values, because a relative squared error sees every change, and a divergence of
+classes does not.
 
 Shape letters: B samples, T positions, H height, W width, K classes.
 """

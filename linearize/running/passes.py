@@ -1,11 +1,11 @@
 """One pass of a model over data, for as many statistics as fit into memory.
 
-A collector says which modules it watches and what it takes from a batch. All that they have in common lives here, once:
-reading batches, devices, padding masks, the backward pass, checks for NaN, the progress bar, and going on where an
-interrupted run stopped.
+A collector says which modules it watches and what it takes from a batch. What all collectors need is here, once:
+reading batches, devices, padding masks, the backward pass, checks for NaN, the progress bar, and continuing an
+interrupted run.
 
-Random draws depend on the seed, the number of the batch and the collector's name alone. So what is found does not
-depend on which collectors share a pass, nor on how the batches are shared out: parts merge to the whole.
+Random draws depend only on the seed, the number of the batch and the collector's name. So the result does not depend on
+which collectors share a pass, nor on how the batches are split: the parts merge to the whole.
 """
 
 from __future__ import annotations

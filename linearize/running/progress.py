@@ -1,4 +1,4 @@
-"""A progress bar where somebody is watching, silence elsewhere."""
+"""A progress bar, shown only on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From activations and gradients to rows: one for each position that a map reads or writes.
+"""Turn activations and gradients into rows, one for each position that a linear map reads or writes.
 
 Shape letters: B samples, T positions, R rows, C channels, g features per channel, O outputs.
 """

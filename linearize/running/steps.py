@@ -1,4 +1,4 @@
-"""The steps of a long job: each is told about, and timed."""
+"""The steps of a long job: each is announced and timed."""
 
 from __future__ import annotations
 

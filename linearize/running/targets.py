@@ -1,7 +1,4 @@
-"""What labels say about an output: which part they belong to, and whether it holds classes.
-
-Shape letters: B samples, K classes.
-"""
+"""What labels show about an output: the part that they belong to, and whether it holds classes."""
 
 from __future__ import annotations
 

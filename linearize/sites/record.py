@@ -1,4 +1,4 @@
-"""What linearize remembers about a model that it has rewritten: plain data, kept on the model itself."""
+"""The record: what linearize knows about a model that it has changed, as plain data, kept on the model itself."""
 
 from __future__ import annotations
 

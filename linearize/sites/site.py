@@ -1,6 +1,6 @@
 """Activation sites: an activation, the affine maps around it, and what can be done with its channels (or why not).
 
-Plain data throughout, so that a site can be printed, pickled with its model and written to a file.
+Everything is plain data, so that a site can be printed, pickled with its model, and written to a file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and checked when they are read back.
+"""Files that are written completely or not at all, and checked when they are read.
 
-A file is written beside its place under a name of its own, flushed to the disk, then renamed: whoever looks sees the
-old file or the new one. What killed runs left behind is removed by the next write into that folder.
+A file is written beside its target under another name, flushed to the disk, and renamed. A reader sees either the old
+or the new file. What killed runs left behind is removed by the next write into that folder.
 """
 
 from __future__ import annotations

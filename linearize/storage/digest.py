@@ -1,4 +1,4 @@
-"""Digests of tensors, by which damage and other data are told."""
+"""Digests of tensors. They show damage, and recognise data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what a file holds fits the model that it is for: its tensors, and the sites that its gates know."""
+"""Check that the content of a file fits its model: the tensors, and the sites that its gates know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that hold what an interrupted run has done: made before any work, and cleared of nothing but our own."""
+"""Folders for the state of an interrupted run. They are made before any work, and only our own files are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that belongs to one process at a time; the system gives it free when that process ends, however it ends."""
+"""Lock a folder for one process at a time. The system releases the lock when the process ends, even if it is killed."""
 
 from __future__ import annotations
 

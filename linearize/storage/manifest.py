@@ -1,4 +1,4 @@
-"""What a saved file says about itself besides its tensors: plain data, versioned, checked field by field."""
+"""The description in a saved file: plain data with a version, checked field by field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Putting the tensors of a file into a model that has none yet."""
+"""Put the tensors of a file into a model that has none yet."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One .safetensors file: written whole or not at all, and looked over before it is read.
+"""One .safetensors file: written completely or not at all, and checked before it is read.
 
 The layout is that of the safetensors format: eight bytes with the length of the header, a JSON header, the
-tensors. Written here and not by the safetensors library because a model must be streamed tensor by tensor
-(a model on a GPU need not fit into main memory twice) to a file that is flushed to the disk before it takes
+tensors. We write it ourselves, not with the safetensors library, because a model must be written tensor by tensor
+(a model on a GPU need not fit into main memory twice) to a file that is flushed to the disk before it gets
 its name.
 """
 

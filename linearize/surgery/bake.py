@@ -1,7 +1,7 @@
-"""Give maps whose weights are computed (weight norm, spectral norm, pruning, standardised weights) plain ones.
+"""Replace computed weights (weight norm, spectral norm, pruning, standardised weights) by plain ones.
 
-What is computed cannot be written: a fit needs a layer that holds its weight itself. The layer that takes the old one's
-seat computes the same, to rounding, and trains if anything trained that the old weight was computed from.
+A computed weight cannot be written, and a fit needs a layer that holds its weight itself. The new layer computes the
+same, up to rounding. It is trainable if any tensor was trainable from which the old weight was computed.
 """
 
 from __future__ import annotations

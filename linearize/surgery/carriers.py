@@ -1,8 +1,8 @@
-"""Linear maps that a collapsed model may contain besides torch's own: they carry the merged term past the activation.
+"""Linear maps that a collapsed model may contain besides torch's own. They carry the merged term past the activation.
 
-So the forward code around a site can stay as it is. Every one of them is a module around an ordinary `nn.Linear` or
-`nn.Conv1d`, `2d`, `3d` of true width, with slices, concatenations and additions beside it: nothing that a tracer, an
-exporter or a quantiser does not know, and no branch on what a tensor is. Shape letters: K channels that stay nonlinear,
+They allow the forward code around a site to stay unchanged. Each is a module around an ordinary `nn.Linear` or
+`nn.Conv1d`, `2d`, `3d` of the real width, with slices, concatenations and additions beside it. They contain only what
+tracers, exporters and quantisers know, and no branch on tensor values. Shape letters: K channels that stay nonlinear,
 O output features, I input features. Convolutions hold their number of spatial dimensions in `dims`.
 """
 

@@ -1,4 +1,4 @@
-"""What shows, without computing anything, that a rewritten model is not the same function."""
+"""Compare a rewritten model with the original by dry runs, without computing anything."""
 
 from __future__ import annotations
 

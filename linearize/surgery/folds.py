@@ -1,4 +1,4 @@
-"""The constant maps between the linear maps of a site: their values, and what is left of them after folding."""
+"""The constant maps between the linear maps of a site: their values, and what remains after folding."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Fused paths of torch's transformer layers: they compute an activation without calling it.
+"""Fused paths of torch's transformer layers. They compute an activation without calling it.
 
-`nn.TransformerEncoderLayer` in eval mode without gradients hands its weights to one kernel, as long as its attribute
-`activation_relu_or_gelu` names an activation that the kernel knows. A gate is none of these, so the attribute becomes
-0, as the layer itself would have it for any other activation, and the layer's own plain code runs.
+In eval mode without gradients, `nn.TransformerEncoderLayer` hands its weights to one kernel if its attribute
+`activation_relu_or_gelu` names an activation that the kernel knows. A gate is not one of these. So the attribute
+becomes 0, as the layer itself sets it for any other activation, and the layer's plain code runs.
 """
 
 from __future__ import annotations

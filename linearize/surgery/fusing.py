@@ -1,10 +1,10 @@
-"""What a model's own later surgery finds (`fuse()`, `reparameterize`, `switch_to_deploy`) where a norm was folded away.
+"""Keep a model's own fusing (`fuse()`, `reparameterize`, `switch_to_deploy`) correct where a norm was folded away.
 
-Such code reads a convolution and the norm behind it, and makes one convolution of them. So the place of a folded norm
-holds one that does nothing, with numbers that say so: whoever folds it in once more changes nothing. Some of that code
-takes for granted that a convolution before a norm has no bias, and forgets the one that collapsing has put there. Where
-a class does its own folding, the bias therefore waits in the norm's place, as an addition, until the model is fused.
-A convolution that carries a merged term past the activation reads as the ordinary one that it stands for.
+Such code reads a convolution and the norm after it, and makes one convolution of them. So a folded norm is replaced by
+a norm that does nothing, with numbers to match: folding it in once more changes nothing. Some of that code assumes that
+a convolution before a norm has no bias, and drops the bias that collapsing has added. If a class does its own folding,
+the bias is therefore an addition in the norm's place until the model is fused. A convolution that carries a merged term
+past the activation reads as the ordinary convolution that it replaces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is left of the activation of a site when its gate goes: whole, on some channels only, blended, or nothing."""
+"""What replaces the gate of a site: the whole activation, a partial or blended one, or nothing."""
 
 from __future__ import annotations
 

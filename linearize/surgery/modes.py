@@ -1,4 +1,4 @@
-"""Gates that a model calls with gradients only: its fused path is switched off, or they are taken back."""
+"""Gates that a fused path bypasses without gradients: the path is switched off, or the gate is removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A map in the place of a module that was called with more than one argument, or gave more than one result."""
+"""A linear map in the place of a module that received several arguments, or returned several results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Modules as plain data: a small allow-list of layers, how each is described and how it is built again.
+"""Modules as plain data: a short list of allowed layers, how each is described, and how it is built again.
 
-A saved model holds only such descriptions; building one runs no code from the file.
+A saved model holds only such descriptions. Building one runs no code from the file.
 """
 
 from __future__ import annotations

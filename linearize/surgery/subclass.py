@@ -1,4 +1,4 @@
-"""Give one module a class of its own, under the name that its class has, so that its methods may change."""
+"""Give one module a class of its own with the same name, so that its methods can be changed."""
 
 from __future__ import annotations
 

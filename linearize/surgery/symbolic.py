@@ -1,6 +1,6 @@
-"""Redirect activation calls in a graph: of a `torch.fx.GraphModule`, or of a forward whose source is not there.
+"""Redirect activation calls in a graph: that of a `torch.fx.GraphModule`, or of a forward without source code.
 
-A graph that is traced for the purpose stands for a forward only if it computes the same each time (`purity.py`).
+A traced graph can replace a forward only if the forward computes the same each time (`purity.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""See in a run which calls of a module's source make its activations, however the source spells them."""
+"""Find out in a run which calls in a module's source make its activations, however the source spells them."""
 
 from __future__ import annotations
 

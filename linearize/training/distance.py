@@ -1,4 +1,4 @@
-"""The real loss: how far a changed model's output is from the original's, on some batches."""
+"""The real loss: the distance between the outputs of a changed model and of the original, on some batches."""
 
 from __future__ import annotations
 

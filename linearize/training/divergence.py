@@ -1,7 +1,7 @@
-"""How far two outputs of a model are apart: the metric of everything here.
+"""The distance between two outputs of a model. Everything in this package uses this metric.
 
-Every part of an output counts by what it is (`linearize.running.outputs`). Distillation, sensitivities, measured losses
-and the search for a plan all use this distance, or its second derivative (`linearize.approximate.probes`).
+Every part of an output is measured by its kind (`linearize.running.outputs`). Distillation, sensitivities, measured
+losses and the search for a plan all use this distance, or its second derivative (`linearize.training.probes`).
 
 Shape letters: B samples, T positions, K classes.
 """

@@ -1,4 +1,4 @@
-"""Distillation inside: some modules' outputs are to be like those of the teacher's modules of the same names.
+"""Distillation of inner layers: outputs of modules are compared with those of the teacher's modules of the same names.
 
 Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.
 """

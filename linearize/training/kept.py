@@ -1,4 +1,4 @@
-"""The checkpoints of one run in a folder: written after each epoch, and taken up again, the latest that is sound."""
+"""The checkpoints of one run in a folder. One is written after each epoch; a resumed run takes the latest sound one."""
 
 from __future__ import annotations
 

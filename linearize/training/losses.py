@@ -1,4 +1,4 @@
-"""What is minimised when the user names nothing else: the loss of the parts of an output that have labels.
+"""The default loss: the sum over the parts of an output that have labels.
 
 Shape letters: B samples, T positions, K classes.
 """

@@ -1,7 +1,7 @@
-"""The way from a model to its planned state: gates and weights move together on a schedule, while the model trains.
+"""The path from a model to its planned state: gates and weights move together on a schedule while the model trains.
 
-At the start the model is what it was, at the end it is the closed form of the plan plus all that training has learned
-on the way. It stands where a prior stands: `finetune` calls `step` after each step of the optimizer.
+At the start, the model is unchanged. At the end, it is the closed form of the plan, plus everything that training has
+added on the way. It is used like a prior: `finetune` calls `step` after each step of the optimizer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training run: a step, an epoch, and the state that lets another process continue it."""
+"""One training run: a step, an epoch, and the state from which another process can continue."""
 
 from __future__ import annotations
 

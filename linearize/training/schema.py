@@ -1,4 +1,4 @@
-"""What the state of a training run must be: seen before any of it is loaded, so that a damaged one changes nothing."""
+"""Check the state of a training run before any of it is loaded, so that a damaged state changes nothing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Plain state in one .safetensors file: tensors as tensors, all else as JSON, no pickle, and a checksum over it all.
+"""Plain state in one .safetensors file: tensors as tensors, everything else as JSON, no pickle, and one checksum.
 
-A nest of dicts, lists, tuples, numbers, texts and tensors is written as a skeleton in JSON, whose leaves name the
-tensors. The state of a training run is such a nest, and so is what a pass over the data found out.
+The state is nested dicts, lists, tuples, numbers, texts and tensors. It is written as JSON whose leaves name the
+tensors. The state of a training run is written in this way, and so are the statistics of a pass over the data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Building a model without its weights, and within limits: a file from a stranger must not build for ever."""
+"""Build a model without its weights, and within limits, so that a file from a stranger cannot build for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model inside its wrappers, and example inputs of models of timm and transformers."""
+"""The model inside its wrappers, and example inputs for models of timm and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model from what a user types."""
+"""Create a model from the text that a user types."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Building from a stranger's recipe with the doors shut: no network, no programs, no questions, no other files.
+"""Build from a stranger's recipe with nothing else allowed: no network, no programs, no questions, no other files.
 
-What a recipe may say is checked first (`transformers_recipe`, `timm_models`). This is the second lock: while a model is
-built from a recipe, an audit hook of Python refuses, in this thread, whatever reaches outside the installed libraries.
+The content of a recipe is checked first (`transformers_recipe`, `timm_models`). This is the second protection: while a
+model is built from a recipe, an audit hook of Python refuses everything in this thread that reaches outside the
+installed libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A narrower transformers model as a stock one: its config tells the widths it has, so that any runtime loads it."""
+"""Turn a narrower transformers model into a stock one: its config names its widths, so that any runtime can load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which numbers of a configuration give a model of these shapes: found by trying, without knowing their names."""
+"""Find the numbers of a configuration that give a model of these shapes, by trying, without knowing their names."""
 
 from __future__ import annotations
 

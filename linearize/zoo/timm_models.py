@@ -1,4 +1,4 @@
-"""All that linearize knows about timm: example inputs, and how to build a model again from its name."""
+"""What linearize knows about timm: example inputs, and how to build a model again from its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small arguments for transformers models, by name: what to make of the configuration for ``pixel_values`` and others.
+"""Small arguments for transformers models, by name: tensors for ``pixel_values`` and others, from the configuration.
 
 Shape letters: B batch, T tokens, F audio frames, P patches, C image channels.
 """

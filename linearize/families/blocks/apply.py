@@ -1,4 +1,4 @@
-"""Put one convolution in the place of a block."""
+"""Replace a block by one convolution."""
 
 from __future__ import annotations
 

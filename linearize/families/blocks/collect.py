@@ -1,4 +1,4 @@
-"""What data tells about blocks: covariances of (patches of the input, output), and what an error in the output costs.
+"""Statistics of blocks: covariances of (patches of the input, output), and the sensitivity to an error in the output.
 
 Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions).
 """

@@ -1,4 +1,4 @@
-"""A chain of sites between two maps becomes one dense convolution."""
+"""The family "blocks": one dense convolution replaces a chain of sites between two linear maps."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Whole blocks as one convolution: expand, depthwise, project, with both activations, become a dense k x k kernel.
+"""Find blocks that one dense convolution could replace: expand, depthwise, project, with both activations.
 
-On most hardware one dense convolution outruns a chain of thin ones of fewer FLOPs (Fu et al., "DepthShrinker", ICML
-2022). The kernel is that of least squares from the patches of the block's input to the output that the block gives on
-data; it may be smaller than the block's own. This is approximate; what it loses is predicted like every other option.
-Zero padding inside a block makes its bias another near the border; a channel of ones, padded like the rest, learns it.
+On most hardware, one dense convolution is faster than a chain of thin ones with fewer FLOPs (Fu et al.,
+"DepthShrinker", ICML 2022). The kernel is fitted by least squares from patches of the block's input to the block's
+output on data. It may be smaller than the block's own kernel. The replacement is approximate, and its loss is predicted
+as for every other option. Zero padding inside a block makes its bias different near the border. A channel of ones,
+padded like the rest, learns this.
 
 Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions).
 """

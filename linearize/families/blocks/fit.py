@@ -1,4 +1,4 @@
-"""The convolution that stands for a block, by least squares.
+"""The convolution that replaces a block, fitted by least squares.
 
 Shape letters: I inputs and O outputs of the block, k kernel.
 """

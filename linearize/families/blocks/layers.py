@@ -1,4 +1,4 @@
-"""The convolution that would stand for a block: to time it."""
+"""The convolution that would replace a block, to measure its time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a block costs and loses as one convolution."""
+"""The options of a block: its cost and its predicted loss as one convolution."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Write a fit into a gated model, so that exact collapsing gives the smaller one.
+"""Write a fit into a gated model, so that exact collapsing gives the smaller model.
 
-The model keeps its shapes: the consumers get the new columns, and those of removed channels are zero; the gates of
-removed channels are linear, with slope and intercept 0, and collapsing drops them. A linear skip of rank r takes the
-seats of r removed channels: their rows in the producer become the skip's right factor, their columns the left one, and
-their gates are linear with slope 1. `linearize.collapse` then folds it all, exactly, into the cheapest form.
+The model keeps its shapes. The consumers get the new columns, and the columns of removed channels are zero. The gates
+of removed channels become linear, with slope and intercept 0, and collapsing drops these channels. A linear skip of
+rank r uses the places of r removed channels: their rows in the producer become the right factor of the skip, their
+columns in the consumer become the left factor, and their gates are linear with slope 1. Then `linearize.collapse` folds
+everything exactly into the cheapest form.
 
 Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank of the skip.
 """

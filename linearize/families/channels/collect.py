@@ -1,9 +1,9 @@
-"""One pass over data: the covariance of what each site reads and holds, and what an error in its output costs.
+"""Statistics of sites: the covariance of inputs and hidden channels, and the sensitivity to an error in the output.
 
-For each site the rows are (x, h): the site's input and its hidden channels as the consumers read them, padding left
-out. Beside them comes the sensitivity of the model's output to an error in the site's: the Gauss-Newton matrix
-`G = E[g g^T]`, with g the gradient, at a row of the site's output, of a random projection of the model's output.
-Errors of rows are taken as independent of each other, and of the gradient (as in K-FAC, Martens and Grosse, ICML 2015).
+For each site, the rows are (x, h): the site's input, and its hidden channels as the consumers read them. Padding is
+left out. The sensitivity is the Gauss-Newton matrix `G = E[g g^T]`, where g is the gradient of a random projection of
+the model's output, at a row of the site's output. Errors of different rows are taken as independent of each other, and
+of the gradient (as in K-FAC, Martens and Grosse, ICML 2015).
 
 Shape letters: B samples, T positions, R rows, I inputs, C channels, g features per channel, O outputs.
 """

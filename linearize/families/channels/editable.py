@@ -1,6 +1,6 @@
-"""The linear maps around a site, as what they are and where they stand: to observe them, and to write new weights.
+"""The linear maps around a site, with their kind and their place, to observe them and to write new weights.
 
-Shape letters: I inputs, C channels, g features per channel (the taps of a spatial consumer), O outputs.
+Shape letters: I inputs, C channels, g features per channel (the kernel positions of a spatial consumer), O outputs.
 """
 
 from __future__ import annotations

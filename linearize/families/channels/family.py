@@ -1,4 +1,4 @@
-"""Channels go: dropped and made up for by a refit of what reads the others, beside a linear skip or without."""
+"""The family "channels": channels are removed and the next layer is refitted, with or without a linear skip."""
 
 from __future__ import annotations
 

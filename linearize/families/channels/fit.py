@@ -1,4 +1,4 @@
-"""What a site loses as channels go: the curve of each kind of replacement, and the edit that carries a choice out.
+"""The loss of a site as a function of the number of removed channels, and the new weights for a choice.
 
 Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank of the skip.
 """

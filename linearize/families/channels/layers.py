@@ -1,4 +1,4 @@
-"""The layers that would stand around sites whose channels went: to time them."""
+"""The layers that remain at a site after channels were removed, to measure their time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass over data found at a site.
+"""What a pass over the data found at a site.
 
 Shape letters: I inputs, C channels, g features per channel, O outputs.
 """

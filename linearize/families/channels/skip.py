@@ -1,4 +1,4 @@
-"""Where a linear skip around a site can start: at the input of its producer, position by position.
+"""Where a linear skip around a site can start: at the input of its producer, for each position.
 
 Shape letters: I inputs.
 """

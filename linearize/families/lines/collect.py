@@ -1,4 +1,4 @@
-"""What an error in a channel costs the output: the diagonal of its Gauss-Newton matrix.
+"""The sensitivity of the output to an error in each channel: the diagonal of its Gauss-Newton matrix.
 
 Shape letters: C channels, R rows.
 """

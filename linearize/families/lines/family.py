@@ -1,4 +1,4 @@
-"""Channels go to their own line, in place: what budgets in nonlinear units ask for."""
+"""The family "lines": channels follow their fitted line, for budgets in nonlinear units."""
 
 from __future__ import annotations
 

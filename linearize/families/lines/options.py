@@ -1,8 +1,8 @@
-"""Budgets in nonlinear units: which channels may go to their own line, whether that collapses or not.
+"""Options for budgets in nonlinear units: which channels follow their line, whether they can be collapsed or not.
 
-A channel whose line leaves the residual e_c, mean square, costs the model's output `e_c G_cc`, with G_cc the
-Gauss-Newton sensitivity to an error in that channel. Channels of a site all free equally many units, so that within a
-site they go in the order of that product.
+If the line of a channel has the mean squared residual e_c, the loss of the model's output is `e_c G_cc`. G_cc is the
+Gauss-Newton sensitivity to an error in that channel. All channels of a site save the same number of units. So within a
+site, channels are taken in the order of this product.
 
 Source of the measure: Cho et al., "Selective Network Linearization for Efficient Private Inference", ICML 2022.
 

@@ -1,4 +1,4 @@
-"""Put linear maps in the place of modules."""
+"""Replace modules by linear maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What data tells about whole modules: the covariance of (input, output), and what an error in the output costs.
+"""Statistics of whole modules: the covariance of (input, output), and the sensitivity to an error in the output.
 
 Shape letters: I inputs and O outputs of the module, R rows (positions).
 """

@@ -1,4 +1,4 @@
-"""Whole modules, such as attention or a residual block, become one linear map."""
+"""The family "modules": one linear map replaces a whole module, such as attention or a residual block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules could become one linear map as a whole: those that make one tensor of another, and nothing else."""
+"""Find the modules that one linear map could replace: they map one tensor to one tensor and do nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The linear map that stands for a module, by least squares.
+"""The linear map that replaces a module, fitted by least squares.
 
 Shape letters: I inputs and O outputs of the module.
 """

@@ -1,4 +1,4 @@
-"""Options of whole modules, and how they go together with those of the sites inside."""
+"""The options of whole modules, and how they combine with options of the sites inside."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Whole modules as one linear map: attention, a residual block, whatever makes one tensor of one, of its shape.
+"""The place of a whole module that one linear map could replace.
 
-A residual block often does little to its input. Its least-squares matrix, applied at every position, then stands for
-all of it: attention, norms and depthwise maps included, where no activation could be collapsed. This is approximate;
-what it loses is predicted like every other option.
+This is attention, a residual block, or any module that maps one tensor to one tensor. A residual block often changes
+its input only a little. A matrix, fitted by least squares and applied at every position, can then replace all of it,
+including attention, norms and depthwise maps, where no activation could be collapsed. The replacement is approximate,
+and its loss is predicted as for every other option.
 
 Source of the idea: Shopkhoev et al., "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
 Linearization", 2025.

@@ -1,4 +1,4 @@
-"""Latencies of all groups: shares measured inside the model, times ratios of layers measured beside each other."""
+"""Latencies of all groups: shares of time measured inside the model, times measured ratios of layers."""
 
 from __future__ import annotations
 

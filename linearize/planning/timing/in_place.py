@@ -1,4 +1,4 @@
-"""What share of a model's time its parts take, measured inside the model, where caches are as they will be."""
+"""Which share of a model's time its parts take, measured inside the model, where caches behave as in real use."""
 
 from __future__ import annotations
 

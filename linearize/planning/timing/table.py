@@ -1,4 +1,4 @@
-"""Ratios of latencies, remembered in a file."""
+"""A table of latency ratios, stored in a file."""
 
 from __future__ import annotations
 
