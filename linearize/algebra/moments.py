@@ -20,14 +20,14 @@ _CHUNK = 2**20  # elements turned to float64 at once
 
 @dataclass(frozen=True)
 class SiteCalibration:
-    """What one pass found at a site; every tensor is float64 (C,), on the CPU.
+    """The calibration of one site. Every tensor is float64 (C,), on the CPU.
 
     Attributes:
-        count: number of rows seen; 0 if the gate was not reached, and then nothing was fitted.
+        count: number of rows seen. It is 0 if no batch reached the gate; then nothing was fitted.
         slope, intercept: the least-squares line; for the gate factor of a gated linear unit, (0, mean of h).
-        residual: mean square of what the line leaves of h.
-        unexplained: the residual as a share of the variance of h, in [0, 1]; of the mean square of h for a
-            gated unit, whose line is a constant. 0 where h is constant.
+        residual: mean squared difference between the line and h.
+        unexplained: the residual as a share of the variance of h, in [0, 1]. For gated units, whose line is constant,
+            it is a share of the mean square of h. It is 0 where h is constant.
         mean_input, mean_output: means of x and h.
     """
 
@@ -40,7 +40,7 @@ class SiteCalibration:
     mean_output: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form: lists instead of tensors."""
+        """The same as plain data, ready for JSON: lists instead of tensors."""
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
 
 

@@ -159,7 +159,7 @@ def average_path_length(
 
 @dataclass
 class PathGraph:
-    """A captured model whose path lengths can be asked again and again, while its gates move."""
+    """A captured model. Its path lengths can be computed again and again while its gates change."""
 
     captured: Capture
     units: tuple[Unit, ...]
@@ -177,7 +177,7 @@ class PathGraph:
         return cls(captured, find_units(model, captured), channel_axes(captured.graph))
 
     def lengths(self, weighting: Weighting = "normalized") -> PathLength:
-        """The path lengths with the gates as they are now."""
+        """The path lengths for the present state of the gates."""
         normalized = check_weighting(weighting)
         found, rules = self._outputs(normalized=normalized, integers=False)
         if not found:  # integer inputs that are not looked up in a table

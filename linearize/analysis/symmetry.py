@@ -74,7 +74,7 @@ _COLORS = {"inactive": FIRST, "active": SECOND, "parallel": "#1b7837", "unseen":
 
 
 def draw_symmetries(symmetries: Iterable[Symmetry], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw how many channels of each site are redundant, and why; evidence from data alone is hatched.
+    """Draw how many channels of each site are redundant, and why. Channels with evidence from data only are hatched.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.

@@ -14,14 +14,14 @@ __all__ = ["OutputError", "Verification", "worst"]
 
 @dataclass(frozen=True)
 class OutputError:
-    """How far one output of the candidate is from the reference's.
+    """The difference between one output of the candidate and of the reference.
 
     Attributes:
         name: path of the output, for example "logits" or "hidden_states.3"; "output" if there is only one.
         max_error: max |a - b| / max |a| over all batches; a is the reference's output.
         rms_error: ||a - b|| / ||a|| over all batches.
-        tolerance: what both errors may be; 0 for integers, which must be equal.
-        reason: why it failed for another reason than the size of the errors; None otherwise.
+        tolerance: the largest value that both errors may have; 0 for integers, which must be equal.
+        reason: if it failed for another reason than the size of the errors, this reason; else None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The default loss: the sum over the parts of an output that have labels.
+"""The default loss: the weighted mean over the parts of an output that have labels.
 
 Shape letters: B samples, T positions, K classes.
 """

@@ -49,12 +49,12 @@ class _NoFilling(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Limit:
-    """How much may be made while a model is built.
+    """Limits on what may be created while a model is built.
 
     Attributes:
         elements: of all parameters together.
         parts: modules, parameters and buffers together.
-        size: bytes of all tensors that hold values: buffers, tables, what is computed on the way.
+        size: bytes of all tensors with values: buffers, tables, and tensors that are computed meanwhile.
     """
 
     elements: float = math.inf
@@ -63,9 +63,9 @@ class Limit:
 
     @classmethod
     def of_file(cls, tensors: int, elements: int, size: int) -> Limit:
-        """The limit for the base model of a file with so many tensors, elements and bytes.
+        """The limit for the base model of a file with this number of tensors, elements and bytes.
 
-        Merging makes a model smaller, but not by such factors: who asks for more describes no base of this file.
+        Merging makes a model smaller, but not by such factors. A recipe that needs more cannot belong to this file.
 
         Examples:
             >>> Limit.of_file(2, 100, 400).parts
