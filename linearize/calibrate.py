@@ -54,7 +54,7 @@ def _row(name: str, site: SiteCalibration) -> tuple[str, ...]:
 
 @dataclass
 class LineCollector:
-    """Moments of what one gate reads and of what its activation makes of it.
+    """Collects moments of the inputs of one gate and of the outputs of its activation.
 
     Attributes:
         name: of the site.
@@ -74,7 +74,7 @@ class LineCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         return 56.0 * self.gate.channels
 
     def attach(self, now: Moment) -> Iterator[RemovableHandle]:
@@ -94,7 +94,7 @@ class LineCollector:
         yield self.gate.activation.register_forward_hook(see)
 
     def take(self, now: Moment) -> None:
-        """Nothing: rows are counted as they pass, before anything overwrites them."""
+        """Does nothing, because rows are counted as they pass, before anything overwrites them."""
 
     @property
     def finite(self) -> bool:
@@ -102,15 +102,15 @@ class LineCollector:
         return bool(self.moments.finite)
 
     def merge(self, other: LineCollector) -> None:
-        """Take in what another one found on other batches."""
+        """Add the sums of another collector, from other batches."""
         self.moments.merge(other.moments)
 
     def state(self) -> dict[str, Any]:
-        """What was found."""
+        """The sums, as plain values and tensors."""
         return self.moments.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.moments.restore(state)
 
 

@@ -181,7 +181,7 @@ def _keep_children(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If something is raised inside, the modules of the model are what they were before."""
+    """Inside this context, an exception restores the modules of the model."""
     held = [(module, type(module), dict(module._modules)) for module in model.modules()]
     try:
         yield
@@ -194,7 +194,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def on_device(inputs: Inputs, model: nn.Module) -> Inputs:
-    """The inputs where the model is, if all of it is on one device."""
+    """The inputs on the device of the model, if all of the model is on one device."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         return inputs

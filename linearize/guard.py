@@ -58,7 +58,7 @@ class _Guard:
         self.module, self.steps, self.whole = module, steps, whole
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> Any:
-        """As the method of the module's class, if that is right.
+        """Save like the method of the module's class, if that is correct.
 
         Raises:
             CheckpointError: it is to be uploaded at once.
@@ -88,7 +88,7 @@ class _Guard:
 
     @property
     def changed(self) -> bool:
-        """Whether a model of its class and configuration would be another function, or another set of weights."""
+        """True if a model of this class and configuration would be another function, or need other weights."""
         ours = (type(m).__module__.startswith("linearize.") for m in self.module.modules())
         return self.steps or any(ours)
 

@@ -53,7 +53,7 @@ def is_torch(function: Any) -> bool:
 
 
 def repeats(activation: nn.Module) -> bool:
-    """Whether an activation that is run twice leaves what it leaves when it is run once, and gives the same.
+    """True if an activation that runs twice has the same effect and result as one that runs once.
 
     Examples:
         >>> class Noisy(nn.Module):

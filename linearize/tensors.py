@@ -32,7 +32,7 @@ QUANTISE_LATER = "convert first, quantise afterwards"
 
 @contextmanager
 def at_rest(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode for modules and what is inside them, and no gradients; afterwards each is in the mode it was in.
+    """Inside this context modules are in eval mode, without gradients. Afterwards each has its own mode again.
 
     Examples:
         >>> layer = nn.Dropout()
@@ -54,7 +54,7 @@ def at_rest(*modules: nn.Module) -> Iterator[None]:
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """The tensor of that name; if a parametrization computes it, as in eval mode. None if there is none.
+    """The tensor of that name, as in eval mode if a parametrization computes it. None if there is none.
 
     Examples:
         >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)).train()
@@ -71,7 +71,7 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 
 def is_computed(module: nn.Module, name: str = "weight") -> bool:
-    """True if a module has a tensor of that name that is no parameter of its own: a hook or a property computes it.
+    """True if a module has a tensor of that name that a hook or property computes, and not a parameter of its own.
 
     Examples:
         >>> is_computed(nn.Linear(2, 2)), is_computed(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
@@ -83,7 +83,7 @@ def is_computed(module: nn.Module, name: str = "weight") -> bool:
 
 
 def meddler(module: nn.Module) -> str | None:
-    """What else happens when a module is called, in words: a hook, or a forward put on the object. None for nothing.
+    """What else happens when a module is called, in words: a hook, or a forward set on the object. None if nothing.
 
     Hooks that compute the module's own weight or bias (weight norm, pruning) are no others: what they make is read.
 
@@ -124,7 +124,7 @@ def is_wrapper(tensor: Any) -> bool:
 
 
 def oddity(tensor: Tensor) -> str | None:
-    """What a weight is, in words, if it is no dense tensor of floating-point numbers.
+    """The kind of a weight, in words, if it is not a dense tensor of floating-point numbers.
 
     Examples:
         >>> oddity(torch.ones(2)), oddity(torch.ones(2, dtype=torch.int8))

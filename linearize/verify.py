@@ -35,7 +35,7 @@ class _Sums:
     reason: str | None = field(default=None)
 
     def add(self, reference: Tensor, candidate: Tensor) -> None:
-        """Take one batch's output into the sums."""
+        """Add one batch's output to the sums."""
         a, b = _comparable(reference), _comparable(candidate)
         if a.shape != b.shape:
             self.fail(f"shape {tuple(b.shape)} instead of {tuple(a.shape)}")
@@ -162,7 +162,7 @@ class _Comparison:
         return self.sums.setdefault(name, _Sums())
 
     def result(self) -> Verification:
-        """The verdict on all batches."""
+        """The result for all batches."""
         return Verification(tuple(s.result(name) for name, s in self.sums.items()), tuple(self.ignored))
 
 

@@ -65,7 +65,7 @@ class Moments:
         self.moved, self.size = zeros[5:].unbind()
 
     def update(self, x: Tensor, h: Tensor) -> None:
-        """Take in rows of x and h, both (R, C)."""
+        """Add rows of x and h, both (R, C)."""
         rows = max(1, _CHUNK // max(1, x.shape[1]))
         for some_x, some_h in zip(x.split(rows), h.split(rows), strict=True):
             if len(some_x):
@@ -81,7 +81,7 @@ class Moments:
         self._add(count, (x * x).sum(0), (h * h).sum(0), (x * h).sum(0), dx, dh, old)
 
     def merge(self, other: Moments) -> None:
-        """Take in the rows that another one has seen; either may have seen none."""
+        """Add the rows that another object has seen. Either may have seen none."""
         if not other.count:
             return
         count, old = other.count, self.count
@@ -105,14 +105,14 @@ class Moments:
         return {"count": self.count, **{name: getattr(self, name) for name in _TENSORS}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.count = state["count"]
         for name in _TENSORS:
             setattr(self, name, state[name].to(self.xx))
 
     @property
     def finite(self) -> Tensor:
-        """Whether all of it is finite: bool, no axes."""
+        """A bool tensor without axes: True if everything is finite."""
         return torch.isfinite(self.xx + self.hh + self.xh).all()
 
     def fit(self, *, constant: bool = False) -> SiteCalibration:

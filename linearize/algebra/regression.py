@@ -145,7 +145,7 @@ def rank_losses(
     root: Tensor,
     ridge: float,
 ) -> dict[int, tuple[float, Tensor]]:
-    """Mean square error with a full skip, and what each dimension less of the skip adds, for nested sets of features.
+    """Mean square error with a full skip, and the increase for each rank less, for nested sets of features.
 
     The features that stay are the last `width` of `order`. With those that stay longest put first, one Cholesky factor
     holds the regression on every such set: its leading block is the factor of the set, and the rows below it are what
@@ -214,10 +214,10 @@ def _reduced_rank(
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, with every column of the left factor as long as the row of the right that it meets.
+    """The same product, scaled so that each column of the left factor has the norm of its row of the right factor.
 
-    Of all scalings the easiest to train: the steps of Adam are of one size, and would ruin a factor of tiny entries
-    whose partner is huge.
+    This scaling is the easiest to train. The steps of Adam have one size, and would ruin a factor of tiny entries whose
+    partner is huge.
 
     Examples:
         >>> left, right = balanced(torch.tensor([[100.0]]), torch.tensor([[0.01, 0.0]]))

@@ -108,7 +108,7 @@ class _Bounds:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def interval(self, node: Any) -> Interval | None:
-        """The interval of a node; a constant is one without room."""
+        """The interval of a node. The interval of a constant has width 0."""
         if isinstance(node, fx.Node) and node in self.constants:
             value = self.constants[node].double()
             return Interval(value, value)

@@ -186,7 +186,7 @@ def _spectrum(lens: Differentiable, samples: int, outputs: int, method: str, mem
 
 
 def gram(lens: Differentiable, samples: int, outputs: int, memory: float, *, kernel: bool = False) -> Tensor:
-    """`J J^T` (R, R) or, if that is smaller and not `kernel`, `J^T J` (P, P), without ever holding J.
+    """`J J^T` (R, R) or, if that is smaller and not `kernel`, `J^T J` (P, P), without storing J.
 
     Raises:
         UsageError: the matrix, or the rows of one sample, do not fit in memory.
@@ -255,7 +255,7 @@ def _plain_gate(model: nn.Module, site: Site) -> bool:
 
 
 def draw_dimension(found: FunctionalDimension, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw the rank over the samples, and the singular values with the cut between what counts and what does not.
+    """Draw the rank over the samples, and the singular values with the limit between those that count and the others.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.

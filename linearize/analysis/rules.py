@@ -45,7 +45,7 @@ class Rules:
     opaque: list[str] = field(default_factory=list)
 
     def apply(self, node: fx.Node) -> State:
-        """What an op makes of its operands."""
+        """The flows that an operation makes of those of its operands."""
         name = op_name(node)
         if name == "getitem":
             return self._getitem(node)

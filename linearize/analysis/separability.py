@@ -31,7 +31,7 @@ __all__ = ["LayerSeparability", "Separability", "class_separability"]
 
 @dataclass(frozen=True)
 class LayerSeparability:
-    """How far the classes are apart at one place of a model.
+    """The separability of the classes at one place of a model.
 
     Attributes:
         name: "input", the name of a site (behind its activation), or "output".

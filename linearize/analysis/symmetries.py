@@ -154,7 +154,7 @@ def _stable(
 
 
 def free(gate: ChannelGate) -> list[int]:
-    """Channels of a gate that are wholly nonlinear."""
+    """Channels of a gate that are completely nonlinear."""
     mask = ~gate.linear & (gate.alpha == 0)
     return [int(c) for c in mask.nonzero().flatten()]
 

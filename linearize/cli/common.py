@@ -77,7 +77,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def named_as_typed() -> Iterator[None]:
-    """Inside, an error about an argument of a function names the option of the command."""
+    """Inside this context, an error about an argument of a function names the option of the command."""
     try:
         yield
     except UsageError as error:
@@ -99,7 +99,7 @@ def open_model(
     seed: int = 0,
     **more: Any,
 ) -> nn.Module:
-    """The model that a user names; its random weights are those of the seed.
+    """Open the model that a user names. Random weights depend on the seed.
 
     Args:
         spec: as `zoo.create` takes it, or the path of a file that `linearize.save` wrote.
@@ -121,7 +121,7 @@ def open_model(
 
 
 def open_hollow(spec: str, arguments: list[str] | None = None, *, pretrained: bool | None = None) -> nn.Module | None:
-    """The same on the meta device, for what depends on no weights: no time and no memory for any size.
+    """Open the model on the meta device, without weights. This takes no time and no memory, for any size.
 
     None where that is impossible (a file or a callable may hold linear channels already, which the weights tell), or
     where weights are asked for.
@@ -144,7 +144,7 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def inputs_for(model: nn.Module, *, batch: int, shape: str | None = None, seed: int = 0) -> Any:
-    """Random example inputs: of the given shape, or as the model's library or its file tells.
+    """Random example inputs: of the given shape, or as the model's library or its file says.
 
     Raises:
         UsageError: the shape is not like 3x224x224, or it is needed and not given.
@@ -235,7 +235,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 def open_pair(
     a: str, b: str, arguments: list[str] | None, *, pretrained: bool | None, seed: int
 ) -> tuple[nn.Module, nn.Module]:
-    """Two models; the arguments are for those that are no files, which know their own.
+    """Open two models. The arguments are for those that are not files.
 
     Raises:
         LinearizeError: there is no such model.
@@ -255,6 +255,6 @@ def open_pair(
 
 
 def test_inputs(source: DataSource) -> list[Any]:
-    """All test images, without labels, as `verify` takes them."""
+    """All test images without labels, in the form that `verify` takes."""
     names = source.test.keywords
     return [batch[0] if names is None else {names[0]: batch[names[0]]} for batch in source.test]

@@ -48,7 +48,7 @@ class Pricer:
     gates: Sequence[ChannelGate]
 
     def before(self) -> Price:
-        """The group as it is."""
+        """The cost of the group as it is."""
         ports = {port.module: port for site in self._sites() for port in ports_of(site)}
         reader = Reader(self.model, "meta")
         flops = sum(2.0 * port.positions * self._numel(path) for path, port in ports.items())
@@ -65,7 +65,7 @@ class Pricer:
         return Price(flops, float(params), units, {})
 
     def after(self, choices: Sequence[SiteChoice]) -> Price:
-        """The group after the choices, one per site.
+        """The cost of the group after the choices, one per site.
 
         Raises:
             Infeasible: a form cannot express a site.

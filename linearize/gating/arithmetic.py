@@ -26,7 +26,7 @@ _PIECE = 2**25
 
 
 class Line(NamedTuple):
-    """Per channel, the gate's value `alpha`, the line it leads to, and where alpha counts as one."""
+    """For each channel: `alpha`, the line, and where alpha counts as one."""
 
     alpha: Tensor
     slope: Tensor
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """All that a gate's value depends on besides its input."""
+    """Everything except its input on which the value of a gate depends."""
 
     activation: nn.Module
     line: Line
@@ -61,7 +61,7 @@ def mix(unit: Unit, x: Tensor) -> Tensor:
 
 
 def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
-    """As `mix`, without autograd, and written over `h` unless `h` is another name of `x`."""
+    """Like `mix`, without autograd. The result overwrites `h`, unless `h` is another name of `x`."""
     h = unit.activation(x)
     of_h, of_x, of_one = unit.line.coefficients(unit.axis)
     alias = h.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
@@ -72,7 +72,7 @@ def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
 
 
 def recomputable(activation: nn.Module, x: Tensor) -> bool:
-    """Whether `activation(x)` may be run again, and outside the autograd graph, unnoticed.
+    """True if `activation(x)` can be run again outside the autograd graph, without any other effect.
 
     Not so for subclasses of Tensor, on the meta device, under torch.func, forward-mode differentiation and tracing
     (each has rules of its own), for activations that draw random numbers, and where hooks watch the activation.
@@ -91,11 +91,11 @@ def recomputable(activation: nn.Module, x: Tensor) -> bool:
 
 
 class Recomputed(torch.autograd.Function):
-    """`mix(activation(x), x, ...)` that saves `x` for the backward pass, and parameters, no more."""
+    """`mix(activation(x), x, ...)` that saves only `x` and parameters for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, x: Tensor, alpha: Tensor, *parameters: Tensor) -> Tensor:
-        """Run the activation and the mix; `alpha` and `parameters` stand here to be seen by autograd."""
+        """Run the activation and the mix. `alpha` and `parameters` are arguments so that autograd sees them."""
         ctx.unit = unit._replace(line=unit.line._replace(alpha=alpha.detach()))
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -104,7 +104,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients of x, alpha and the activation's own parameters, each where it is wanted."""
+        """Gradients of x, alpha and the activation's own parameters, if they are needed."""
         (grad,) = grads
         inputs = ctx.saved_tensors
         wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]

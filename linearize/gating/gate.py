@@ -36,7 +36,7 @@ class ChannelGate(nn.Module):
     Args:
         activation: the wrapped activation; it becomes the child `activation`. Its own parameters and
             buffers keep their names in the state dict (a PReLU's `weight` stays `weight`). If it works in
-            place, a copy that does not takes its seat, since the gate needs its input.
+            place, a copy that does not is used, because the gate needs its input.
         channels: C, the size of the channel axis.
         axis: the channel axis of the input, counted from the end, so a negative number.
         gated_unit: the activation is the gate factor of a gated linear unit, `act(g) * u`. Its surrogate
@@ -184,7 +184,7 @@ class ChannelGate(nn.Module):
         return f"channels={self.channels}, axis={self.axis}{unit}"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, but the activation's own entries keep the names they had before the gate."""
+        """Like that of any module, but the activation's own entries keep their names from before the gate."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         inner = f"{prefix}activation."
@@ -227,7 +227,7 @@ def _plain(path: str) -> str:
 
 
 def out_of_place(activation: nn.Module) -> nn.Module:
-    """The activation, or a copy that does not work in place: others may hold the same module."""
+    """The activation, or a copy of it that does not work in place. Others may hold the same module."""
     if not any(getattr(module, "inplace", False) for module in activation.modules()):
         return activation
     activation = copy.deepcopy(activation)

@@ -51,7 +51,7 @@ def move(node: fx.Node, source: fx.Node, axis: int) -> Motion:
 
 
 def understood(node: fx.Node) -> bool:
-    """Whether the table says what an op does with channels."""
+    """True if the table says what an operation does with channels."""
     name = op_name(node)
     named = name in RULES or name in SPLITS or name in ACTIVATIONS or name in ARITHMETIC
     return named or name == "getitem" or produced_axis(node) is not None

@@ -53,7 +53,7 @@ class Folder:
         return self._checked(node, path, replace(made, module=neutral[0][0].rpartition(".")[0], neutral=neutral))
 
     def goes(self, node: fx.Node) -> bool:
-        """True if the op is part of a module that can be taken away as a whole."""
+        """True if the operation is part of a module that can be removed as a whole."""
         return self._remains(node, self.captured.path(node)) is not None
 
     def _remains(self, node: fx.Node, path: str) -> tuple[str, ...] | None:

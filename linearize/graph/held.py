@@ -35,7 +35,7 @@ class Held(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function gives."""
+        """The result of the function."""
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -103,7 +103,7 @@ def called_functions(model: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
 
 @contextmanager
 def standing_in(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """A model whose called functions are modules, in eval mode; afterwards it is as it was."""
+    """Inside this context, called functions of a model are modules, and it is in eval mode. Then it is as before."""
     found = called_functions(model, inputs)
     with untouched(model):
         for path, names in found.items():

@@ -22,7 +22,7 @@ from linearize.sites.site import Fold, Site
 
 
 def discover_parts(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
-    """The sites inside the largest modules that can be captured by themselves, in order of execution.
+    """The sites inside the largest modules that can be captured separately, in order of execution.
 
     Args:
         model: it runs once, for real, to see what its modules are called with.

@@ -46,11 +46,11 @@ class Walker:
 
     @property
     def folder(self) -> Folder:
-        """What finds the constant maps in between."""
+        """The object that finds the constant maps in between."""
         return Folder(self.model, self.captured, self.shared)
 
     def back(self, node: fx.Node, axis: int, *, packed: bool = False) -> Reading:
-        """From a node whose channels lie on `axis` to the linear map that produced them.
+        """Walk from a node whose channels lie on `axis` back to the linear map that produced them.
 
         With `packed`, the node may be one of several slices of that map's output.
 
@@ -122,7 +122,7 @@ class Walker:
             raise Dead(f"what its producer puts out is also read elsewhere ({self._where(node)})")
 
     def forward(self, node: fx.Node, axis: int) -> Uses:
-        """From an activation's output to every linear map that reads it.
+        """Walk from an activation's output to every linear map that reads it.
 
         Raises:
             Dead: something that is no linear map reads it, or something in between cannot be followed.

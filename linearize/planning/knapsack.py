@@ -165,7 +165,7 @@ class _Tree:
 
 
 def uniform(groups: Sequence[Group], measure: Measure, budget: float) -> Choice | None:
-    """The best single kind of option for all groups alike that meets the budget; None if none does.
+    """The best single kind of option for all groups that meets the budget; None if there is none.
 
     A kind is a share of channels that stay, with the same rank of the skip; groups without it stay as they are.
     """

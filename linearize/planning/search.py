@@ -38,7 +38,7 @@ def searched(
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Survey:
-    """The survey, with losses so scaled that the choice within a budget is the best of some by the real loss.
+    """The survey, with losses scaled so that its choice within a budget is the best of some by the real loss.
 
     Args:
         found: the survey; its own choice is the one to start from.

@@ -35,7 +35,7 @@ _STEP = 0.75  # the least that an aim may fall to at a time, relative to itself
 
 @dataclass
 class Settled:
-    """What came out.
+    """The result: a choice that was carried out and measured.
 
     Attributes:
         choice: the options chosen.
@@ -63,7 +63,7 @@ def settle(
     time_ratio: Callable[[nn.Module], float] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Settled:
-    """The model of least predicted loss within a budget, one-shot.
+    """The model of least predicted loss within a budget, without training.
 
     Args:
         found: the survey.
@@ -158,7 +158,7 @@ def fraction_of(
     batch: Any,
     time_ratio: Callable[[nn.Module], float] | None,
 ) -> float:
-    """What remains of the cost: counted, or measured for latency."""
+    """The share of the cost that remains: counted, or measured for latency."""
     if budget.measure == "latency":
         if time_ratio is None:
             raise ValueError("a budget in latency needs a measurement")

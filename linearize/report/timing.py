@@ -45,7 +45,7 @@ class Timing:
 
     @classmethod
     def of(cls, model: str, batch_size: int, samples: Sequence[float], *, compiled: bool) -> Timing:
-        """From the measurements themselves."""
+        """From single measurements."""
         q1, median, q3 = quartiles(samples)
         return cls(model, batch_size, compiled, median, q1, q3, tuple(samples))
 
@@ -117,7 +117,7 @@ class BenchmarkResult:
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a reader must know to judge a latency."""
+    """The facts that one needs to judge a latency."""
     on_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else (_processor() or device.type),

@@ -75,7 +75,7 @@ def call(name: str, model: nn.Module, batch: Inputs) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards each module is in the mode it was in.
+    """Inside this context models are in eval mode, without gradients. Afterwards each module has its own mode again.
 
     Examples:
         >>> model = nn.Dropout()
@@ -98,7 +98,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Whatever is compiled runs as plain Python: compiled code does not see hooks that were put on after it."""
+    """Inside this context compiled code runs as plain Python, because it does not see hooks that were added later."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -107,7 +107,7 @@ def eagerly() -> Iterator[None]:
 def watching(
     model: nn.Module, attach: Callable[[Tensor], Iterable[Any]], *, gradients: bool = True
 ) -> Iterator[Tensor]:
-    """Eval mode with hooks, for a while; gives a zero that hooks may add to what they see, so that gradients reach it.
+    """Eval mode with hooks. Gives a zero that hooks can add to what they see, so that gradients reach it.
 
     Args:
         model: its modules are put back into the mode they were in.

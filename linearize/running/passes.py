@@ -176,7 +176,7 @@ def _unknown(collectors: Sequence[Collector], notes: Notebook | None) -> list[Co
 
 
 def in_passes(collectors: Iterable[Collector], memory: float) -> Iterator[list[Collector]]:
-    """The collectors in groups whose sums fit into so many bytes; one at least."""
+    """The collectors in groups whose sums fit into a number of bytes, at least one in each group."""
     group, used = list[Collector](), 0.0
     for collector in collectors:
         if group and used + collector.memory > memory:

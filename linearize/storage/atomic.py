@@ -75,7 +75,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def write(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all; a failure leaves what was there before.
+    """Write a file completely or not at all. A failure leaves the old file.
 
     The mode of a file that is replaced is kept, and a link stays a link. Threads and processes may write the same
     path at once: the last one to finish stays.
@@ -195,7 +195,7 @@ def check_readable(path: str | os.PathLike[str]) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, where the system lets us: the file itself is complete already."""
+    """Flush a folder's list of names to the disk, where the system allows it. The file itself is already complete."""
     if os.name != "posix":  # other systems do not open folders, and rename safely without
         return
     with contextlib.suppress(OSError):  # a folder may be writable and not readable

@@ -14,7 +14,7 @@ __all__ = ["alone_in"]
 
 @contextmanager
 def alone_in(folder: Path, where: str) -> Iterator[None]:
-    """Inside, no other process is in this block for the same folder, which must exist.
+    """Inside this context, no other process is in this context for the same folder, which must exist.
 
     The lock is on the folder itself and leaves no file behind. A system or a file system without such locks is taken
     at its word that nobody else is there.

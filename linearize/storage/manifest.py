@@ -115,7 +115,7 @@ class Manifest:
 
 
 def may_hold(value: Any) -> bool:
-    """Whether a file may set an attribute to this: plain data whose strings are simple names.
+    """True if a file may set an attribute to this value: plain data whose strings are simple names.
 
     Examples:
         >>> may_hold((1, "avg")), may_hold("https://elsewhere")

@@ -24,7 +24,7 @@ __all__ = ["bake"]
 
 
 def bake(model: nn.Module) -> list[str]:
-    """Replace the maps around a gated model's sites whose weights are computed, in place; gives their paths.
+    """Replace computed weights of the maps around a gated model's sites, in place. Returns their paths.
 
     A module with a hook of another kind, or one that computes more than a linear map, stays as it is.
 

@@ -20,7 +20,7 @@ __all__ = ["place_of", "spliced"]
 
 
 def place_of(piece: Piece | None, start: int) -> int:
-    """Where the input `start` of a consumer is now, after other branches have changed their widths.
+    """The present position of the input `start` of a consumer, after other branches have changed their widths.
 
     Examples:
         >>> place_of(Piece("plain", branches=((0, 4, 1),)), 4)
@@ -33,7 +33,7 @@ def place_of(piece: Piece | None, start: int) -> int:
 def spliced(
     whole: Affine, before: Piece | None, port: Port, part: Piece, *, widen: bool = True
 ) -> tuple[Piece, Affine]:
-    """The consumer with new columns for one branch, as a piece and as the map in it.
+    """The consumer with new columns for one branch, as a piece and as a map.
 
     Args:
         whole: the consumer as it is, with all its columns.

@@ -42,7 +42,7 @@ class Calls(ast.NodeTransformer):
     count = 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """What stands for a call from now on: itself."""
+        """The expression that replaces a call: here the call itself."""
         self.generic_visit(node)
         self.count += 1
         return node

@@ -24,7 +24,7 @@ STEP = "Unfused"
 
 
 def unfuse(module: nn.Module, options: dict[str, Any]) -> nn.Module:  # noqa: ARG001 - as the other builders
-    """Switch a layer's fused path off, in place. Nested tensors, which only that path takes, still come and go.
+    """Switch off a layer's fused path, in place. Nested tensors, which only that path accepts, still work.
 
     Raises:
         ConvertError: the module has no such switch.
@@ -68,7 +68,7 @@ def _padded(forward: Callable[..., Tensor], src: Tensor) -> Tensor:
 
 
 def fuse_again(model: nn.Module, steps: list[Step]) -> list[Step]:
-    """Switch fused paths on again where nothing has changed that they would not see; the steps that remain.
+    """Switch fused paths on again where they would miss nothing. Returns the steps that remain.
 
     Args:
         model: after collapsing.

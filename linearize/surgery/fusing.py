@@ -27,7 +27,7 @@ _READS = "running_var"  # what every code that folds a batch norm reads
 
 
 def keep_readable(model: nn.Module, sites: Iterable[Site]) -> list[Step]:
-    """Leave a readable norm where one was folded into a layer before it; the steps that were taken."""
+    """Put a readable norm where one was folded into the layer before it. Returns the steps."""
     steps: list[Step] = []
     for port, fold in dict.fromkeys(pair for site in sites for pair in _norms(site)):
         owner = model.get_submodule(fold.module.rpartition(".")[0])
@@ -83,7 +83,7 @@ def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 def folds_by_itself(kind: type[nn.Module]) -> bool:
-    """Whether a class has code of its own, besides its forward, that reads the statistics of batch norms.
+    """True if a class has its own code, besides its forward, that reads the statistics of batch norms.
 
     Examples:
         >>> folds_by_itself(nn.Sequential)

@@ -22,7 +22,7 @@ _MODES = ("without", "with")
 def settle_modes(
     model: nn.Module, sites: tuple[Site, ...], replaced: dict[str, nn.Module], inputs: Inputs
 ) -> tuple[tuple[Site, ...], list[Step]]:
-    """Take back the gates that a model does not call, or not in every mode, if nothing can be done about it.
+    """Remove the gates that a model does not call in every mode, if this cannot be changed.
 
     Args:
         model: with gates; it is changed in place.

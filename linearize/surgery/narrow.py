@@ -88,7 +88,7 @@ def constant_channels(chain: Chain, found: Mapping[str, ChannelGate], masks: Map
 
 
 def narrow(reader: Reader, chain: Chain, found: Mapping[str, ChannelGate], gone: Tensor) -> Pieces:
-    """The maps of a chain without some of its channels, what is constant in them added to the consumers' biases.
+    """The maps of a chain without some of its channels. Their constants are added to the consumers' biases.
 
     Args:
         reader: of the gated model.

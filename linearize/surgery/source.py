@@ -89,7 +89,7 @@ def watched_methods(module: nn.Module, watch: Watch) -> dict[str, Method]:
 
 
 def has_source(module: nn.Module, name: str = "forward") -> bool:
-    """Whether the source of a method can be read."""
+    """True if the source of a method can be read."""
     try:
         compiled(module, name, Calls(), {})
     except ConvertError:
@@ -98,7 +98,7 @@ def has_source(module: nn.Module, name: str = "forward") -> bool:
 
 
 def callee_of(module: nn.Module, name: str, index: int) -> str | None:
-    """What a method calls at a place, as its source has it; None if there is no such call."""
+    """The function that a method calls at a place, by its source; None if there is no such call."""
     asking = _Ask(index)
     compiled(module, name, asking, {})
     return asking.found

@@ -151,7 +151,7 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
 
 
 def call_name(node: fx.Node) -> str:
-    """What a traced node calls: the path of a child, or the name of a function without the in-place underscore."""
+    """The name of what a traced node calls: the path of a child, or a function without the in-place underscore."""
     if node.op == "call_function" and node.target is not operator.getitem:
         return str(getattr(node.target, "__name__", "")).rstrip("_")
     if node.op == "call_method":

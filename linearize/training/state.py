@@ -33,11 +33,11 @@ _NAME = re.compile(EPOCH_FILE)
 
 
 class Damaged(CheckpointError):
-    """A file of ours that is not what was written: what it held has to be found out again."""
+    """A file of ours that is not what was written. Its content must be computed again."""
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Where the state after `epoch` epochs is kept."""
+    """The path of the state after `epoch` epochs."""
     return folder / f"epoch-{epoch:04d}.safetensors"
 
 
@@ -64,7 +64,7 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state` wrote, with its tensors in memory of their own on the CPU.
+    """The state that `write_state` wrote, with its tensors in their own memory on the CPU.
 
     Raises:
         Damaged: it is truncated, no file of ours, or not what was written.

@@ -158,7 +158,7 @@ def _would_make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
 
 
 def affordable(where: str, *shape: int) -> tuple[int, ...]:
-    """The shape of an example input, which is made of what a model says of itself.
+    """Check the shape of an example input, because it comes from what a model says about itself.
 
     Raises:
         CaptureError: a tensor of that shape would take more than 256 MB, or there is none.
@@ -175,7 +175,7 @@ def affordable(where: str, *shape: int) -> tuple[int, ...]:
 
 @contextmanager
 def within(limit: Limit, *, move: bool = False) -> Iterator[_Account]:
-    """Count what is made inside: modules, buffers, tensors. Other threads are not affected.
+    """Limit what is made inside this context: modules, buffers, tensors. Other threads are not affected.
 
     Raises:
         UsageError: something inside asks for more than the limit, or for more memory than there is.

@@ -38,7 +38,7 @@ _CACHED = os.sep + "__pycache__"
 
 
 class Outside(PermissionError):
-    """Something tried to reach outside while a model was built from a recipe."""
+    """The error for anything that tries to reach outside while a model is built from a recipe."""
 
 
 class _State(threading.local):
@@ -51,7 +51,7 @@ _state = _State()
 
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Inside, this thread reaches nothing but the installed libraries.
+    """Inside this context, this thread reaches nothing but the installed libraries.
 
     Raises:
         UsageError: something inside tried to, and failed for it.

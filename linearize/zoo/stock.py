@@ -74,7 +74,7 @@ def _shared(model: nn.Module) -> set[frozenset[str]]:
 
 
 def expect_stock(model: nn.Module) -> None:
-    """Before any work: a transformers model that shall be stock afterwards must be stock now.
+    """Check before any work: a model that is to be stock afterwards must be stock now.
 
     Raises:
         CheckpointError: it is not, so that nothing made of it would be.
@@ -84,7 +84,7 @@ def expect_stock(model: nn.Module) -> None:
 
 
 def prove_stock(model: nn.Module, example_inputs: Any) -> None:
-    """After it: warn if there is no stock model for all that, with the reason."""
+    """Check afterwards: warn with the reason if the result is not stock."""
     if _has_config(model):
         try:
             stock_copy(model, example_inputs)

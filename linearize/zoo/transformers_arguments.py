@@ -229,7 +229,7 @@ class Arguments(Settings):
         return self.input_features()
 
     def audio_mel_mask(self) -> Tensor:
-        """Where there is no sound: nowhere (B, F)."""
+        """Mask of the places without sound (B, F); there are none."""
         return torch.zeros(self.batch, 64, dtype=torch.bool, device=self.device)
 
     def freq(self) -> Tensor:

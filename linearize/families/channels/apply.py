@@ -35,7 +35,7 @@ __all__ = ["Edit", "carry_out", "edit_for"]
 
 @dataclass(frozen=True)
 class Edit:
-    """New values for a site, in float64; its channels are keep, carriers and all others, which are dropped.
+    """New values for a site, in float64. Its channels are kept, or carry the skip, or are dropped.
 
     Attributes:
         site: its name.
@@ -60,7 +60,7 @@ class Edit:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         held = [
             *self.weights,
             *self.biases,
@@ -71,14 +71,14 @@ class Edit:
         return float(sum(tensor.nbytes for tensor in held))
 
     def linear(self) -> Tensor:
-        """Which channels are not nonlinear any more: bool (C,)."""
+        """Mask of the channels that are no longer nonlinear: bool (C,)."""
         mask = torch.ones_like(self.slope, dtype=torch.bool)
         mask[self.keep] = False
         return mask
 
 
 def edit_for(model: nn.Module, observation: Observation, keep: Tensor, found: Fit) -> Edit:
-    """The edit that makes a site compute a fit; nothing is written yet.
+    """The edit that makes a site compute a fit. Nothing is written yet.
 
     Args:
         model: gated, with its own weights at this site.

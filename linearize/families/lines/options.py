@@ -28,7 +28,7 @@ _LEVELS = 64  # options of lines per group, at most
 
 
 def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Tensor) -> Tensor:
-    """What each channel costs the output if it goes to its line: (C,) float64.
+    """The loss of the output if a channel follows its line, for each channel: (C,) float64.
 
     A gate that nothing tells anything about costs infinitely much.
     """
@@ -38,7 +38,7 @@ def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Ten
 
 
 def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
-    """A group per gate, with options for how many of its channels stay nonlinear."""
+    """A group per gate, with options for the number of its channels that stay nonlinear."""
     groups = []
     for name, gate in gates(model).items():
         positions = float(gate.site.positions) if gate.site is not None else 1.0
@@ -61,7 +61,7 @@ def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
 
 
 def with_lines(groups: Sequence[Group], lines: Sequence[Group], *, barred: Collection[str] = ()) -> list[Group]:
-    """The groups with the options of `unit_groups` besides their own: refitted weights here, lines in place there.
+    """The groups with the options of `unit_groups` added to their own: some sites are refitted, others follow lines.
 
     Args:
         groups: of `candidates`; the sites of one may share maps, and get refits together.

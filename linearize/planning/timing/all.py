@@ -33,7 +33,7 @@ def timed(
     rounds: int,
     cache: Path | None,
 ) -> list[Group]:
-    """The groups with latencies as shares of the original's.
+    """The groups with latencies, as shares of the original's.
 
     Args:
         original: the model as it came.
