@@ -26,7 +26,7 @@ _PIECE = 2**25
 
 
 class Line(NamedTuple):
-    """For each channel: `alpha`, the line, and where alpha counts as one."""
+    """Per channel, the gate's value `alpha`, the line it leads to, and where alpha counts as one."""
 
     alpha: Tensor
     slope: Tensor
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Everything except its input on which the value of a gate depends."""
+    """All that a gate's value depends on besides its input."""
 
     activation: nn.Module
     line: Line
@@ -61,7 +61,7 @@ def mix(unit: Unit, x: Tensor) -> Tensor:
 
 
 def mix_in_pieces(unit: Unit, x: Tensor) -> Tensor:
-    """Like `mix`, without autograd. The result overwrites `h`, unless `h` is another name of `x`."""
+    """As `mix`, without autograd, and written over `h` unless `h` is another name of `x`."""
     h = unit.activation(x)
     of_h, of_x, of_one = unit.line.coefficients(unit.axis)
     alias = h.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
@@ -95,7 +95,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, x: Tensor, alpha: Tensor, *parameters: Tensor) -> Tensor:
-        """Run the activation and the mix. `alpha` and `parameters` are arguments so that autograd sees them."""
+        """Run the activation and the mix; `alpha` and `parameters` stand here to be seen by autograd."""
         ctx.unit = unit._replace(line=unit.line._replace(alpha=alpha.detach()))
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))

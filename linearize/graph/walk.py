@@ -50,7 +50,7 @@ class Walker:
         return Folder(self.model, self.captured, self.shared)
 
     def back(self, node: fx.Node, axis: int, *, packed: bool = False) -> Reading:
-        """Walk from a node whose channels lie on `axis` back to the linear map that produced them.
+        """From a node whose channels lie on `axis` to the linear map that produced them.
 
         With `packed`, the node may be one of several slices of that map's output.
 

@@ -247,7 +247,7 @@ def _needs_labels(model: nn.Module, batch: Batch) -> bool:
 
 
 def check_training(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], *, distill: bool) -> None:
-    """Check that the first batch gives a loss, before minutes are spent on the plan.
+    """Whether a loss comes out of the first batch at all, before minutes are spent on the plan.
 
     Raises:
         DataError: labels are missing.

@@ -205,5 +205,5 @@ def _ties(gated: nn.Module, *, uniform: bool | Sequence[str]) -> list[list[str]]
 
 
 def describe(groups: Sequence[Group], measure: Measure) -> Mapping[str, str]:
-    """For each group, its best options as a table."""
+    """Per group, its best options as a table."""
     return {", ".join(group.sites): str(group.pareto(measure)) for group in groups}

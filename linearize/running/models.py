@@ -75,7 +75,7 @@ def call(name: str, model: nn.Module, batch: Inputs) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inside this context models are in eval mode, without gradients. Afterwards each module has its own mode again.
+    """Eval mode and no gradients inside; afterwards each module is in the mode it was in.
 
     Examples:
         >>> model = nn.Dropout()

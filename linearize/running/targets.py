@@ -15,7 +15,7 @@ Kind = Literal["classes", "multilabel", "values"]
 
 
 def axes_of(z: Tensor) -> tuple[int, ...]:
-    """The possible class axes: the last one, or that of (B, K, ...) as in images, which then comes first."""
+    """Where classes may be: last, or (B, K, ...) as in images, where that comes first."""
     if z.dim() < 1:
         return ()
     return (-1,) if z.dim() < 3 else (-1, 1) if z.dim() == 3 else (1, -1)

@@ -1,4 +1,4 @@
-"""Gates that a fused path bypasses without gradients: the path is switched off, or the gate is removed."""
+"""Gates that a model calls with gradients only: its fused path is switched off, or they are taken back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MODES = ("without", "with")
 def settle_modes(
     model: nn.Module, sites: tuple[Site, ...], replaced: dict[str, nn.Module], inputs: Inputs
 ) -> tuple[tuple[Site, ...], list[Step]]:
-    """Remove the gates that a model does not call in every mode, if this cannot be changed.
+    """Take back the gates that a model does not call, or not in every mode, if nothing can be done about it.
 
     Args:
         model: with gates; it is changed in place.
