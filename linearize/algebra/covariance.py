@@ -44,7 +44,7 @@ class Covariance:
         self.scatter = torch.zeros(features, features, dtype=torch.float64, device=place)
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Take in rows (R, F), each counted `weights` (R,) times."""
+        """Add rows (R, F), each counted `weights` (R,) times."""
         step = max(1, _CHUNK // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):
             some = None if weights is None else weights[start : start + step].to(self.mean)
@@ -65,7 +65,7 @@ class Covariance:
         self.mean += shift * (total / self.weight)
 
     def merge(self, other: Covariance) -> None:
-        """Take in the rows that another one has seen; either may have seen none.
+        """Add the rows that another object has seen. Either may have seen none.
 
         Examples:
             >>> rows = torch.randn(9, 2, dtype=torch.float64)
@@ -86,7 +86,7 @@ class Covariance:
         self.mean += shift * (other.weight / self.weight)
 
     def part(self, start: int) -> Covariance:
-        """The same of the features from `start` on."""
+        """The statistics of only the features from `start` on."""
         found = Covariance(0, self.mean.device)
         found.count, found.weight = self.count, self.weight
         found.mean, found.scatter = self.mean[start:].clone(), self.scatter[start:, start:].clone()
@@ -112,5 +112,5 @@ class Covariance:
 
     @property
     def finite(self) -> bool:
-        """Whether all sums are finite. On a GPU this waits for the device."""
+        """True if all sums are finite. On a GPU, this call waits for the device."""
         return bool(torch.isfinite(self.scatter.sum() + self.mean.sum()))
