@@ -1,4 +1,4 @@
-"""Find the channels whose nonlinearity a trained network no longer needs, and remove them exactly."""
+"""Make trained PyTorch models smaller and faster: find channels that need no nonlinearity, and remove them exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The version, alone in a file so that packaging tools read it without importing torch."""
+"""The version. It is alone in a file so that packaging tools can read it without importing torch."""
 
 from __future__ import annotations
 

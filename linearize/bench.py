@@ -1,4 +1,4 @@
-"""Latency of models side by side: interleaved runs, medians with their spread, seconds on every device."""
+"""Latency of several models: they are measured in turns, as medians with their spread, in seconds on every device."""
 
 from __future__ import annotations
 
@@ -44,29 +44,28 @@ def benchmark(
     device: torch.device | str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchmarkResult:
-    """Measure the time of one forward pass of each model, in turns, so that a busy machine slows all alike.
+    """Measure the time of one forward pass of each model, in turns, so that a busy machine affects all of them.
 
-    Every round measures each model once, in an order that alternates between rounds; the ratio of two models
-    is taken within a round. CUDA devices are timed by events, all others by the clock. The models are left
-    as they were.
+    Every round measures each model once. The order alternates between rounds. The ratio of two models is taken within a
+    round. CUDA devices are timed by events, all others by the clock. The models are not changed.
 
     Args:
-        models: names and models, the first being the reference of ratios; or a pair (reference, candidate).
+        models: models by name, or a pair (reference, candidate). Ratios are relative to the first one.
         inputs: one batch: a tensor, a tuple, or a dict of keyword arguments.
-        rounds: measurements of each model.
-        warmup: calls of each model before the first measurement.
-        batch_sizes: sizes to measure, by repeating or cutting the batch along its first axis; None: as it is.
-        dtype: floating type of copies of models and inputs; None measures the models as they are.
-        threads: CPU threads within an operation; None keeps the present number.
+        rounds: number of measurements of each model.
+        warmup: number of calls of each model before the first measurement.
+        batch_sizes: sizes to measure. The batch is repeated or cut along its first axis. None keeps its size.
+        dtype: floating type to measure in, on copies of models and inputs. None measures the models as they are.
+        threads: number of CPU threads within an operation. None keeps the present number.
         compile: True measures under `torch.compile`; `[False, True]` measures both ways.
-        device: where to measure, on copies if a model is elsewhere; None takes that of the first model.
-        progress: called with a line of text before each measurement series.
+        device: where to measure. A model on another device is copied. None takes the device of the first model.
+        progress: a function that is called with a line of text before each series of measurements.
 
     Returns:
-        A `BenchmarkResult`: medians and quartiles in seconds, ratios with theirs; a table and JSON.
+        A `BenchmarkResult`: medians and quartiles in seconds, and ratios with their quartiles.
 
     Raises:
-        UsageError: an argument is out of range, a model does not run on the inputs, or is not whole on one device.
+        UsageError: an argument is out of range, a model does not run on the inputs, or is not on a single device.
 
     Examples:
         >>> small, large = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8))

@@ -1,7 +1,8 @@
-"""Fit each channel's straight line to the inputs that the channel really gets, in one pass over data.
+"""Calibration: fit the line of each channel to the inputs that the channel gets on data, in one pass.
 
-Least squares of `h = act(x)` on `slope * x + intercept`, per channel. A channel that is always on gets (1,
-0), a dead one (0, 0), both with residual zero: they can be collapsed with no change of function.
+The line `slope * x + intercept` is fitted to `h = act(x)` by least squares, for each channel. A ReLU channel that is
+always on gets (1, 0), and one that is never on gets (0, 0). Both have residual zero, so such channels can be collapsed
+without any change of function on these data.
 
 Shape letters: C channels of a gate, R rows (every token or pixel of every sample).
 """
@@ -29,12 +30,12 @@ __all__ = ["Calibration", "LineCollector", "SiteCalibration", "calibrate", "fit_
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found, by site name in order of execution. Prints as a table."""
+    """The fitted lines by site name, in order of execution. It prints as a table."""
 
     sites: dict[str, SiteCalibration] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {name: site.to_dict() for name, site in self.sites.items()}
 
     def __str__(self) -> str:
@@ -53,7 +54,7 @@ def _row(name: str, site: SiteCalibration) -> tuple[str, ...]:
 
 @dataclass
 class LineCollector:
-    """Moments of what one gate reads and of what its activation makes of it.
+    """Collects moments of the inputs of one gate and of the outputs of its activation.
 
     Attributes:
         name: of the site.
@@ -73,7 +74,7 @@ class LineCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         return 56.0 * self.gate.channels
 
     def attach(self, now: Moment) -> Iterator[RemovableHandle]:
@@ -93,7 +94,7 @@ class LineCollector:
         yield self.gate.activation.register_forward_hook(see)
 
     def take(self, now: Moment) -> None:
-        """Nothing: rows are counted as they pass, before anything overwrites them."""
+        """Does nothing, because rows are counted as they pass, before anything overwrites them."""
 
     @property
     def finite(self) -> bool:
@@ -101,34 +102,34 @@ class LineCollector:
         return bool(self.moments.finite)
 
     def merge(self, other: LineCollector) -> None:
-        """Take in what another one found on other batches."""
+        """Add the sums of another collector, from other batches."""
         self.moments.merge(other.moments)
 
     def state(self) -> dict[str, Any]:
-        """What was found."""
+        """The sums, as plain values and tensors."""
         return self.moments.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.moments.restore(state)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> Calibration:
-    """Fit the line of every gate by least squares, in one pass that stores no activations.
+    """Fit the line of every channel to its inputs on data, by least squares. One pass, and no activation is stored.
 
-    Sets `slope` and `intercept` of every channel that is not linear yet; a linear channel keeps the line that
-    is in use. `alpha` and `frozen` stay as they are, and so does the function of a model whose alphas are 0.
+    This sets `slope` and `intercept` of every channel that is not linear yet. A linear channel keeps its line. `alpha`
+    and `frozen` do not change. If all alphas are 0, the function of the model does not change either.
 
     Args:
-        model: a model with gates. It runs in eval mode, and is left in the mode it was in; compiled code in it rests,
-            since it would not see what is put on to look at the activations.
-        batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. Where they hold an
-            `attention_mask` (B, T) that fits a site's input (B, T, C), in a nested dict, too, padding is left out; a
-            decoder's mask is its own, or follows from labels that are not -100 where these are its input.
+        model: a model with gates. It runs in eval mode, and is put back into its own mode afterwards. Compiled code in
+            it is run eagerly, because it would not call the hooks that read the activations.
+        batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. If a batch holds an
+            `attention_mask` (B, T) that fits a site's input (B, T, C), also in a nested dict, padding is left out. For
+            a decoder, its own mask is used. If its input is made from labels, the labels that are -100 are padding.
         progress: show a bar, if standard error is a terminal.
 
     Returns:
-        The lines and what they leave unexplained, by site. Gates that no batch reached have count 0.
+        For each site, the lines and the variance that they leave unexplained. A gate that no batch reached has count 0.
 
     Raises:
         UsageError: the model has no gates.

@@ -1,7 +1,7 @@
 """Saving and loading: one .safetensors file with tensors, the base model's recipe, and the changes to it.
 
-No pickle and no code: a file names library models and a short list of layers, and holds plain data. The
-format is specified in docs/checkpoints.md.
+There is no pickle and no code: a file names library models and layers from a short list, and holds plain data.
+docs/checkpoints.md specifies the format.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ FILE = "linearize.safetensors"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write ``model`` to one .safetensors file, from which `load` makes it again in any process.
+    """Write a model to one .safetensors file. `load` builds it again in any process.
 
-    The file holds the tensors, the recipe of the base model if it comes from timm or transformers, and the
-    steps that led from it to this model. It is written beside ``path`` and renamed when complete: a failure
-    leaves what was there before. Forward hooks and the training flag are not saved.
+    The file holds the tensors, how to build the base model if it comes from timm or transformers (the recipe), and the
+    steps that change the base model into this one. It is written to another name and renamed when complete, so a
+    failure leaves an old file unchanged. Forward hooks and the training flag are not saved.
 
     Args:
         model: any model: base, with gates, or collapsed. Data-parallel and compile wrappers are left out.
@@ -51,8 +51,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             not know; the path is a folder, or cannot be written.
 
     Warns:
-        UserWarning: a timm or transformers model was changed so that it cannot be rebuilt from its name; `load` will
-            need ``model=``.
+        UserWarning: a timm or transformers model was changed and cannot be built from its name; `load` will need
+            ``model=``.
 
     Examples:
         >>> import tempfile
@@ -92,13 +92,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(
     path: str | os.PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Make the model of a file that `save` wrote, in eval mode.
+    """Build the model of a file that `save` wrote, in eval mode.
 
     Args:
         path: the file, or a folder that `save_pretrained` of a changed model has written.
-        model: a base model as it was before `linearize.convert`, for files of models from neither timm nor
-            transformers. Its structure is copied; the model itself is left as it was.
-        device: where the tensors go. On the CPU they are mapped from the file, and read when first used.
+        model: the base model as it was before `linearize.convert`. Needed if the model is from neither timm nor
+            transformers. Its structure is copied, and it is not changed.
+        device: where the tensors go. On the CPU they are mapped from the file and read when first used.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another program or of a newer format; its plan or its tensors

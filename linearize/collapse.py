@@ -1,4 +1,4 @@
-"""Carry out a plan: fold linear channels into the linear maps around them, in float64, and leave no gate behind."""
+"""Remove all gates, and fold linear channels into the linear maps around them, in float64."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _log = logging.getLogger(__name__)
 
 
 def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = None) -> nn.Module:
-    """A model without gates that computes the same function as `model` in eval mode.
+    """Make a model without gates that computes the same function as `model` in eval mode.
 
-    Linear channels are folded into the linear maps before and after them: merged, factored or vanished, whichever is
-    cheapest (docs/algebra.md). A channel that is linear but cannot be collapsed keeps a partial activation.
+    Linear channels are folded into the linear maps before and after them, in the cheapest form: merged, factored or
+    vanished (docs/algebra.md). If the channels of a site cannot be folded, its activation leaves out the linear ones.
 
     Args:
-        model: a converted model; it is left as it is.
-        when: "cheaper" collapses a site only where that saves cost; "always" merges every linear channel that can be.
-        plan: a plan made before, to carry out instead of a new one.
+        model: a converted model. It is not changed.
+        when: "cheaper" folds a site only if that saves cost. "always" merges every linear channel that can be merged.
+        plan: a plan to carry out; None makes a new one.
 
     Returns:
         A new model of the same class. Relative error at most 1e-5 in float32 and 1e-12 in float64.
@@ -80,7 +80,7 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
 def collapse_telling(
     model: nn.Module, when: When, plan: Plan | None, tell: Callable[[str, str, str], object]
 ) -> nn.Module:
-    """Collapse a model that has been checked; `tell` is given a format, a site that stays and the reason."""
+    """Collapse a model that has been checked. `tell` gets a format, a site that is not folded, and the reason."""
     parts = converted_parts(model)
     with ALONE:
         if parts and "" not in parts:

@@ -1,4 +1,4 @@
-"""The main job in one call: gates, calibration, a plan for a budget, fine-tuning, collapsing, and proof of it all."""
+"""The main function: gates, calibration, a plan for a budget, fine-tuning, collapsing, and a report that proves it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ __all__ = ["Result", "compress"]
 
 @dataclass(frozen=True)
 class Result:
-    """What `compress` gives back.
+    """The result of `compress`.
 
     Attributes:
-        model: the collapsed model: same class, no gates, in eval mode. After a dry run: the model that went in.
+        model: the collapsed model: same class, no gates, in eval mode. After a dry run: the model that you passed.
         plan: what happened, or would happen, to every channel.
         report: quality, cost and latency before and after, and whether the budget is met.
     """
@@ -86,64 +86,64 @@ def compress(
     seed: int = 0,
     progress: bool | Callable[[str], None] = True,
 ) -> Result:
-    """Make a model cost what a budget allows, at the least loss of its function, and prove what came out.
+    """Make a model smaller, to a budget, so that its output changes as little as possible, and report the result.
 
-    For each site the candidates are: stay; drop channels and refit the others by least squares; the same beside a
-    linear skip of some rank; one linear map for all of it. Whole modules, such as attention or a residual block, may
-    become one linear map, too. Costs are counted or measured, losses predicted from the sensitivity of the model's
-    output, and the best choice within the budget is taken (docs/compress.md). Choice and refit are approximate, and
-    what they lose is measured; what then is folded away is folded exactly.
+    For each site, the options are: keep it; drop channels and refit the next layer by least squares; the same with a
+    linear skip of some rank beside; replace it by one linear map. Whole modules, such as attention or a residual block,
+    may become one linear map, too. Costs are counted or measured. Losses are predicted from the sensitivity of the
+    model's output. The best choice within the budget is taken (docs/compress.md). Choosing and refitting are
+    approximate, and their loss is measured. Folding afterwards is exact.
 
     Args:
-        model: a trained model; it is left as it is.
-        data: re-iterable batches as the model takes them: tensors, tuples (inputs, labels) or dicts of keyword
+        model: a trained model. It is not changed.
+        data: batches that can be read several times: tensors, tuples (inputs, labels) or dicts of keyword
             arguments. Labels are needed for fine-tuning only.
         latency: budget: fraction in (0, 1] of the original's measured latency.
         flops: budget: fraction of its FLOPs.
         params: budget: fraction of its parameters.
         speedup: budget: a factor of at least 1; the same as `latency=1 / speedup`.
         activations: budget: fraction of its nonlinear unit evaluations.
-        linear: in place of a budget: share of all gated channels that shall be linear, in (0, 1].
-        plan: in place of a budget: a plan that `compress` made for this model, perhaps edited, to carry out again.
-        finetune: number of epochs, or keyword arguments of `linearize.finetune` (and `gradual`, the share of the steps
-            that the way to the plan takes; 0, the default, starts in the planned state); None trains nothing. Behind a
-            budget or a plan the learning rate is 3e-4 if none is given.
+        linear: instead of a budget: share of all gated channels that become linear, in (0, 1].
+        plan: instead of a budget: a plan that `compress` made for this model, to carry out again, perhaps edited.
+        finetune: number of epochs, or keyword arguments of `linearize.finetune`; None trains nothing. With `gradual`,
+            a share of the steps, the model moves to the planned state during these steps; 0, the default, starts there.
+            With a budget or a plan, the default learning rate is 3e-4.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
-        distill: imitate the original model in fine-tuning, besides the labels.
+        distill: fine-tuning imitates the original model, in addition to the labels.
         output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
             ["boxes*"], or a dict of these with weights, or with kinds ("classes", "multilabel", "values"); None takes
-            every floating tensor, in equal shares (docs/compress.md).
-        example_inputs: as for `linearize.convert`, and what costs are counted for; None takes the first batch.
-        include: as for `linearize.convert`: glob patterns of the sites that may be changed.
-        exclude: likewise, of those that may not.
-        dry_run: only plan: `Result.model` is the model that went in.
-        sequential: refit each site once more behind those that are compressed already: a pass over the data for each.
-        search: so many other plans around the chosen one are tried with the real loss, on four batches of the data, and
+            every floating tensor, equally weighted (docs/compress.md).
+        example_inputs: as for `linearize.convert`. Costs are counted for them. None takes the first batch.
+        include: glob patterns of the sites that may be changed, as for `linearize.convert`.
+        exclude: glob patterns of the sites that may not be changed.
+        dry_run: only make a plan. `Result.model` is the model that you passed.
+        sequential: refit each site once more on the inputs behind the compressed sites; a pass over the data for each.
+        search: number of other plans that are tried with the real loss, on four batches of the data, in addition to
             those without blocks or whole modules; 0 keeps the plan of least predicted loss.
-        uniform: keep equal widths in all sites of equal shape, as serving runtimes ask for; or glob patterns of sites.
-        stock: take only options that leave ordinary layers: equal widths, no skip, no new bias; a transformers model
-            then has a true config again (`linearize.zoo.stock_copy`).
-        modules: whole modules, such as attention or a residual block, may become one linear map; not with `uniform` or
-            `stock`, not under `activations=`, and none that holds an activation outside `include` and `exclude`.
-        round_to: widths are multiples of this; None takes multiples of 8, finer at narrow sites. Lines in place, under
-            `activations=`, change no width.
+        uniform: keep equal widths in all sites of equal shape, as serving runtimes need; or glob patterns of sites.
+        stock: take only options that leave ordinary layers: equal widths, no skip, no new bias. A transformers model
+            then has a correct config again (`linearize.zoo.stock_copy`).
+        modules: whole modules, such as attention or a residual block, may become one linear map. Not with `uniform`,
+            `stock` or `activations=`, and not if a module holds an activation that `include` or `exclude` leave out.
+        round_to: widths are multiples of this; None takes multiples of 8, and smaller ones at narrow sites. It does
+            not apply to channels that only follow their line (`activations=`).
         when: with `linear`, as for `linearize.collapse`.
         batch_sizes: for latencies; None takes that of the data.
-        rounds: measurements of each latency; 0 measures none, if the budget is no latency.
-        cache: remember ratios of latencies in the user's cache folder, or in this file.
-        checkpoint_dir: a folder for what an interrupted run has done: statistics after each pass over the data, and the
-            checkpoints of fine-tuning. The same call goes on there; when it is done, they are removed.
-        seed: of whatever is random; the global random state is put back afterwards.
-        progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
+        rounds: measurements of each latency; 0 measures none, unless the budget is a latency.
+        cache: store ratios of latencies in the user's cache folder, or in this file, and use them again.
+        checkpoint_dir: a folder for statistics after each pass over the data and for checkpoints of fine-tuning. If
+            the run is interrupted, the same call continues there. At the end these files are removed.
+        seed: of everything random. The global random state is restored afterwards.
+        progress: False is silent. True shows bars on a terminal. A function also gets a line of text for each step.
 
     Returns:
-        A `Result`: `.model`, `.plan`, `.report`. If the budget cannot be met, the model is the nearest one, and the
-        report says so and what can be reached.
+        A `Result` with `.model`, `.plan` and `.report`. If the budget cannot be met, the model is the nearest one. The
+        report says so, and what can be reached.
 
     Raises:
         UsageError: no budget or several, or an argument out of range.
-        DataError: no batches, data that can be read once only, NaN, or labels missing for fine-tuning.
-        LinearizeError: by any of the steps; the model is left as it was.
+        DataError: no batches, data that can be read only once, NaN, or missing labels for fine-tuning.
+        LinearizeError: one of the steps failed. The model is not changed.
 
     Examples:
         >>> import torch
@@ -165,7 +165,7 @@ def compress(
 
 
 def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, Notes]:
-    """What a request to compress a model gives, and the notes of it, to be forgotten once the result is safe.
+    """Carry out a request. Gives the result, and the notes of the run, to be deleted once the result is stored.
 
     Raises:
         LinearizeError: as for `compress`.

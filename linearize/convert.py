@@ -1,4 +1,4 @@
-"""Put a gate on every channel of every activation that can be reached."""
+"""Put a gate in the place of every activation that can be reached."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def convert(
     exclude: str | Sequence[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Insert a `ChannelGate` at every activation. The function stays the same, bitwise, until a gate is moved.
+    """Put a `ChannelGate` in the place of every activation. The output stays bitwise equal until an alpha changes.
 
     Args:
-        model: an eager model; wrappers for data parallelism are taken off.
+        model: an eager model. Wrappers for data parallelism are removed.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of its forward.
-            None asks the model's library (timm's input size, a transformers config).
-        include: glob patterns on site names (`linearize.summary` lists them): only these get a gate.
-        exclude: glob patterns of sites that get none.
+            None takes them from the model's library (timm's input size, a transformers config).
+        include: glob patterns of site names (`linearize.summary` lists them). Only these sites get a gate.
+        exclude: glob patterns of sites that get no gate.
         inplace: change `model` itself instead of a copy.
 
     Returns:
@@ -181,7 +181,7 @@ def _keep_children(model: nn.Module, sites: tuple[Site, ...]) -> list[Step]:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If something is raised inside, the modules of the model are what they were before."""
+    """Inside this context, an exception restores the modules of the model."""
     held = [(module, type(module), dict(module._modules)) for module in model.modules()]
     try:
         yield
@@ -194,7 +194,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def on_device(inputs: Inputs, model: nn.Module) -> Inputs:
-    """The inputs where the model is, if all of it is on one device."""
+    """The inputs on the device of the model, if all of the model is on one device."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         return inputs

@@ -1,4 +1,4 @@
-"""What a model costs: parameters and floating point operations, exactly; `benchmark` measures latency."""
+"""The cost of a model: parameters and floating point operations, counted exactly. `benchmark` measures latency."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Cost:
     """Cost of one forward pass.
 
     Attributes:
-        parameters: numbers in the model's parameters, shared ones counted once.
+        parameters: number of parameters. Shared ones are counted once.
         flops: additions and multiplications in matrix products, convolutions and attention, for the whole
-            batch; elementwise work is not counted.
+            batch. Elementwise operations are not counted.
     """
 
     parameters: int
@@ -39,17 +39,17 @@ class Cost:
 
 
 def cost(model: nn.Module, inputs: Any) -> Cost:
-    """Parameters and FLOPs of a model in eval mode; the model is left as it was.
+    """Count the parameters and FLOPs of a model in eval mode. The model is not changed.
 
-    The operations are counted on meta tensors, so that nothing is computed; a model that cannot run on these
-    runs for real.
+    The operations are counted on meta tensors, so nothing is computed. A model that cannot run on them runs on real
+    tensors.
 
     Args:
         model: any module.
         inputs: one batch: a tensor, a tuple, or a dict of keyword arguments.
 
     Raises:
-        UsageError: more or less than one batch, or the model does not run on it.
+        UsageError: there is not exactly one batch, or the model does not run on it.
 
     Examples:
         >>> cost(nn.Linear(3, 5), torch.zeros(2, 3))
@@ -63,7 +63,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 
 
 def flops_of_modules(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """FLOPs of every module that runs, by path, what its children do included; "" is the model.
+    """FLOPs of every module that runs, by path, including its children. The path "" is the model.
 
     Examples:
         >>> flops_of_modules(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""The errors of linearize: each says where, what was found, and what to do about it."""
+"""The errors of linearize. Each names the place, what was found there, and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
 
 
 class LinearizeError(Exception):
-    """Base of every error that linearize raises on purpose.
+    """The base class of every error that linearize raises on purpose.
 
     Args:
         where: the module path, file, tensor or option concerned.
@@ -38,28 +38,28 @@ class LinearizeError(Exception):
 
 
 class CaptureError(LinearizeError):
-    """The model could not be read: its example inputs do not run, or its graph cannot be captured."""
+    """The model cannot be read. It does not run on the example inputs, or its graph cannot be captured."""
 
 
 class ConvertError(LinearizeError):
-    """No gate could be put in, or not where it was asked for."""
+    """No gate could be put in, or not at the place that was asked for."""
 
 
 class CollapseError(LinearizeError):
-    """A plan does not fit the model, or its weights are not finite."""
+    """The model cannot be collapsed: it has no gates, its weights are not finite, or the plan does not fit it."""
 
 
 class CheckpointError(LinearizeError):
-    """A file cannot be written, read, or does not hold what it should."""
+    """A file cannot be written or read, or its content is not valid."""
 
 
 class DataError(LinearizeError):
-    """The data cannot be used: missing, empty, unlabelled, or not finite."""
+    """The data cannot be used. It is missing, empty, without labels, or not finite."""
 
 
 class TrainingError(LinearizeError):
-    """Training cannot go on: a loss that is no finite scalar, a checkpoint of another run."""
+    """Training cannot continue. The loss is not a finite scalar, or a checkpoint belongs to another run."""
 
 
 class UsageError(LinearizeError, ValueError):
-    """An argument is outside what the function takes."""
+    """An argument has a value that the function does not accept."""

@@ -38,14 +38,14 @@ Precision = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `finetune` did.
+    """The result of `finetune`.
 
     Attributes:
         model: the model that was passed in, trained.
         history: a record per epoch: "epoch", "loss" and its parts "task", "prior", "distill" and "features" (means
-            over the epoch), "share" (of linear channels), "lr", "seconds", and what the evaluation gave.
-        steps: optimizer steps of the whole run, those before a resumption included.
-        resumed_from: the epoch that a resumed run started from, else 0.
+            over the epoch), "share" (of linear channels), "lr", "seconds", and the results of the evaluation.
+        steps: optimizer steps of the whole run, including those before it was resumed.
+        resumed_from: the number of epochs that were already done when the run was resumed; 0 for a new run.
     """
 
     model: nn.Module
@@ -83,44 +83,44 @@ def finetune(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     accelerator: Accelerator | None = None,
 ) -> FinetuneResult:
-    """Train `model` in place with AdamW, warm-up and a cosine, on the device that accelerate chooses.
+    """Train `model` in place with AdamW, a warm-up and a cosine schedule, on the device that accelerate chooses.
 
     Args:
-        model: with gates or without. It ends on accelerate's device, in the mode (train or eval) it was in.
-        data: batches, iterated once per epoch: tensors, tuples (inputs, labels) or dicts of keyword arguments. If it,
-            or a sampler of it, has `set_epoch`, that is called before each epoch, and once more at the end.
-        epochs: passes over the data.
+        model: with gates or without. It ends on accelerate's device, in its own mode (train or eval).
+        data: batches, iterated once per epoch: tensors, tuples (inputs, labels) or dicts of keyword arguments. If the
+            data or its sampler has `set_epoch`, this is called before each epoch, and once more at the end.
+        epochs: number of passes over the data.
         loss: a function of (the model's output, the labels or None) that gives a scalar. By default the output's own
-            `loss`, or by what the labels are: cross entropy for classes (whole numbers, or rows that sum to 1), binary
-            cross entropy for zeros and ones of the output's shape, else the relative squared error.
-        prior: added to the loss; its `step` follows each optimizer step. Without one, gates are not trained.
-        teacher: the model to imitate, for instance the original; it is used in eval mode and not changed.
-        distill_weight: share in [0, 1] of the distillation in (task loss, distillation); 1 needs no labels.
-        temperature: of the distillation of logits.
-        features: glob patterns of modules, such as "blocks.*", whose outputs are to be like those of the teacher's
+            `loss`. Otherwise it depends on the labels: cross entropy for classes (whole numbers, or rows that sum to
+            1), binary cross entropy for zeros and ones of the output's shape, else the relative squared error.
+        prior: added to the loss. Its `step` is called after each optimizer step. Without one, gates are not trained.
+        teacher: a model to imitate, usually the original. It runs in eval mode and is not changed.
+        distill_weight: w in [0, 1], where the loss is (1 - w) * task + w * distillation; 1 needs no labels.
+        temperature: softens the logits that are distilled.
+        features: glob patterns of modules, such as "blocks.*". Their outputs are compared with those of the teacher's
             modules of the same names.
-        feature_weight: of that in the loss: times the squared error, relative to the teacher's mean square.
+        feature_weight: factor of that term, the squared error relative to the teacher's mean square.
         output: the parts of the output that the teacher's are compared with, such as "logits" or ["boxes*"], or a dict
-            of these with weights, or with kinds ("classes", "multilabel", "values"); None takes all, in equal shares.
+            of these with weights, or with kinds ("classes", "multilabel", "values"); None takes all, equally weighted.
         evaluate: after each epoch: a function of the model that gives a number or a dict of numbers, or batches
             on which `evaluate_batches` runs.
-        lr: learning rate of all but the gates, at the end of the warm-up.
+        lr: learning rate of everything except the gates, at the end of the warm-up.
         gate_lr: learning rate of the gates' alpha.
-        weight_decay: for parameters of two and more dimensions; see `param_groups`.
+        weight_decay: of parameters with two or more dimensions; see `param_groups`.
         warmup: share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
-        clip: largest norm of the gradients of all but the gates, above 0; None does not clip.
+        clip: largest norm of the gradients of everything except the gates, above 0; None does not clip.
         mixed_precision: "no", "bf16" or "fp16", by autocast; the gates' alpha stays float32.
         steps_per_epoch: ends each epoch early; needed if the data has no length.
-        checkpoint_dir: folder that gets a checkpoint after each epoch, complete or not at all. It is this run's alone
-            while the run goes on.
-        keep: how many checkpoints stay there, the latest.
+        checkpoint_dir: folder that gets a checkpoint after each epoch. A checkpoint is complete or not there. No
+            other process can use the folder during the run.
+        keep: how many of the latest checkpoints are kept.
         resume: continue from the latest checkpoint in `checkpoint_dir`, if there is one. On a CPU the weights at the
-            end are bitwise those of a run that was never interrupted. A damaged checkpoint is left out, with a line in
-            the log, and its epoch is done again.
-        seed: if given, seeds every global random generator at the start.
+            end are bitwise those of a run that was never interrupted. A damaged checkpoint is skipped with a line in
+            the log, and its epoch is trained again.
+        seed: if given, all global random generators are seeded with it at the start.
         progress: show a bar, if standard error is a terminal.
-        on_epoch: called with the record of each epoch.
-        accelerator: your own; by default one is made with `mixed_precision`.
+        on_epoch: a function that is called with the record of each epoch.
+        accelerator: an Accelerator of your own; by default one is made with `mixed_precision`.
 
     Returns:
         The model and the history of its training.
@@ -128,8 +128,8 @@ def finetune(
     Raises:
         UsageError: an argument is out of range, or the prior's schedule does not fit the number of steps.
         DataError: no batches, fewer than announced, or labels missing.
-        TrainingError: the loss is no scalar, or not finite (the weights are those of the step before); a checkpoint
-            of another run.
+        TrainingError: the loss is not a finite scalar (the weights are then those before this step), or a checkpoint
+            belongs to another run.
         CheckpointError: a checkpoint cannot be written or read.
 
     Examples:

@@ -1,9 +1,10 @@
-"""No folder that `from_pretrained` takes for another function: what a changed model's own `save_pretrained` writes.
+"""Guard the `save_pretrained` of a changed model, so that `from_pretrained` never reads the folder as another function.
 
-A library saves the weights and a configuration that knows nothing of gates and merged maps. Reading them, it drops what
-it does not expect, invents what it misses, and says so in a table at most. So `save_pretrained` of a model that
-linearize has changed leaves what the library writes but for the weights, marks the configuration so that nobody but
-`linearize.load` takes it, and puts our file beside it. The class of the model and its configuration in memory stay.
+A library saves the weights, and a configuration that does not describe gates and merged maps. When it reads them, it
+drops unknown weights, makes up missing ones, and reports this at most in a table. So `save_pretrained` of a model that
+linearize has changed does the following: it writes what the library writes, without the weights; it marks the
+configuration so that only `linearize.load` accepts it; and it adds our own file. The class of the model and its
+configuration in memory do not change.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Guard:
         self.module, self.steps, self.whole = module, steps, whole
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> Any:
-        """As the method of the module's class, if that is right.
+        """Save like the method of the module's class, if that is correct.
 
         Raises:
             CheckpointError: it is to be uploaded at once.
@@ -87,7 +88,7 @@ class _Guard:
 
     @property
     def changed(self) -> bool:
-        """Whether a model of its class and configuration would be another function, or another set of weights."""
+        """True if a model of this class and configuration would be another function, or need other weights."""
         ours = (type(m).__module__.startswith("linearize.") for m in self.module.modules())
         return self.steps or any(ours)
 

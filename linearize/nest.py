@@ -1,4 +1,4 @@
-"""Nests of tuples, lists, dicts and dataclasses: what batches and outputs are made of."""
+"""Nested tuples, lists, dicts and dataclasses: the shape of batches and outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATOMS = (str, bytes, int, float, complex, type(None), type, nn.Module)
 
 
 def leaves_of(nest: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What a nest holds, each with its path; the path of a single value is "".
+    """The values in a nest, each with its path. The path of a single value is "".
 
     Examples:
         >>> list(leaves_of({"a": 1, "b": (2, {"c": 3})}))
@@ -40,7 +40,7 @@ def _inside(nest: Any) -> list[tuple[Any, Any]] | None:
 
 
 def mapped(nest: Any, function: Callable[[Any], Any]) -> Any:
-    """The same nest in new containers, a function applied to what it holds.
+    """The same nest in new containers, with a function applied to its values.
 
     Mappings of any class become dicts, since a forward, torch.export and pytrees know these; dataclasses (and with them
     the outputs of transformers, which are both) and named tuples keep their class.
@@ -79,7 +79,7 @@ def plain(nest: Any) -> Any:
 
 
 def copied(nest: Any) -> Any:
-    """The same nest, with nothing in it that a model could change for others: a tensor that comes twice stays one.
+    """A copy of a nest, so that a model cannot change the original. A tensor that occurs twice stays one.
 
     Tensors lose their history of gradients. Objects of other kinds, such as caches, are copied if they can be.
 

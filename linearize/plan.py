@@ -1,4 +1,4 @@
-"""The plan: what happens to every channel of every site. Plain data with a JSON round trip."""
+"""The plan: what happens to every channel of every site, as plain data that can be written as JSON and read back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MASKED = "partial activation"  # linear channels stay where they are, behind an 
 
 @dataclass(frozen=True)
 class Form:
-    """A form that a family of replacements adds to those of collapsing.
+    """A form that a family of replacements adds to the forms of collapsing.
 
     Attributes:
-        name: as plans say it.
-        tell: what it does, in words, given K and the rank.
-        replaces: True if other modules take the place of the site's at once, so that no gate is left to collapse.
+        name: its name in plans.
+        tell: a function of K and the rank that describes what it does.
+        replaces: True if the modules of the site are replaced at once, so that no gate is left to collapse.
     """
 
     name: str
@@ -65,12 +65,12 @@ class SitePlan:
         form: "vanished", "merged", "merged (input)", "factored", "narrowed", "partial activation" or "unchanged"; of
             `compress` also the forms of its families, such as "block" or "whole module".
         linear: the channels that are linear, by index.
-        before, after: multiply-adds of its maps in one forward of the example inputs.
-        reason: why its channels are not collapsed, if they are not.
-        dropped: the channels of which nothing but a constant remains, where `compress` or a narrower chain drops them.
-        rank: of the linear skip that was fitted in their place; 0 for none.
+        before, after: multiply-adds of its maps in one forward of the example inputs, before and after.
+        reason: if its channels are not collapsed, the reason.
+        dropped: the channels that are removed, by index. At most a constant of them remains.
+        rank: rank of the linear skip that was fitted; 0 for none.
         loss: the error of the model's output that `compress` predicted for this site.
-        channels: how many the site has; 0 if that is not known.
+        channels: number of channels of the site; 0 if it is not known.
     """
 
     site: str
@@ -87,7 +87,7 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to every channel of a model.
+    """What happens to every channel of a model, as plain data.
 
     Examples:
         >>> plan = Plan((SitePlan("act", "merged", (0, 2)),))
@@ -98,12 +98,12 @@ class Plan:
     sites: tuple[SitePlan, ...]
 
     def to_json(self) -> str:
-        """The plan as text; `from_json` reads it back."""
+        """The plan as JSON text. `from_json` reads it back."""
         return json.dumps({"sites": [asdict(site) for site in self.sites]}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote, perhaps edited since.
+        """Read a plan that `to_json` wrote. The text may have been edited.
 
         Raises:
             UsageError: the text is no plan.
@@ -119,14 +119,14 @@ class Plan:
 
     @property
     def sha256(self) -> str:
-        """What tells this plan from any other: SHA-256 of `to_json`."""
+        """The SHA-256 digest of `to_json`, which identifies the plan."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def checked(self) -> Plan:
-        """The same plan.
+        """Check that the plan makes sense, and give it back.
 
         Raises:
-            UsageError: it says something that no plan can mean.
+            UsageError: it contradicts itself, or names an unknown form.
         """
         names = Counter(site.site for site in self.sites)
         for site in self.sites:

@@ -1,8 +1,8 @@
-"""Whether code computes the same each time: shown by its bytecode.
+"""Does code compute the same result each time? Decided from its bytecode.
 
-A graph holds what a forward read while it was traced. So it stands for the forward only where nothing is written, and
-nothing is read but the arguments, the module's children, parameters and buffers, its mode, and functions of torch.
-An activation may be run again on the way back only if nothing is written and no random numbers are drawn.
+A traced graph keeps what the forward read during tracing. It can replace the forward only if the forward writes
+nothing, and reads nothing but its arguments, the module's children, parameters and buffers, its mode, and functions of
+torch. An activation may be computed again in the backward pass only if it writes nothing and draws no random numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def is_torch(function: Any) -> bool:
 
 
 def repeats(activation: nn.Module) -> bool:
-    """Whether an activation that is run twice leaves what it leaves when it is run once, and gives the same.
+    """True if an activation that runs twice has the same effect and result as one that runs once.
 
     Examples:
         >>> class Noisy(nn.Module):

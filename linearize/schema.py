@@ -1,7 +1,7 @@
-"""What a file may say, as data: small checks of plain values that are put together to one schema per format.
+"""Schemas: what a file may contain. Small checks of plain values are combined into one schema per format.
 
-A check takes a value and where it stands, returns nothing, and raises `Unfit` for what it does not allow. A format is
-checked as a whole before anything of it is used.
+A check gets a value and its place in the file. It returns nothing, and raises `Unfit` if the value is not allowed. A
+whole file is checked before anything in it is used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DEPTH = 20
 
 
 class Unfit(ValueError):
-    """A value that its place does not allow."""
+    """A value that is not allowed at its place."""
 
     def __init__(self, where: str, value: Any, wanted: str) -> None:
         shown = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
@@ -140,7 +140,7 @@ def optional(inner: Check) -> Check:
 
 
 def union(*checks: Check) -> Check:
-    """What any of some checks allows; the last one tells what was wanted."""
+    """Whatever any of some checks allows. The error is that of the last one."""
 
     def check(value: Any, where: str) -> None:
         for each in checks[:-1]:
@@ -191,7 +191,7 @@ def mapping(key: Check, inner: Check, longest: int = 1_000_000) -> Check:
 
 
 def struct(required: Mapping[str, Check], more: Mapping[str, Check] | None = None) -> Check:
-    """A dict of known keys, each with a check of its own; nothing else may stand in it."""
+    """A dict with known keys, each with its own check. Other keys are not allowed."""
     known = {**(more or {}), **required}
 
     def check(value: Any, where: str) -> None:

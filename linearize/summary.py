@@ -1,4 +1,4 @@
-"""A row per activation site: what is there, what is linear, what it would collapse to, or why it cannot."""
+"""A table with one row per site: its activation, its linear channels, and the form it would take, or why it cannot."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class SiteSummary:
     """One activation site.
 
     Attributes:
-        name, activation: of the site.
-        channels, linear: how many it has, and how many of them are linear now.
+        name, activation: the name of the site and its activation.
+        channels, linear: the number of its channels, and how many of them are linear now.
         gated: whether it has a gate.
-        form: what it would collapse to: as it is now, or, if no channel is linear yet, with all of them linear.
+        form: what it would collapse to with its present linear channels. If no channel is linear yet, all of them are
+            taken as linear.
         reason: why it has no gate, or why its linear channels cannot be collapsed; None if they can.
     """
 
@@ -41,18 +42,18 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All activation sites of a model, in order of execution; prints as a table."""
+    """All activation sites of a model, in order of execution. It prints as a table."""
 
     sites: tuple[SiteSummary, ...]
 
     @property
     def channels(self) -> int:
-        """Gated channels."""
+        """The number of channels that have a gate."""
         return sum(site.channels for site in self.sites if site.gated)
 
     @property
     def linear(self) -> int:
-        """Linear channels among them."""
+        """The number of channels that are linear."""
         return sum(site.linear for site in self.sites)
 
     @property
@@ -61,7 +62,7 @@ class Summary:
         return self.linear / self.channels if self.channels else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         totals = {"channels": self.channels, "linear": self.linear, "share": self.share}
         return {"sites": [asdict(site) for site in self.sites], **totals}
 
@@ -87,11 +88,11 @@ def _outcome(site: SiteSummary) -> str:
 
 
 def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
-    """Every activation of a model and what can be done with it.
+    """List every activation of a model, with the form it would collapse to, or the reason why it cannot.
 
     Args:
-        model: converted or not. One that is not is converted on the side; nothing of it changes.
-        example_inputs: as for `linearize.convert`; needed for a model that is neither converted nor of a known library.
+        model: converted or not. A model without gates is converted as a copy; your model does not change.
+        example_inputs: as for `linearize.convert`. Needed if the model is neither converted nor from a known library.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))

@@ -1,7 +1,7 @@
-"""The tensors that modules hold, of whatever kind: parameters, what a parametrization computes, quantised ones.
+"""The tensors that modules hold: parameters, the results of parametrizations, quantised ones.
 
-Reading a weight that is computed runs code of others: a spectral norm takes a step of its power iteration whenever its
-weight is read in training mode. So weights are read here, as they are in eval mode.
+Reading a computed weight runs other code. A spectral norm, for example, takes a step of its power iteration whenever
+its weight is read in training mode. So weights are read here, as they are in eval mode.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUANTISE_LATER = "convert first, quantise afterwards"
 
 @contextmanager
 def at_rest(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode for modules and what is inside them, and no gradients; afterwards each is in the mode it was in.
+    """Inside this context modules are in eval mode, without gradients. Afterwards each has its own mode again.
 
     Examples:
         >>> layer = nn.Dropout()
@@ -105,7 +105,7 @@ def write_back(noted: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """The tensor of that name; if a parametrization computes it, as in eval mode. None if there is none.
+    """The tensor of that name, as in eval mode if a parametrization computes it. None if there is none.
 
     Examples:
         >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)).train()
@@ -122,7 +122,7 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 
 def is_computed(module: nn.Module, name: str = "weight") -> bool:
-    """True if a module has a tensor of that name that is no parameter of its own: a hook or a property computes it.
+    """True if a module has a tensor of that name that a hook or property computes, and not a parameter of its own.
 
     Examples:
         >>> is_computed(nn.Linear(2, 2)), is_computed(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
@@ -134,7 +134,7 @@ def is_computed(module: nn.Module, name: str = "weight") -> bool:
 
 
 def meddler(module: nn.Module) -> str | None:
-    """What else happens when a module is called, in words: a hook, or a forward put on the object. None for nothing.
+    """What else happens when a module is called, in words: a hook, or a forward set on the object. None if nothing.
 
     Hooks that compute the module's own weight or bias (weight norm, pruning) are no others: what they make is read.
 
@@ -175,7 +175,7 @@ def is_wrapper(tensor: Any) -> bool:
 
 
 def oddity(tensor: Tensor) -> str | None:
-    """What a weight is, in words, if it is no dense tensor of floating-point numbers.
+    """The kind of a weight, in words, if it is not a dense tensor of floating-point numbers.
 
     Examples:
         >>> oddity(torch.ones(2)), oddity(torch.ones(2, dtype=torch.int8))

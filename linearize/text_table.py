@@ -1,4 +1,4 @@
-"""Text tables, aligned by column, that read the same in a terminal, a log file and a document."""
+"""Text tables, aligned by column, for terminals, log files and documents."""
 
 from __future__ import annotations
 

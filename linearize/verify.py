@@ -1,4 +1,4 @@
-"""Are two models the same function? Relative errors of every output, measured on inputs."""
+"""Check that two models compute the same function, by the relative errors of every output on inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Sums:
     reason: str | None = field(default=None)
 
     def add(self, reference: Tensor, candidate: Tensor) -> None:
-        """Take one batch's output into the sums."""
+        """Add one batch's output to the sums."""
         a, b = _comparable(reference), _comparable(candidate)
         if a.shape != b.shape:
             self.fail(f"shape {tuple(b.shape)} instead of {tuple(a.shape)}")
@@ -73,22 +73,22 @@ class _Sums:
 
 
 def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Verification:
-    """Compare two models on inputs, both in eval mode, without gradients and with them, and leave both as they were.
+    """Compare two models on inputs. Both run in eval mode, without and with gradients, and stay unchanged.
 
-    A model may take another path where no gradients are recorded (torch's transformer layers do), so both count.
-    Every tensor in the outputs is compared, through tuples, dicts and dataclasses.
-    Integers must be equal; NaN never passes; infinite values must be the same and do not count otherwise.
+    Both ways are compared because a model may take another path without gradients, as torch's transformer layers do.
+    Every tensor in the outputs is compared, through tuples, dicts and dataclasses. Integers must be equal. NaN never
+    passes. Infinite values must be equal, and are left out of the errors.
 
     Args:
-        reference: the model that is right by definition.
-        candidate: the model in question; it may live on another device.
+        reference: the model to compare with.
+        candidate: the model to check. It may be on another device.
         inputs: a tensor, a tuple, a dict of keyword arguments, or a list of such batches.
         tolerance: the largest relative error that passes, maximum and RMS; None chooses by the coarsest
             floating type in the outputs and parameters: 1e-12 for float64, 1e-5 for float32, 4e-3 for
             float16, 3.2e-2 for bfloat16.
 
     Returns:
-        A `Verification`: `.passed`, `.max_error`, `.rms_error`, `.outputs`; it prints as a table.
+        A `Verification` with `.passed`, `.max_error`, `.rms_error` and `.outputs`. It prints as a table.
 
     Raises:
         UsageError: no inputs, a negative tolerance, or a model that does not run on the inputs.
@@ -162,7 +162,7 @@ class _Comparison:
         return self.sums.setdefault(name, _Sums())
 
     def result(self) -> Verification:
-        """The verdict on all batches."""
+        """The result for all batches."""
         return Verification(tuple(s.result(name) for name, s in self.sums.items()), tuple(self.ignored))
 
 

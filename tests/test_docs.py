@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import typer
 
+from linearize.algebra.forms import FORMS
 from linearize.cli import app
+from linearize.families.registry import FAMILIES
+from linearize.plan import MASKED, NARROWED, UNCHANGED
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +56,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_listed() -> None:
     listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
     assert {page.name for page in PAGES if page.parent.name == "docs"} - listed == {"index.md"}
+
+
+def test_the_glossary_has_every_form_and_family() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    forms = {*FORMS, MASKED, NARROWED, UNCHANGED, *(form.name for family in FAMILIES for form in family.forms)}
+    assert {form for form in forms if f"| {form} |" not in text and f"**{form}**" not in text} == set()
+    assert {family.name for family in FAMILIES if f"`{family.name}`" not in text} == set()

@@ -29,40 +29,61 @@ ZOOS = ("timm", "transformers")
 
 _HEAD = """# Coverage
 
-Every model of timm and every model type of transformers, with random weights: captured, gated, a random half of the
-channels of every gate made linear with random surrogates, collapsed, saved and loaded. *Equal* means:
+This page answers: does it work on my model? Every model of timm and every model type of transformers goes through the
+same test, with random weights:
 
-- the gated model's output equals the original's bitwise;
-- the linear channels moved the output (the negative control);
-- the collapsed model's output equals the gated model's to 1e-12 in float64, or to 1e-5 where the model computes in
-  single precision inside, or is so large that it is checked in float32;
-- the loaded model's output equals the collapsed model's bitwise, once the file's tensors are copied into memory.
+1. The model is captured, and every activation gets a gate.
+2. A random half of the channels of every gate is made linear, with random lines.
+3. The model is collapsed, saved and loaded.
 
-Images are as small as a model takes them; a timm model of more than 100 modules is built with fewer layers where timm
-has an option for that (EfficientNets: one block a stage), except for the smallest of each family. Configurations of
-transformers are tiny ones, derived from the library's own defaults. What is too large even so is inspected on the
-meta device. One process per model.
+*Equal* means that all of these hold:
 
-Measured with {versions}. Tables: `benchmarks/coverage/results/*.csv`. `make coverage` makes them and this page."""
+- The output of the gated model equals the original's bitwise.
+- The linear channels changed the output. (This is the negative control.)
+- The output of the collapsed model equals that of the gated model to 1e-12 in float64. The limit is 1e-5 if the model
+  computes in single precision inside, or if it is so large that it is checked in float32.
+- The output of the loaded model equals that of the collapsed model bitwise, once the file's tensors are copied into
+  memory.
+
+To save time, images are as small as a model takes them. If a timm model has more than 100 modules, it is built with
+fewer layers where timm has an option for that (EfficientNets: one block a stage), except for the smallest model of each
+family. Configurations of transformers are tiny, and derived from the library's own defaults. Models that are still too
+large are only inspected on the meta device. Each model runs in its own process.
+
+`make coverage` makes this page and the tables behind it, `benchmarks/coverage/results/*.csv`.
+Measured with {versions}."""
+
+_COLUMNS = """The columns count models:
+
+- *run by themselves*: the model can be built from a configuration alone, and its forward runs;
+- *equal*: as defined above;
+- *no activation*: the model has no activation that could get a gate;
+- *none reachable*: it has activations, but none of them can get a gate;
+- *meta only*: the model is too large, and was only inspected on the meta device;
+- *other*: none of these; the last section of this page gives the reason;
+- *equal or nothing*: the sum of *equal*, *no activation* and *none reachable*."""
 
 _PEER = """## Beside Torch-Pruning
 
-The two tools ask for different things: Torch-Pruning removes channels and changes the function, here a quarter of all
-channels by magnitude, the classifier excepted, heads of attention declared. linearize must keep the function. Both got
-the smallest model of each timm family on the same input. Torch-Pruning had 120 seconds for each (240 for some of those
-that took longer), linearize up to 600, both on a loaded machine. Torch-Pruning gave a smaller model that runs for
-{runs} of {families} families; linearize ended with "equal" or "nothing to gate" for {fine}."""
+The two tools have different tasks. Torch-Pruning removes channels and changes the function. Here it removes a quarter
+of all channels by magnitude, except in the classifier, and the heads of attention are declared to it. linearize must
+keep the function. Both got the smallest model of each timm family on the same input. Torch-Pruning had 120 seconds for
+each model (240 for some of those that took longer), and linearize had up to 600, both on a loaded machine.
+
+Torch-Pruning gave a smaller model that runs for {runs} of {families} families. linearize ended with "equal" or "nothing
+to gate" for {fine} families."""
 
 _TIME = """## Time
 
-`convert` takes {middle:.2f} times what one forward pass and one capture by `torch.export` of the same model take
-together (median of {count} models; 5th to 95th percentile {low:.2f} to {high:.2f}; two models run at a time)."""
+`convert` takes {middle:.2f} times as long as one forward pass and one capture by `torch.export` of the same model
+together (median of {count} models; 5th to 95th percentile {low:.2f} to {high:.2f}; two models ran at a time)."""
 
 _ACTIVATIONS = """## Activations
 
-Elementwise nonlinear activations that act on channels. Gates of other tensors (attention, squeeze-and-excite, routers)
-are counted aside. *Collapsible*: its linear channels are removed exactly, by merging or by vanishing; those of the
-others keep a plain partial activation, for the reason given."""
+The first column counts the elementwise nonlinear activations that act on channels. Activations that only scale another
+tensor (in attention, squeeze-and-excite, routers) are counted in the second column. *Collapsible* means that the linear
+channels are removed exactly, by merging or by vanishing. The linear channels of the other activations keep a plain
+partial activation. The tables below give the reasons."""
 
 
 _KINDS = {"": OTHER, ", none reachable": UNREACHED, ", on the meta device only": META, ", not run by itself": RUNS_NOT}
@@ -117,7 +138,7 @@ def _totals(tables: dict[str, list[Record]], known: dict[str, int]) -> str:
         found = totals(rows)
         counts = [found.results[key] for key in (EQUAL, NOTHING, UNREACHED, META, OTHER)]
         lines.append([title, found.models, found.runs, *counts, share(found.fine, found.runs)])
-    return "## Totals\n\n" + table(heads, lines) + _missing(tables, known)
+    return f"## Totals\n\n{_COLUMNS}\n\n" + table(heads, lines) + _missing(tables, known)
 
 
 def _missing(tables: dict[str, list[Record]], known: dict[str, int]) -> str:
@@ -127,14 +148,14 @@ def _missing(tables: dict[str, list[Record]], known: dict[str, int]) -> str:
         return ""
     counts = " and ".join(f"{count} of {known[zoo]} names of {zoo}" for zoo, count in left.items())
     return (
-        f"\n\nThe sweep has not come to {counts} yet: timm's come in random order after the smallest model of\n"
-        "each family, those of transformers by the alphabet. `make coverage` goes on where it stopped."
+        f"\n\n{counts} have not been tested yet. timm's names are tested in random order, after the smallest model of\n"
+        "each family; those of transformers in alphabetical order. `make coverage` continues where it stopped."
     )
 
 
 def _activations(tables: dict[str, list[Record]]) -> str:
     sums = {zoo: totals(rows) for zoo, rows in tables.items()}
-    heads = ["", "activations", "gates aside", "gated", "collapsible, of the gated"]
+    heads = ["", "activations", "scale another tensor", "gated", "collapsible, of the gated"]
     parts = [_ACTIVATIONS, table(heads, [_activation_line(zoo, found) for zoo, found in sums.items()])]
     for zoo, rows in tables.items():
         parts += [f"Why not, in {zoo}:", table(["reason", "activations", "models"], reasons(rows))]

@@ -84,12 +84,12 @@ def dense(weight: Tensor, groups: int) -> Tensor:
 
 
 def rows(affine: Affine, index: Tensor) -> Affine:
-    """The map to some of its outputs."""
+    """Only some outputs of the map."""
     return replace(affine, weight=affine.weight[index], bias=affine.bias[index])
 
 
 def columns(affine: Affine, index: Tensor) -> Affine:
-    """The map from some of its inputs; the bias stays."""
+    """Only some inputs of the map; the bias stays."""
     return replace(affine, weight=affine.weight[:, index])
 
 
@@ -100,7 +100,7 @@ def scaled(affine: Affine, scale: Tensor, shift: Tensor) -> Affine:
 
 
 def behind(affine: Affine, first: int, scale: Tensor, shift: Tensor) -> Affine:
-    """The map of `x`, given that of `scale * x + shift`, for the inputs from `first` on that scale and shift speak of.
+    """The map of `x`, from the map of `scale * x + shift`. Scale and shift belong to the inputs from `first` on.
 
     The shift must reach every position alike: there is no padding in between.
 
@@ -118,7 +118,7 @@ def behind(affine: Affine, first: int, scale: Tensor, shift: Tensor) -> Affine:
 
 
 def stacked(first: Affine, second: Affine) -> Affine:
-    """Both maps of the same input, one's outputs after the other's; their geometry must be the same."""
+    """Two maps of the same input as one map, with the outputs of both. Their geometry must be the same."""
     return replace(first, weight=torch.cat((first.weight, second.weight)), bias=torch.cat((first.bias, second.bias)))
 
 
@@ -132,7 +132,7 @@ def as_dims(affine: Affine, dims: int) -> Affine:
 
 
 def obstacle(outer: Affine, inner: Affine) -> str | None:
-    """Why `outer(inner(x))` is no single convolution; None if it is one.
+    """The reason why `outer(inner(x))` is not a single convolution; None if it is one.
 
     A k x k map after a k' x k' one is exact only without padding in between. Behind a pointwise map padding is
     harmless, if the bias is treated right (see `border_kernel`).
@@ -199,7 +199,7 @@ def _spread(weight: Tensor, steps: Sizes) -> Tensor:
 
 
 def border_kernel(outer: Affine, inner_bias: Tensor) -> Tensor:
-    """Kernel (O, 1, *k) of a constant-one input channel that stands for the inner bias.
+    """Kernel (O, 1, *k) of an input channel of ones, which replaces the inner bias.
 
     Padded with zeros like every other channel, it makes the bias exact at the border.
     """
@@ -207,7 +207,7 @@ def border_kernel(outer: Affine, inner_bias: Tensor) -> Tensor:
 
 
 def same_padding(sizes: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
-    """Padding for `functional.pad` by the "SAME" rule: what is odd goes to the end. Last dimension first.
+    """Padding for `functional.pad` by the "SAME" rule: an odd remainder goes to the end. Last dimension first.
 
     Lists, and plain loops, so that TorchScript takes it.
 

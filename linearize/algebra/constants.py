@@ -1,7 +1,7 @@
-"""Constants that a forward computes from parameters and numbers, as plain data: `weight * rsqrt(var + eps)`.
+"""Constants that a forward computes from parameters and numbers, as plain data, such as `weight * rsqrt(var + eps)`.
 
-An expression is the name of a tensor, a number, or an operation with its operands. It stands for one value per channel,
-or one for all.
+An expression is the name of a tensor, a number, or an operation with its operands. Its value is one number per channel,
+or one number for all channels.
 """
 
 from __future__ import annotations

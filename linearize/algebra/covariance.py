@@ -53,7 +53,7 @@ class Covariance:
         return self._lower.tril() + self._lower.tril(-1).t()
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Take in rows (R, F), each counted `weights` (R,) times."""
+        """Add rows (R, F), each counted `weights` (R,) times."""
         step = max(1, _CHUNK // max(1, rows.shape[1]))
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         for start in range(0, len(rows), step):
@@ -91,7 +91,7 @@ class Covariance:
         self.mean += shift * (total / self.weight)
 
     def merge(self, other: Covariance) -> None:
-        """Take in the rows that another one has seen; either may have seen none.
+        """Add the rows that another object has seen. Either may have seen none.
 
         Examples:
             >>> rows = torch.randn(9, 2, dtype=torch.float64)
@@ -109,7 +109,7 @@ class Covariance:
         self._lower += other._lower.to(self._lower)
 
     def part(self, start: int) -> Covariance:
-        """The same of the features from `start` on."""
+        """The statistics of only the features from `start` on."""
         found = Covariance(0, self.mean.device)
         found.count, found.weight = self.count, self.weight
         found.mean, found._lower = self.mean[start:].clone(), self._lower[start:, start:].clone()
@@ -135,5 +135,5 @@ class Covariance:
 
     @property
     def finite(self) -> bool:
-        """Whether all sums are finite. On a GPU this waits for the device."""
+        """True if all sums are finite. On a GPU, this call waits for the device."""
         return bool(torch.isfinite(self._lower.sum() + self.mean.sum()))

@@ -1,4 +1,4 @@
-"""One question about tensors that is asked of every weight: is there a NaN or an infinity in it?"""
+"""Check tensors for NaN and infinity."""
 
 from __future__ import annotations
 

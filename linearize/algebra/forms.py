@@ -1,12 +1,12 @@
 """The forms that a site with linear channels can take: merged, factored, vanished. Pure functions on affine maps.
 
-With N the channels that stay nonlinear and L the linear ones, slopes S and intercepts t, producer `A x + a` and
-consumer `B h + c`:
+Let N be the channels that stay nonlinear, and L the linear ones, with slopes S and intercepts t. The producer is
+`A x + a`, the consumer `B h + c`. Then
 
     y = B_N act(A_N x + a_N)  +  (B_L S A_L) x  +  (B_L (S a_L + t) + c)
 
-A form is a dict from a place in the model to the piece that goes there. Every form of a site is the same function; they
-differ in cost. All work is done on whatever device the maps live on: on meta tensors they give shapes, and so the cost.
+A form is a dict from a place in the model to the piece that goes there. All forms of a site compute the same function
+at different costs. All work is done on the device of the maps. On meta tensors, a form gives shapes and so its cost.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _check_linear(maps: Maps) -> None:
 
 
 def vanished(maps: Maps) -> Pieces:
-    """No channel stays: one map from the site's input to its output, and nothing else."""
+    """The form "vanished": no channel stays, and one map leads from the site's input to its output."""
     _check_linear(maps)
     if maps.keep.numel():
         raise Infeasible("some channels stay nonlinear")
@@ -101,7 +101,7 @@ def _open_gate(maps: Maps, pieces: Pieces, width: int) -> None:
 
 
 def merged(maps: Maps) -> Pieces:
-    """Carry the output: the producer puts out the nonlinear channels and the merged term, which passes by them.
+    """The form "merged": the producer outputs the nonlinear channels, and the merged term beside them.
 
     Of a branch of a concatenation no channel has to stay: its consumer reads the other branches still.
     """
@@ -140,7 +140,7 @@ def inner_stride(inner: Affine) -> tuple[int, ...]:
 
 
 def factored(maps: Maps) -> Pieces:
-    """The linear channels stay channels, behind the others, and pass the activation; dropped ones go."""
+    """The form "factored": linear channels stay, behind the others, and bypass the activation. Others are dropped."""
     if maps.grouped:
         raise Infeasible("its channels are grouped and cannot be reordered")
     if maps.keep.numel() == 0 and maps.linear.numel() == 0:
@@ -187,7 +187,7 @@ def _produce(maps: Maps, pieces: Pieces, carried: Affine) -> None:
 
 
 def merged_input(maps: Maps) -> Pieces:
-    """Carry the input: the producer puts out the nonlinear channels and its own input, and the consumers do the rest.
+    """The form "merged (input)": the producer outputs the nonlinear channels and its own input for the consumers.
 
     Right where something that is linear per channel lies between (pooling), and for 1x1 before k x k: a channel of
     ones, padded like the others, makes the bias exact at the border.
@@ -224,6 +224,6 @@ FORMS: dict[str, Callable[[Maps], Pieces]] = {
 
 
 def cost(pieces: Pieces, positions: dict[str, int]) -> float:
-    """Multiply-adds of the pieces, each evaluated at so many positions."""
+    """Multiply-adds of the pieces, given the number of positions at which each is evaluated."""
     maps = ((path, piece.affine) for path, piece in pieces.items() if piece.affine is not None)
     return float(sum(positions[path] * affine.weight.numel() for path, affine in maps))

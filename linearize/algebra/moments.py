@@ -1,4 +1,4 @@
-"""Streaming moments of an activation's input and output, and the straight line that they imply.
+"""Moments of an activation's input and output, summed batch by batch, and the straight line that follows from them.
 
 Shape letters: C channels of a gate, R rows (every token or pixel of every sample).
 """
@@ -20,14 +20,14 @@ _CHUNK = 2**20  # elements turned to float64 at once
 
 @dataclass(frozen=True)
 class SiteCalibration:
-    """What one pass found at a site; every tensor is float64 (C,), on the CPU.
+    """The calibration of one site. Every tensor is float64 (C,), on the CPU.
 
     Attributes:
-        count: number of rows seen; 0 if the gate was not reached, and then nothing was fitted.
+        count: number of rows seen. It is 0 if no batch reached the gate; then nothing was fitted.
         slope, intercept: the least-squares line; for the gate factor of a gated linear unit, (0, mean of h).
-        residual: mean square of what the line leaves of h.
-        unexplained: the residual as a share of the variance of h, in [0, 1]; of the mean square of h for a
-            gated unit, whose line is a constant. 0 where h is constant.
+        residual: mean squared difference between the line and h.
+        unexplained: the residual as a share of the variance of h, in [0, 1]. For gated units, whose line is constant,
+            it is a share of the mean square of h. It is 0 where h is constant.
         mean_input, mean_output: means of x and h.
     """
 
@@ -40,7 +40,7 @@ class SiteCalibration:
     mean_output: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form: lists instead of tensors."""
+        """The same as plain data, ready for JSON: lists instead of tensors."""
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
 
 
@@ -65,7 +65,7 @@ class Moments:
         self.moved, self.size = zeros[5:].unbind()
 
     def update(self, x: Tensor, h: Tensor) -> None:
-        """Take in rows of x and h, both (R, C)."""
+        """Add rows of x and h, both (R, C)."""
         rows = max(1, _CHUNK // max(1, x.shape[1]))
         for some_x, some_h in zip(x.split(rows), h.split(rows), strict=True):
             if len(some_x):
@@ -81,7 +81,7 @@ class Moments:
         self._add(count, (x * x).sum(0), (h * h).sum(0), (x * h).sum(0), dx, dh, old)
 
     def merge(self, other: Moments) -> None:
-        """Take in the rows that another one has seen; either may have seen none."""
+        """Add the rows that another object has seen. Either may have seen none."""
         if not other.count:
             return
         count, old = other.count, self.count
@@ -105,14 +105,14 @@ class Moments:
         return {"count": self.count, **{name: getattr(self, name) for name in _TENSORS}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.count = state["count"]
         for name in _TENSORS:
             setattr(self, name, state[name].to(self.xx))
 
     @property
     def finite(self) -> Tensor:
-        """Whether all of it is finite: bool, no axes."""
+        """A bool tensor without axes: True if everything is finite."""
         return torch.isfinite(self.xx + self.hh + self.xh).all()
 
     def fit(self, *, constant: bool = False) -> SiteCalibration:

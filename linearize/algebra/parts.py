@@ -1,6 +1,6 @@
-"""Channels that are taken apart behind the activation, as by a chunk: each part takes its own form.
+"""Sites whose channels are split behind the activation, for example by a chunk. Each part takes its own form.
 
-The code halves whatever width it finds, so that the parts must stay equally wide: the narrower ones are filled up with
+The model's code halves whatever width it finds. So the parts must stay equally wide: the narrower ones are filled with
 channels of zeros, which nothing reads.
 """
 

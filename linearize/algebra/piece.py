@@ -1,4 +1,4 @@
-"""What the forms of a site work on, and what they make: affine maps with their places, and pieces."""
+"""Pieces: affine maps with their places. The forms of a site read pieces and make new ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Infeasible(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """What goes to one place of the model.
+    """The map that is put at one place of the model.
 
     Attributes:
         layer: "plain", "carry", "input_carry", "border", "ones" (maps), "all_ones" or "identity".
@@ -48,7 +48,7 @@ Pieces = dict[str, Piece]
 
 @dataclass(frozen=True)
 class Maps:
-    """The affine maps of a site, with all constant maps per channel folded in, and what is to happen to its channels.
+    """The affine maps of a site, with all constant maps per channel folded in, and the future of each channel.
 
     Attributes:
         producer, up: maps to the channels; `up` is the other factor of a gated unit (then `producer` is the gate's).
@@ -89,5 +89,5 @@ class Maps:
 
     @property
     def constant_bias(self) -> bool:
-        """True if a constant in the hidden channels reaches every output position of the consumers alike."""
+        """True if a constant in the hidden channels adds the same value at every output position of the consumers."""
         return self.steady and not any(consumer.padded for consumer in self.consumers)

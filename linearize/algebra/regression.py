@@ -1,11 +1,12 @@
-"""The best linear replacement of removed channels: kept channels, a linear skip and the bias, refitted together.
+"""Refit: the best weights for the kept channels, a linear skip and the bias, after other channels are removed.
 
-With N the channels that stay and x the site's input, minimise over B_N, W and the bias
+Let N be the channels that stay, and x the site's input. Minimise over B_N, W and the bias
 
     E | M^(1/2) (y - B_N h_N - W x - bias) |^2,    y = B h + c,    rank(W) <= r
 
-in closed form from the covariance of (x, h). Without a restriction on the rank the metric M does not matter; with one,
-it is reduced-rank regression (Izenman, 1975) of what h_N leaves, on what h_N leaves of x.
+in closed form, from the covariance of (x, h). Without a limit on the rank, the metric M does not matter. With a limit,
+this is a reduced-rank regression (Izenman, 1975): what h_N does not explain of y is regressed on what h_N does not
+explain of x.
 
 Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank.
 """
@@ -144,7 +145,7 @@ def rank_losses(
     root: Tensor,
     ridge: float,
 ) -> dict[int, tuple[float, Tensor]]:
-    """Mean square error with a full skip, and what each dimension less of the skip adds, for nested sets of features.
+    """Mean square error with a full skip, and the increase for each rank less, for nested sets of features.
 
     The features that stay are the last `width` of `order`. With those that stay longest put first, one Cholesky factor
     holds the regression on every such set: its leading block is the factor of the set, and the rows below it are what
@@ -213,10 +214,10 @@ def _reduced_rank(
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, with every column of the left factor as long as the row of the right that it meets.
+    """The same product, scaled so that each column of the left factor has the norm of its row of the right factor.
 
-    Of all scalings the easiest to train: the steps of Adam are of one size, and would ruin a factor of tiny entries
-    whose partner is huge.
+    This scaling is the easiest to train. The steps of Adam have one size, and would ruin a factor of tiny entries whose
+    partner is huge.
 
     Examples:
         >>> left, right = balanced(torch.tensor([[100.0]]), torch.tensor([[0.01, 0.0]]))

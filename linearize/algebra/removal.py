@@ -1,15 +1,15 @@
-"""Which channels to remove: optimal-brain-surgeon scores with exact downdates, in blocks.
+"""Choose the channels to remove: scores of the optimal brain surgeon, removed in blocks with exact updates.
 
-The output `y = B h` of a site loses least, in mean square, if the channels removed are those that the others can
-predict. With S the covariance of h and P its inverse, removing channel c and refitting the rest costs
-`b_c P_cc^-1 b_c^T`. After each block of removals B and P are those of the channels that are left, exactly. P is
-updated lazily: blocks of removals are remembered as factors, `P - V^T V`, and carried out for a panel of them at once.
+The output `y = B h` of a site changes least, in mean square, if the removed channels are those that the others can
+predict. Let S be the covariance of h, and P its inverse. Removing channel c and refitting the others costs `b_c P_cc^-1
+b_c^T`. After each block of removals, B and P are updated exactly to the channels that are left. The updates of P are
+collected as factors, `P - V^T V`, and applied for several blocks at once.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992; Frantar
 and Alistarh, "Optimal Brain Compression", NeurIPS 2022 (rows of a layer); Kurtic, Frantar and Alistarh, "ZipLM",
 NeurIPS 2023 (structures).
 
-Shape letters: C channels, g features per channel (1, or the taps of a spatial consumer), O outputs.
+Shape letters: C channels, g features per channel (1, or the positions of the kernel of a spatial consumer), O outputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PART = 32  # at most this part of the channels left, and at most so many, go at
 
 @dataclass(frozen=True)
 class Removal:
-    """The channels of a site in the order in which they should go.
+    """The channels of a site in the order of their removal.
 
     Attributes:
         order: channel indices (C,), the first to be removed first.
@@ -40,12 +40,12 @@ class Removal:
     loss: Tensor
 
     def keep(self, channels: int) -> Tensor:
-        """Indices of the channels that stay if so many stay, ascending."""
+        """Indices of the channels that stay, ascending, for a number of channels."""
         return self.order[len(self.order) - channels :].sort().values
 
 
 def regularised(covariance: Tensor, ridge: float) -> Tensor:
-    """The covariance (F, F) plus `ridge` times its own diagonal, and a little of the mean of that for dead features.
+    """The covariance (F, F) with `ridge` times its diagonal, and a small constant, added to the diagonal.
 
     Relative to each feature's variance: a few channels of a trained network have variances thousands of times larger.
     """
@@ -55,7 +55,7 @@ def regularised(covariance: Tensor, ridge: float) -> Tensor:
 
 
 def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: float = 1e-6) -> Removal:
-    """Remove all channels one block after the other, the cheapest first, each time refitting those that are left.
+    """Remove all channels block by block, the cheapest first, and refit the others each time.
 
     Args:
         covariance: (C * g, C * g), float64, of the features, channel by channel. To choose channels beside a full
@@ -126,7 +126,7 @@ class _Rest:
         return found.masked_fill(self.gone, torch.inf)
 
     def remove(self, chosen: Tensor) -> Tensor:
-        """Take channels out and refit the others; what that costs."""
+        """Remove channels and refit the others. Returns the cost."""
         features = (chosen[:, None] * self.group + torch.arange(self.group, device=chosen.device)).flatten()
         waiting = self.waiting[: self.filled]
         rows = self.inverse[features] - waiting[:, features].t() @ waiting

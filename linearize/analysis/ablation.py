@@ -1,4 +1,4 @@
-"""Channels that can be set to 0 and leave every output alone: proven by trial."""
+"""Find channels that can be set to 0 without changing any output, by trying it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ablated(
     candidates: Mapping[str, Sequence[int]],
     known: Sequence[Symmetry],
 ) -> dict[str, list[int]]:
-    """Those candidates that can be set to 0, together and along with what is known, and leave every output alone."""
+    """Those candidates that can be set to 0 together, along with the known ones, without changing any output."""
     pairs = [(name, c) for name, channels in candidates.items() for c in channels]
     if not pairs:
         return {}

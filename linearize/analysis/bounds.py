@@ -1,7 +1,7 @@
-"""Interval bounds: between which values can each channel lie, for every input in a box?
+"""Interval bounds: the range of values of each channel, for every input in a box.
 
-Sound: whatever is not understood is unbounded, and each rounded sum is widened by more than its rounding error.
-The bounds hold for the function in exact arithmetic with the given (float64) weights.
+The bounds are safe: any operation without a rule counts as unbounded, and each rounded sum is widened by more than its
+rounding error. They hold for the function in exact arithmetic with the given (float64) weights.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Bounds:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def interval(self, node: Any) -> Interval | None:
-        """The interval of a node; a constant is one without room."""
+        """The interval of a node. The interval of a constant has width 0."""
         if isinstance(node, fx.Node) and node in self.constants:
             value = self.constants[node].double()
             return Interval(value, value)

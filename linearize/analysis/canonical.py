@@ -1,4 +1,4 @@
-"""A canonical form: networks that differ by positive scalings and permutations of hidden channels become the same."""
+"""A canonical form: networks that differ only by positive rescalings and the order of channels get the same form."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _DIGITS = 9  # channels are ordered by their weights up to so many digits, so th
 
 
 def canonical(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """The same function with its hidden channels scaled and ordered in a standard way.
+    """Make a model with the same function, whose hidden channels are scaled and ordered in a standard way.
 
-    Every channel of a ReLU-like site is scaled so that its producer's row, `|(w, b)|`, has norm 1 (its consumers take
-    the factor), and the channels of every site are ordered by their rows. Sites from the first to the last. Left as
-    they are: sites with norms or shared weights around them, gated units, grouped convolutions.
+    Every channel of a ReLU-like site is scaled so that its producer's row `(w, b)` has norm 1, and its consumers are
+    multiplied by the factor. The channels of every site are ordered by their rows. This goes from the first site to the
+    last. Some sites are not changed: those with norms or shared weights around, gated units, grouped convolutions.
 
     Args:
-        model: a plain model; it is left as it is.
+        model: a plain model. It is not changed.
         example_inputs: as for `linearize.convert`.
 
     Raises:
@@ -86,7 +86,7 @@ def _whole(rows: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def canonical_distance(a: nn.Module, b: nn.Module, example_inputs: Any = None) -> float:
-    """The greatest difference between the parameters of two models in canonical form; infinite if shapes differ.
+    """The largest difference between the parameters of two models in canonical form. Infinite if shapes differ.
 
     Raises:
         UsageError: a model has gates.

@@ -1,4 +1,4 @@
-"""What every picture of the laboratory starts from: colours, a figure without a window, a file."""
+"""What all pictures of the laboratory share: colours, a figure without a window, writing a file."""
 
 from __future__ import annotations
 

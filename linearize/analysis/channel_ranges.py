@@ -1,4 +1,4 @@
-"""What a converted model's channels do on data: ranges, parallel channels, channels that no output depends on."""
+"""What the channels of a converted model do on data: ranges, parallel channels, channels that no output needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linearize.running.models import call
 
 @dataclass
 class ChannelRange:
-    """What the inputs of a gate were.
+    """The inputs of a gate on data: their ranges, and channels that look parallel.
 
     Attributes:
         low, high: least and greatest value of each channel: (C,).
@@ -112,7 +112,7 @@ def _inputs(model: nn.Module, gate: ChannelGate, batches: Sequence[Inputs]) -> l
 
 
 def unread(model: nn.Module, found: Mapping[str, ChannelGate], batches: Sequence[Inputs]) -> dict[str, list[int]]:
-    """Channels whose output, to first order, could as well be 0: it is 0, or its gradient is, at every value."""
+    """Channels without effect, to first order: the output, or its gradient, is 0 at every value."""
     largest: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for batch in batches:

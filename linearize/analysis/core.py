@@ -47,7 +47,7 @@ class CoreLayer:
         return int(self.nonlinear.sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {
             "name": self.name,
             "activation": self.activation,
@@ -59,7 +59,7 @@ class CoreLayer:
 
 @dataclass(frozen=True)
 class Core:
-    """What of a model is nonlinear. Prints as a table.
+    """The core network: what is still nonlinear in a model. It prints as a table.
 
     Attributes:
         layers: the sites, in order of execution.
@@ -76,7 +76,7 @@ class Core:
 
     @property
     def width(self) -> float:
-        """Effective width: nonlinear channels per site that has any, on average."""
+        """Effective width: the mean number of nonlinear channels, over the sites that have any."""
         widths = [layer.width for layer in self.layers if layer.width]
         return sum(widths) / len(widths) if widths else 0.0
 
@@ -87,7 +87,7 @@ class Core:
         return sum(layer.width for layer in self.layers) / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {
             "depth": self.depth,
             "width": self.width,
@@ -97,7 +97,7 @@ class Core:
         }
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
-        """Write a picture, layers by channels, of what is nonlinear."""
+        """Write a picture of the nonlinear channels: a row for each site, a cell for each channel."""
         draw_core(self, path, title)
 
     def __str__(self) -> str:
@@ -115,8 +115,9 @@ class Core:
 def core_network(model: nn.Module, example_inputs: Any = None, *, weighting: Weighting = "normalized") -> Core:
     """The effective width of every site and the effective depth of a model.
 
-    The effective width of a site is the number of its channels that are nonlinear, the effective depth of the model
-    its average path length. A plain model is its own core; gates, and what `collapse` leaves, say what is linear.
+    The effective width of a site is the number of its nonlinear channels. The effective depth of the model is its
+    average path length. In a plain model, all channels are nonlinear. Gates, and the layers of a collapsed model, show
+    which channels are linear.
 
     Args:
         model: plain, converted or collapsed.
@@ -151,9 +152,9 @@ def _core(graph: PathGraph, weighting: Weighting) -> Core:
 
 @dataclass
 class CoreRecorder:
-    """Writes down depth and widths of a model's core as often as it is asked, while a prior acts on the gates.
+    """Records depth and widths of a model's core at each call of `record`, while a prior acts on the gates.
 
-    The model is captured once. `curve` holds a row of plain data for each call of `record`.
+    The model is captured only once. `curve` holds a row of plain data for each call of `record`.
 
     Examples:
         >>> import linearize
@@ -184,8 +185,8 @@ class CoreRecorder:
         """Add a row: the step (by default the number of rows so far), depth, width, share, widths of all sites.
 
         Args:
-            step: where on the curve.
-            **more: plain data that goes into the row, such as the accuracy.
+            step: the position on the curve.
+            **more: further plain data for the row, such as the accuracy.
         """
         core = _core(self.graph, self.weighting)
         row = {
@@ -200,7 +201,7 @@ class CoreRecorder:
         return row
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {"weighting": self.weighting, "curve": self.curve}
 
     def __str__(self) -> str:

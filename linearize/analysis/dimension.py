@@ -33,16 +33,16 @@ _EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class FunctionalDimension:
-    """The rank of a model's Jacobian; `int()` of it is the rank. Prints as a table.
+    """The rank of a model's Jacobian. `int()` of it is the rank. It prints as a table.
 
     Attributes:
         rank: numerical rank on the largest batch that was needed.
         parameters: P.
-        bound: what no batch can exceed, from the architecture: parameters minus positive scalings.
-        batches: number of samples and rank of every batch, in order of size.
-        saturated: the rank had stopped growing, or had reached the bound, before the samples ran out.
-        spectrum: singular values of the Jacobian on the last batch, float64, from the largest.
-        tolerance: singular values up to this count as zero.
+        bound: the largest rank that the architecture allows: parameters minus positive rescalings.
+        batches: the number of samples and the rank of every batch, in order of size.
+        saturated: True if the rank stopped growing, or reached the bound, before the samples ran out.
+        spectrum: singular values of the Jacobian on the last batch, float64, largest first.
+        tolerance: singular values up to this value count as zero.
         method: "jacobian" if the Jacobian itself was decomposed, "gram" if its Gram matrix was.
     """
 
@@ -64,7 +64,7 @@ class FunctionalDimension:
 
     @property
     def clear(self) -> bool:
-        """The gap is wide, a factor of 1000 at least: the rank does not depend on where exactly the cut lies."""
+        """True if the gap is at least a factor of 1000, so that the rank does not depend on the exact limit."""
         last, first = self.gap
         return first == 0 or last / first >= 1000
 
@@ -74,7 +74,7 @@ class FunctionalDimension:
     __index__ = __int__
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {
             "rank": self.rank,
             "parameters": self.parameters,
@@ -113,20 +113,20 @@ def functional_dimension(
 ) -> FunctionalDimension:
     """The rank of the Jacobian of the outputs on a batch with respect to the parameters.
 
-    `rank [d f(x_n; w)_o / d w_p]`, with a row for each sample n and output o. The batch grows by doubling, from the
-    first samples of `inputs`, until the rank has not grown over two doublings. All in float64, in eval mode, on a
-    copy of the model; the gates' `alpha` are no parameters here.
+    This is `rank [d f(x_n; w)_o / d w_p]`, with a row for each sample n and output o. The batch starts with the first
+    samples of `inputs` and doubles until the rank has not grown over two doublings. Everything is computed in float64,
+    in eval mode, on a copy of the model. The `alpha` of gates does not count as a parameter.
 
-    The numerical rank counts singular values above `tolerance`. By default that is `max(R, P) * eps` of the largest
-    for the Jacobian, and its square root's worth for the Gram matrix `J J^T` (the empirical neural tangent kernel) or
-    `J^T J`, whose eigenvalues are squares: there, small singular values drown earlier.
+    The numerical rank counts singular values above `tolerance`. By default the limit is `max(R, P) * eps` times the
+    largest one for the Jacobian. For the Gram matrix `J J^T` (the empirical neural tangent kernel) or `J^T J` it is
+    higher, the square root of that, because eigenvalues are squares: small singular values are lost in rounding.
 
     Args:
-        model: a model that treats each sample alone.
-        inputs: the samples: a tensor, a tuple, or a dict of keyword arguments, N on the first axis of each tensor.
+        model: a model that computes each sample separately.
+        inputs: the samples: a tensor, a tuple, or a dict of keyword arguments, with N on the first axis of each tensor.
         method: "jacobian", "gram", or "auto": the Jacobian if it fits in `memory`, else the Gram matrix.
-        tolerance: singular values relative to the largest that count as zero; None for the default above.
-        memory: bytes that a matrix may take.
+        tolerance: singular values up to this share of the largest count as zero; None for the default above.
+        memory: the largest size of a matrix in bytes.
 
     Raises:
         UsageError: the inputs do not fit the model, or the matrix does not fit in memory (the message says how large).
@@ -186,7 +186,7 @@ def _spectrum(lens: Differentiable, samples: int, outputs: int, method: str, mem
 
 
 def gram(lens: Differentiable, samples: int, outputs: int, memory: float, *, kernel: bool = False) -> Tensor:
-    """`J J^T` (R, R) or, if that is smaller and not `kernel`, `J^T J` (P, P), without ever holding J.
+    """`J J^T` (R, R) or, if that is smaller and not `kernel`, `J^T J` (P, P), without storing J.
 
     Raises:
         UsageError: the matrix, or the rows of one sample, do not fit in memory.
@@ -255,7 +255,7 @@ def _plain_gate(model: nn.Module, site: Site) -> bool:
 
 
 def draw_dimension(found: FunctionalDimension, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw the rank over the samples, and the singular values with the cut between what counts and what does not.
+    """Draw the rank over the samples, and the singular values with the limit between those that count and the others.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.

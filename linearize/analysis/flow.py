@@ -1,7 +1,7 @@
-"""How path lengths are carried along: a distribution for each element of a tensor, and how they meet.
+"""How path lengths pass through a network: a distribution for each element of a tensor, and how they are merged.
 
-A `Flow` belongs to a tensor of shape S. Its grid G is S with size 1 wherever all entries are alike, so that a dense
-layer costs nothing and positions and batches take no memory. Shape letters: G the grid, K lengths 0 .. K - 1.
+A `Flow` belongs to a tensor of shape S. Its grid G is S, with size 1 on each axis along which all entries are equal. So
+a dense layer is cheap, and positions and batches take no memory. Shape letters: G the grid, K lengths 0 .. K - 1.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Flow:
 
     @property
     def grid(self) -> Sizes:
-        """The grid G."""
+        """The shape of the grid, G."""
         return tuple(self.log.shape)
 
     @property
     def uniform(self) -> bool:
-        """True if all elements of the tensor are alike."""
+        """True if all elements of the tensor are equal."""
         return self.log.numel() == 1
 
 
@@ -50,7 +50,7 @@ def source(rank: int) -> Flow:
 
 
 def ranked(flow: Flow, rank: int) -> Flow:
-    """The same flow for a tensor of another rank: broadcast from the left, or all of it if it is uniform."""
+    """The same flow for a tensor of another rank. It is broadcast from the left, or as a whole if it is uniform."""
     if flow.uniform:
         return replace(flow, lengths=flow.lengths.reshape(*(1,) * rank, -1), log=flow.log.reshape((1,) * rank))
     missing = rank - len(flow.grid)
@@ -75,7 +75,7 @@ def _weighted(lengths: Tensor, log: Tensor, axis: int) -> Tensor:
 
 
 def reduced(flow: Flow, axis: int) -> Flow:
-    """All elements along an axis of the grid as one, each with its share; the axis stays, with size 1."""
+    """Merge all elements along an axis of the grid, each with its share. The axis stays, with size 1."""
     total = torch.logsumexp(flow.log, axis, keepdim=True)
     return replace(flow, lengths=_weighted(flow.lengths, flow.log, axis).unsqueeze(axis), log=total)
 
@@ -97,7 +97,7 @@ def contract(flow: Flow, axis: int, size: int, groups: int = 1) -> Flow:
 
 
 def average(flow: Flow, axes: Sequence[int]) -> Flow:
-    """One element for all positions along some axes: positions are no paths of their own."""
+    """Merge all positions along some axes into one element, because positions are not paths of their own."""
     for axis in axes:
         size = flow.grid[axis]
         if size > 1:
@@ -164,7 +164,7 @@ def concatenate(parts: Sequence[tuple[Flow | None, Sizes]], axis: int, *, normal
 
 
 def passed(flow: Flow, nonlinear: Tensor, axis: int | None, *, cut: bool) -> Flow:
-    """Behind an activation: paths through its nonlinear channels (bool, (C,)) are longer by one.
+    """The flow after an activation: paths through its nonlinear channels (bool, (C,)) are longer by one.
 
     Args:
         flow: of what the activation reads.

@@ -1,4 +1,4 @@
-"""Intervals: what values a tensor can have, element by element."""
+"""Intervals: the range of values of each element of a tensor."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Differentiable:
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     @classmethod
@@ -154,7 +154,7 @@ def chunks(samples: int, per_sample: int, memory: float) -> Iterator[tuple[int, 
 
 
 def human(size: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes in readable form.
 
     Examples:
         >>> human(3 * 2**30)

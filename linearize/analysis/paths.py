@@ -58,7 +58,7 @@ class OutputPaths:
         return self.channels @ torch.arange(self.channels.shape[1], dtype=torch.float64)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {
             "name": self.name,
             "mean": self.mean,
@@ -70,13 +70,13 @@ class OutputPaths:
 
 @dataclass(frozen=True)
 class PathLength:
-    """Lengths of the paths of a model, in nonlinear units; `float()` gives the mean. Prints as a table.
+    """Lengths of the paths of a model, in nonlinear units. `float()` gives the mean. It prints as a table.
 
     Attributes:
         weighting: "normalized" or "unnormalized".
-        distribution: float64 (K,), over all outputs; sums to 1.
+        distribution: share of the paths of each length over all outputs, float64 (K,); sums to 1.
         outputs: the paths to each output tensor that depends on the input.
-        opaque: ops that no rule knows; they were taken to connect all channels.
+        opaque: operations without a rule. They were taken to connect all channels.
     """
 
     weighting: str
@@ -93,7 +93,7 @@ class PathLength:
         return self.mean
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {
             "weighting": self.weighting,
             "mean": self.mean,
@@ -128,11 +128,11 @@ def average_path_length(
 ) -> PathLength:
     """The mean number of nonlinear units on a path from the input of a model to its output.
 
-    A path goes through channels: `L = sum over paths p of w(p) * (nonlinear units on p)`. Unnormalized, all paths have
-    the same weight. Normalized, `w(p)` is the probability of a random walk from the output backwards that takes each
-    branch of a merge (a sum, a product, a concatenation) with the same probability, and each input channel of a dense
-    layer likewise. Linear channels of gates and of collapsed models do not count. Computed exactly, by dynamic
-    programming over the captured graph; `linearize.analysis.rules` lists the rule for each kind of op.
+    A path goes through channels: `L = sum over paths p of w(p) * (nonlinear units on p)`. With "unnormalized" all paths
+    have the same weight. With "normalized", `w(p)` is the probability of a random walk from the output backwards. It
+    takes each branch of a merge (a sum, a product, a concatenation) with the same probability, and so for each input
+    channel of a dense layer. Linear channels of gates and of collapsed models do not count. The result is exact, by
+    dynamic programming over the captured graph. `linearize.analysis.rules` lists the rule for each kind of operation.
 
     Args:
         model: any model that can be captured: plain (all its activations count), converted, or collapsed.
@@ -140,8 +140,8 @@ def average_path_length(
         weighting: "normalized" or "unnormalized".
 
     Returns:
-        A `PathLength`: `float()` of it is the mean, `.distribution` the share of each length, `.outputs` the same for
-        each output and each of its channels.
+        A `PathLength`. `float()` of it is the mean, `.distribution` is the share of each length, and `.outputs` gives
+        the same for each output and each of its channels.
 
     Raises:
         CaptureError: the model cannot be captured, or no output depends on the input.
@@ -159,7 +159,7 @@ def average_path_length(
 
 @dataclass
 class PathGraph:
-    """A captured model whose path lengths can be asked again and again, while its gates move."""
+    """A captured model. Its path lengths can be computed again and again while its gates change."""
 
     captured: Capture
     units: tuple[Unit, ...]
@@ -177,7 +177,7 @@ class PathGraph:
         return cls(captured, find_units(model, captured), channel_axes(captured.graph))
 
     def lengths(self, weighting: Weighting = "normalized") -> PathLength:
-        """The path lengths with the gates as they are now."""
+        """The path lengths for the present state of the gates."""
         normalized = check_weighting(weighting)
         found, rules = self._outputs(normalized=normalized, integers=False)
         if not found:  # integer inputs that are not looked up in a table

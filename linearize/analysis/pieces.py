@@ -1,4 +1,4 @@
-"""Where an activation is a straight line, and which channels stay on one."""
+"""Where an activation is a straight line, and which channels always stay on one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOMOGENEOUS = frozenset({"relu", "leakyrelu", "prelu"})
 
 @dataclass(frozen=True)
 class Line:
-    """What a channel computes where its input stays in one piece of the activation: `slope * x + intercept`."""
+    """The line `slope * x + intercept` that a channel follows while its input stays in one piece of the activation."""
 
     slope: float
     intercept: float

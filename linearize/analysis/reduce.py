@@ -1,4 +1,4 @@
-"""Take hidden symmetries out of a model: the same function with fewer channels."""
+"""Remove hidden symmetries from a model: the same function with fewer channels."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _log = logging.getLogger(__name__)
 
 
 def reduce(model: nn.Module, symmetries: Sequence[Symmetry], *, when: When = "cheaper") -> nn.Module:
-    """A model without the channels that `hidden_symmetries` found, and with the same function where they were found.
+    """Make a model without the channels that `hidden_symmetries` found, with the same function where they were found.
 
-    Inactive and unseen channels are dropped, their constant goes into the bias; active channels become linear and are
-    collapsed; of parallel channels the first one stays, and takes over what the others gave to their readers. The
-    function is the same for every input of the box for evidence "box", and on the inputs seen for evidence "data".
+    Inactive and unseen channels are dropped, and their constant is added to the bias. Active channels become linear and
+    are collapsed. Of parallel channels, the first one stays, and the outgoing weights of the others are added to its
+    own. With evidence "box" the function is the same for every input of the box, with "data" on the inputs seen.
 
     Args:
-        model: the model that was analysed, plain or converted; it is left as it is.
-        symmetries: records of that model, best all of them: they hold together.
-        when: as for `linearize.collapse`: "cheaper" leaves an active channel as a channel without an activation where
-            merging it would cost more; "always" merges every one.
+        model: the model that was analysed, plain or converted. It is not changed.
+        symmetries: records of that model. Pass all of them: one may be true only if another is applied as well.
+        when: as for `linearize.collapse`. With "cheaper", an active channel stays without its activation if merging it
+            would cost more. "always" merges every active channel.
 
     Returns:
-        A new model without gates. A channel whose surroundings cannot be changed (a residual sum, shared weights) stays
-        as a partial activation; parallel channels there are left alone.
+        A new model without gates. Some layers cannot be changed (at a residual sum, say). A channel between them
+        stays without its activation, and parallel channels there are not changed.
 
     Raises:
         UsageError: a record names a site or a channel that the model does not have.

@@ -1,15 +1,15 @@
-"""What each op does to paths: one rule per kind of op, over the table that `Spreader` walks.
+"""What each operation does to paths: one rule per kind of operation, in the table that `Spreader` uses.
 
-Rules (channels are paths' stations; positions and samples are not):
+A path runs through channels, not through positions or samples. The rules are:
 
-- dense maps connect every input channel to every output channel, convolutions likewise, within their groups;
-- views, slices, permutations and splits carry each element where it goes;
-- sums, products, maxima and other functions of several tensors are merges of branches. A product is one, since
+- dense maps connect every input channel to every output channel; convolutions do so within their groups;
+- views, slices, permutations and splits move each element;
+- sums, products, maxima and other functions of several tensors are merges of branches. A product is one, because
   `d(uv) = u dv + v du`: a change of the input travels along both factors;
-- norms and softmax pass every channel through: their statistics are no units;
-- attention passes every channel of the values through and mixes tokens; queries and keys only say how much;
-- pooling and other reductions over positions pass channels through, over channels they are dense;
-- an op that is in none of these lists connects everything with everything, and is reported.
+- norms and softmax pass every channel through; their statistics are not units;
+- attention passes every channel of the values through and mixes tokens; queries and keys are only weights;
+- pooling and other reductions over positions pass channels through; over channels they are dense;
+- any other operation connects everything with everything, and is reported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Rules:
     opaque: list[str] = field(default_factory=list)
 
     def apply(self, node: fx.Node) -> State:
-        """What an op makes of its operands."""
+        """The flows that an operation makes of those of its operands."""
         name = op_name(node)
         if name == "getitem":
             return self._getitem(node)

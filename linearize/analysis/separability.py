@@ -1,4 +1,4 @@
-"""Are the classes linearly separable here? Layer by layer, as a cheap signal where nonlinearity is still needed.
+"""Are the classes linearly separable? Tested layer by layer; a cheap sign of where nonlinearity is still needed.
 
 Two point sets A and B can be separated by a hyperplane if and only if their Minkowski difference `A - B` lies in an
 open half-space: `w (a - b) > 0` for all a and b. A linear classifier without errors on the points is such a `w`.
@@ -31,7 +31,7 @@ __all__ = ["LayerSeparability", "Separability", "class_separability"]
 
 @dataclass(frozen=True)
 class LayerSeparability:
-    """How far the classes are apart at one place of a model.
+    """The separability of the classes at one place of a model.
 
     Attributes:
         name: "input", the name of a site (behind its activation), or "output".
@@ -55,7 +55,7 @@ class LayerSeparability:
 
 @dataclass(frozen=True)
 class Separability:
-    """A row for each layer, from the input to the output. Prints as a table."""
+    """Linear separability of the classes: a row for each layer, from the input to the output. It prints as a table."""
 
     layers: tuple[LayerSeparability, ...]
 
@@ -63,7 +63,7 @@ class Separability:
         return next(layer for layer in self.layers if layer.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {"layers": [asdict(layer) for layer in self.layers]}
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:
@@ -96,15 +96,16 @@ def class_separability(
     """Linear separability of the classes at the input, behind every activation site, and at the output.
 
     At each place, scikit-learn's linear support vector machine is fitted for every class against the rest, on
-    standardised features, nearly without regularisation. No error on the points means separable; an error means "not
-    found separable", since the solver stops somewhere.
+    standardised features, nearly without regularisation. No error on the points proves that the class is separable.
+    An error only means that no hyperplane was found, because the solver stops at some point.
 
     Args:
-        model: plain or converted; it is left as it is.
+        model: plain or converted. It is not changed.
         inputs: one batch of N samples: a tensor, a tuple or a dict of keyword arguments.
-        labels: (N,), the class of each sample, at least two different ones.
-        features: "mean" averages every channel over its positions, "flatten" takes each position as a feature.
-        limit: more features than this are projected to so many at random; what is separable there is separable.
+        labels: (N,), the class of each sample. There must be at least two classes.
+        features: "mean" averages every channel over its positions. "flatten" takes each position as a feature.
+        limit: if there are more features, they are projected at random to this number. If classes are separable after
+            the projection, they are separable.
         seed: of that projection.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Hidden symmetries: channels that a smaller network could do without, on the data seen or on a whole box.
+"""Hidden symmetries: redundant channels, on the data seen or on a whole box of inputs.
 
 Source: Grigsby, Lindsey and Rolnick, "Hidden Symmetries of ReLU Networks", ICML 2023. Shape letter: C channels.
 """
@@ -34,22 +34,22 @@ Ranges = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list[Symmetry]:
-    """Channels that do nothing that a smaller network could not do.
+    """Find redundant channels: a smaller network could compute the same function.
 
-    Four mechanisms: a channel is stably inactive (its activation is a constant) or stably active (it is a straight
-    line), several channels are positive multiples of one another, or a channel's effect is lost downstream. Evidence
-    "data" means: on all these inputs, up to rounding in float64. Evidence "box" means: for every input in the box, by
-    interval bounds through linear maps, convolutions, norms in eval mode, ReLU-like activations, pooling and sums;
-    whatever else there is counts as unbounded. Everything is computed on a float64 copy in eval mode.
+    There are four kinds. A channel is always inactive (its activation is constant) or always active (its activation is
+    a straight line), several channels are positive multiples of one another, or a channel's effect is lost later on.
+    The evidence "data" means: on all these inputs, up to rounding in float64. The evidence "box" means: for every input
+    in the box, by interval bounds through linear maps, convolutions, norms in eval mode, ReLU-like activations, pooling
+    and sums. Anything else counts as unbounded. Everything is computed on a float64 copy in eval mode.
 
     Args:
-        model: plain or converted; channels that are linear already are left out.
+        model: plain or converted. Channels that are already linear are left out.
         inputs: a tensor, a tuple, a dict of keyword arguments, or a list of such batches.
         box: a pair (low, high) for all inputs, or one for each input; numbers, or tensors of a sample's shape.
 
     Returns:
-        A record for each site, kind and evidence (for each group, if parallel), in order of execution. The records
-        hold together: `reduce` with all of them keeps the function. `symmetry_table` prints them.
+        A record for each site, kind and evidence (for parallel channels, for each group), in order of execution. Pass
+        all of them to `reduce` together: then the function stays the same. `symmetry_table` prints them.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -154,7 +154,7 @@ def _stable(
 
 
 def free(gate: ChannelGate) -> list[int]:
-    """Channels of a gate that are wholly nonlinear."""
+    """Channels of a gate that are completely nonlinear."""
     mask = ~gate.linear & (gate.alpha == 0)
     return [int(c) for c in mask.nonzero().flatten()]
 

@@ -27,15 +27,15 @@ class Symmetry:
     """Channels of one site that are redundant for one reason.
 
     Attributes:
-        kind: "inactive": the activation puts out a constant. "active": it is a straight line there. "parallel": the
+        kind: "inactive": the activation is constant. "active": the activation is a straight line. "parallel": the
             channels are positive multiples of the first one. "unseen": no output changes if they are set to 0.
         site: name of the site.
-        channels: by index; of parallel ones, the first is the one that the others are multiples of.
-        evidence: "data": on these inputs. "box": for every input in the box.
-        slopes, intercepts: the line that takes the place of each channel's activation (not for parallel ones).
-        scales: of parallel channels, how many times the first one each is; the first scale is 1.
-        requires: (site, channel, constant) of inactive channels that must be constant for these to be unseen.
-        inputs: example inputs without values, for those who have to capture the model.
+        channels: by index. If parallel, the others are multiples of the first.
+        evidence: "data": true on the inputs that were passed. "box": true for every input in the box.
+        slopes, intercepts: the line that equals the activation of each channel (not for parallel ones).
+        scales: if parallel, the factor of each channel relative to the first one; the first scale is 1.
+        requires: (site, channel, constant) of inactive channels. These channels are unseen only if those are constant.
+        inputs: example inputs without values, to capture the model again.
     """
 
     kind: Kind
@@ -49,7 +49,7 @@ class Symmetry:
     inputs: Any = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {key: value for key, value in asdict(replace(self, inputs=None)).items() if key != "inputs"}
 
 
@@ -74,7 +74,7 @@ _COLORS = {"inactive": FIRST, "active": SECOND, "parallel": "#1b7837", "unseen":
 
 
 def draw_symmetries(symmetries: Iterable[Symmetry], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw how many channels of each site are redundant, and why; evidence from data alone is hatched.
+    """Draw how many channels of each site are redundant, and why. Channels with evidence from data only are hatched.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.

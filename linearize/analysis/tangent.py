@@ -41,15 +41,16 @@ def tangent_kernel(model: nn.Module, inputs: Any, *, memory: float = 2**30) -> T
 
 
 def kernel_rank(kernel: Tensor, tolerance: float = 1e-7) -> int:
-    """How many singular values of the Jacobian behind a kernel exceed `tolerance` times the largest."""
+    """The number of singular values of the kernel's Jacobian that are above `tolerance` times the largest."""
     values = torch.linalg.eigvalsh(kernel.double()).clamp_min(0).sqrt()
     return int((values > tolerance * values.max()).sum()) if values.numel() else 0
 
 
 def effective_rank(kernel: Tensor) -> float:
-    """Over how many directions a kernel is spread: `exp(-sum p log p)` of its eigenvalues `p`, scaled to sum 1.
+    """The number of directions over which a kernel is spread: `exp(-sum p log p)` of its eigenvalues scaled to sum 1.
 
-    R if all eigenvalues are equal, 1 if there is one only; `kernel_rank` counts the smallest like the largest.
+    It is R if all eigenvalues are equal, and 1 if there is only one. `kernel_rank`, in contrast, counts small and large
+    eigenvalues alike.
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
 
     Examples:
@@ -82,7 +83,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass
 class TangentRecorder:
-    """Writes down rank of the tangent kernel and its distance from where it started, while a model is trained.
+    """Records the rank of the tangent kernel, and its distance from the first record, while a model is trained.
 
     Attributes:
         inputs: the samples that the kernel is computed on.
@@ -117,7 +118,7 @@ class TangentRecorder:
         return row
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return {"curve": self.curve}
 
     def draw(self, path: str | os.PathLike[str], title: str = "") -> None:

@@ -1,6 +1,6 @@
 """The nonlinear units of a captured graph: every activation, and which of its channels are nonlinear now.
 
-Gates, partial and masked activations are units of their own: what they are made of does not count again.
+Gates, partial activations and masked activations count as one unit each. The activations inside do not count again.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _gated(model: nn.Module, captured: Capture) -> list[Unit]:
 
 
 def inputs_of(model: nn.Module, example_inputs: object) -> Inputs:
-    """Example inputs in one form: those given, those a rewritten model remembers, or those its library tells.
+    """Example inputs in one form: those given, else those stored in a rewritten model, else those of its library.
 
     Raises:
         CaptureError: none were given, and none are known.
@@ -148,7 +148,7 @@ def inputs_of(model: nn.Module, example_inputs: object) -> Inputs:
 
 
 def zeros_like_inputs(inputs: Inputs, device: torch.device) -> Inputs:
-    """The same inputs with zeros on a device: the values of what only shapes are known of."""
+    """The same inputs with zeros on a device, made from their shapes."""
     made: Inputs = pytree.tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), inputs)
     return made
 

@@ -1,4 +1,4 @@
-"""What the weights around a site say: parallel rows of its producer, and the columns that its consumers read."""
+"""What the weights around a site show: parallel rows of its producer, and the columns that its consumers read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def live_columns(
     dead: Mapping[str, Mapping[int, float]],
     gone: Mapping[str, Mapping[int, tuple[tuple[str, int, float], ...]]],
 ) -> tuple[list[bool], tuple[tuple[str, int, float], ...]] | None:
-    """Which channels of a site are read by anything that is alive; and which dead readers that depends on.
+    """The channels of a site that any live operation reads, and the dead readers on which this depends.
 
     Args:
         model: a converted model.

@@ -1,7 +1,7 @@
-"""Checks of arguments, in one vocabulary: each gives the argument back, or says what was found and what to pass.
+"""Checks of arguments. Each check returns the argument, or raises an error.
 
-Public functions check what they are called with before they do anything. A message names the argument, the value
-found, and what it must be.
+Public functions check their arguments before they do anything. The message names the argument, the value found, and
+what it must be.
 """
 
 from linearize.checks.torch_values import batches, device, dtype, evaluation, module, normal_mode, weights

@@ -1,4 +1,4 @@
-"""Checks of arguments that are modules, devices and batches, and of the state that torch is in."""
+"""Checks of arguments that are modules, devices or batches, and of PyTorch's current mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from linearize.errors import DataError, UsageError
 
 
 def module(name: str, value: Any) -> nn.Module:
-    """A module of torch.
+    """Check for a module of torch.
 
     Raises:
         UsageError: otherwise.
@@ -24,7 +24,7 @@ def module(name: str, value: Any) -> nn.Module:
 
 
 def dtype(name: str, value: Any) -> torch.dtype:
-    """A floating type of torch.
+    """Check for a floating type of torch.
 
     Raises:
         UsageError: otherwise.
@@ -35,7 +35,7 @@ def dtype(name: str, value: Any) -> torch.dtype:
 
 
 def device(name: str, value: Any) -> torch.device:
-    """A device that can be used here.
+    """Check for a device that can be used here.
 
     Raises:
         UsageError: there is no such device, or it holds no values.
@@ -56,7 +56,7 @@ def device(name: str, value: Any) -> torch.device:
 
 
 def batches(name: str, value: Any) -> Iterable[Any]:
-    """Batches that can be read again and again.
+    """Check for batches that can be read several times.
 
     Raises:
         DataError: it cannot be iterated, or only once.
@@ -72,7 +72,7 @@ def batches(name: str, value: Any) -> Iterable[Any]:
 
 
 def normal_mode(name: str) -> None:
-    """New tensors have values here, and can have gradients.
+    """Check that new tensors have values, and can have gradients.
 
     Raises:
         UsageError: inside torch.inference_mode(), or with the meta device as the default.
@@ -85,7 +85,7 @@ def normal_mode(name: str) -> None:
 
 
 def evaluation(name: str, value: Any) -> None:
-    """A function of a model, or batches that can be read again and again.
+    """Check for a function of a model, or batches that can be read several times.
 
     Raises:
         UsageError: neither of these.
@@ -100,7 +100,7 @@ def evaluation(name: str, value: Any) -> None:
 
 
 def weights(name: str, model: nn.Module) -> None:
-    """The parameters and buffers have values.
+    """Check that the parameters and buffers have values.
 
     Raises:
         UsageError: one of them is on the meta device.

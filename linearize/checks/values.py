@@ -25,17 +25,17 @@ def refuse(name: str, value: Any, expected: str) -> NoReturn:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number, of Python or NumPy, and no bool."""
+    """True for a real number of Python or NumPy, but not for a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number by type, of Python or NumPy, and no bool."""
+    """True for a value of a whole-number type of Python or NumPy, but not for a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole(name: str, value: Any, least: int = 0, *, most: int = 2**53) -> int:
-    """A whole number of at least `least`, and at most `most`.
+    """Check for a whole number of at least `least`, and at most `most`.
 
     Raises:
         UsageError: otherwise; the number 2.0 is none, nor is True.
@@ -52,7 +52,7 @@ def whole(name: str, value: Any, least: int = 0, *, most: int = 2**53) -> int:
 
 
 def wholes(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
-    """Whole numbers, at least one of them; a single number is taken for a list of one.
+    """Check for one or more whole numbers. A single number becomes a list.
 
     Raises:
         UsageError: otherwise.
@@ -70,7 +70,7 @@ def wholes(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
 def number(
     name: str, value: Any, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
 ) -> float:
-    """A finite number of at least `least`, above `above`, and at most `most`.
+    """Check for a finite number of at least `least`, above `above`, and at most `most`.
 
     Raises:
         UsageError: otherwise.
@@ -87,7 +87,7 @@ def number(
 
 
 def share(name: str, value: Any, of: str = "share", *, positive: bool = False) -> float:
-    """A number from 0 to 1; above 0 if `positive`.
+    """Check for a number from 0 to 1; above 0 if `positive`.
 
     Raises:
         UsageError: otherwise.
@@ -98,7 +98,7 @@ def share(name: str, value: Any, of: str = "share", *, positive: bool = False) -
 
 
 def boolean(name: str, value: Any) -> bool:
-    """True or False, and nothing that only counts as one of them.
+    """Check for True or False, and nothing that only counts as one of them.
 
     Raises:
         UsageError: otherwise.
@@ -109,7 +109,7 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def seed(name: str, value: Any) -> int:
-    """A seed that every random generator takes.
+    """Check for a seed that every random generator accepts.
 
     Raises:
         UsageError: otherwise.
@@ -120,7 +120,7 @@ def seed(name: str, value: Any) -> int:
 
 
 def choice(name: str, value: Any, known: Sequence[str]) -> str:
-    """One of some words.
+    """Check for one of some words.
 
     Raises:
         UsageError: otherwise.
@@ -131,7 +131,7 @@ def choice(name: str, value: Any, known: Sequence[str]) -> str:
 
 
 def function(name: str, value: Any, expected: str = "a function") -> Callable[..., Any]:
-    """Something that can be called.
+    """Check for something that can be called.
 
     Raises:
         UsageError: otherwise.
@@ -143,7 +143,7 @@ def function(name: str, value: Any, expected: str = "a function") -> Callable[..
 
 
 def patterns(name: str, value: Any, expected: str = "a glob pattern, or a list of these") -> tuple[str, ...]:
-    """Glob patterns; a text is one pattern.
+    """Check for glob patterns; a text is one pattern.
 
     Raises:
         UsageError: otherwise.
@@ -158,7 +158,7 @@ def patterns(name: str, value: Any, expected: str = "a glob pattern, or a list o
 
 
 def path(name: str, value: Any) -> Path:
-    """A path that a file system can hold.
+    """Check for a path that a file system accepts.
 
     Raises:
         UsageError: it is neither text nor a path, or holds a null character.
@@ -172,7 +172,7 @@ def path(name: str, value: Any) -> Path:
 
 
 def folder(name: str, value: Any) -> Path:
-    """A folder that exists or can be made; nothing is made here.
+    """Check for a folder that exists or can be made; it is not made here.
 
     Raises:
         UsageError: it is no path, or the path of something else than a folder.

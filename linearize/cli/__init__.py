@@ -48,9 +48,13 @@ def _main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Find the channels whose nonlinearity a trained network no longer needs, and remove them exactly.
+    """Make trained PyTorch models smaller and faster.
 
-    MODEL is timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a .safetensors file of linearize.
+    linearize finds hidden channels that no longer need their nonlinearity, and multiplies them into the neighbouring
+    layers. This last step does not change the function.
+
+    MODEL is timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a .safetensors file that linearize saved. The
+    module of a callable is imported and the callable is called.
     """
 
 
@@ -61,7 +65,7 @@ app.command()(bench)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and return its exit code; never raises for what a user can do wrong.
+    """Run the command line and return its exit code; a mistake of the user never raises an exception.
 
     Args:
         arguments: as in `sys.argv[1:]`; none at all shows the help.
@@ -96,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Inside, libraries keep their warnings and logs of failures to themselves: we tell in one line what matters."""
+    """Inside, warnings and error logs of other libraries are hidden: our own message says in one line what matters."""
     if os.environ.get("LINEARIZE_DEBUG"):
         yield
         return

@@ -17,23 +17,27 @@ _COMPILE = {"no": [False], "yes": [True], "both": [False, True]}
 
 
 def bench(
-    reference: Annotated[str, typer.Argument(metavar="A", help="The model to compare with.")],
-    candidate: Annotated[str, typer.Argument(metavar="B", help="The model that should be faster.")],
-    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes.")] = "1,32",
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each model, in turns.")] = 15,
-    warmup: Annotated[int, typer.Option(min=0, help="Calls before the first measurement.")] = 3,
-    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    compile_: Annotated[str, typer.Option("--compile", help="Under torch.compile: no, yes or both.")] = "no",
-    device: Annotated[str | None, typer.Option(help="For example cpu, or cuda:0.")] = None,
+    reference: Annotated[str, typer.Argument(metavar="A", help="The reference model.")],
+    candidate: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.")],
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes, separated by commas.")] = "1,32",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of measurements of each model. The models take turns.")
+    ] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Number of calls before the first measurement.")] = 3,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float64, bfloat16 or float16. Default: that of the models.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads. Default: that of PyTorch.")] = None,
+    compile_: Annotated[str, typer.Option("--compile", help="Measure with torch.compile: no, yes or both.")] = "no",
+    device: Annotated[str | None, typer.Option(help="Device, such as cpu or cuda:0. Default: that of A.")] = None,
     shape: common.Shape = None,
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result to a file, as JSON.")] = None,
     json: common.Json = False,
 ) -> None:
-    """Measure the latency of two models side by side.
+    """Measure the latency of two models in turns, and the ratio between them.
 
     Example: [bold]linearize bench original.safetensors small.safetensors --batch-sizes 1,32[/bold]
     """

@@ -1,4 +1,4 @@
-"""What the commands share: models from what a user types, inputs for them, and how results are printed."""
+"""What all commands use: opening the model that a user names, making inputs for it, and printing results."""
 
 from __future__ import annotations
 
@@ -41,33 +41,43 @@ __all__ = [
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a file."),
+    typer.Argument(
+        metavar="MODEL", help="timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or a file that linearize saved."
+    ),
 ]
 ModelArgument = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", "-a", metavar="KEY=VALUE", help="Argument of the model, such as num_classes=10."),
+    typer.Option(
+        "--model-arg",
+        "-a",
+        metavar="KEY=VALUE",
+        help="One argument of the model, such as num_classes=10. Can be repeated.",
+    ),
 ]
 Pretrained = Annotated[
     bool | None,
-    typer.Option("--pretrained/--random", help="Weights of a new model; without: random for timm, stored for hf."),
+    typer.Option("--pretrained/--random", help="Weights of a new model. Default: random for timm, pretrained for hf."),
 ]
 Shape = Annotated[
     str | None,
-    typer.Option(metavar="SHAPE", help="Input of one sample if it cannot be known, such as 3x224x224."),
+    typer.Option(
+        metavar="SHAPE",
+        help="Shape of one input sample, such as 3x224x224. Needed only if linearize cannot find it out.",
+    ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples in a batch.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of random weights, inputs and orders.")]
+Batch = Annotated[int, typer.Option(min=1, help="Number of samples in a batch.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights, inputs and orders.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def say(text: str) -> None:
-    """A line about what is going on, on standard error."""
+    """Print a line of progress on standard error."""
     typer.echo(text, err=True)
 
 
 @contextmanager
 def named_as_typed() -> Iterator[None]:
-    """Inside, an error about an argument of a function names the option of the command."""
+    """Inside this context, an error about an argument of a function names the option of the command."""
     try:
         yield
     except UsageError as error:
@@ -89,7 +99,7 @@ def open_model(
     seed: int = 0,
     **more: Any,
 ) -> nn.Module:
-    """The model that a user names; its random weights are those of the seed.
+    """Open the model that a user names. Random weights depend on the seed.
 
     Args:
         spec: as `zoo.create` takes it, or the path of a file that `linearize.save` wrote.
@@ -111,7 +121,7 @@ def open_model(
 
 
 def open_hollow(spec: str, arguments: list[str] | None = None, *, pretrained: bool | None = None) -> nn.Module | None:
-    """The same on the meta device, for what depends on no weights: no time and no memory for any size.
+    """Open the model on the meta device, without weights. This takes no time and no memory, for any size.
 
     None where that is impossible (a file or a callable may hold linear channels already, which the weights tell), or
     where weights are asked for.
@@ -134,7 +144,7 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def inputs_for(model: nn.Module, *, batch: int, shape: str | None = None, seed: int = 0) -> Any:
-    """Random example inputs: of the given shape, or as the model's library or its file tells.
+    """Random example inputs: of the given shape, or as the model's library or its file says.
 
     Raises:
         UsageError: the shape is not like 3x224x224, or it is needed and not given.
@@ -225,7 +235,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 def open_pair(
     a: str, b: str, arguments: list[str] | None, *, pretrained: bool | None, seed: int
 ) -> tuple[nn.Module, nn.Module]:
-    """Two models; the arguments are for those that are no files, which know their own.
+    """Open two models. The arguments are for those that are not files.
 
     Raises:
         LinearizeError: there is no such model.
@@ -245,6 +255,6 @@ def open_pair(
 
 
 def test_inputs(source: DataSource) -> list[Any]:
-    """All test images, without labels, as `verify` takes them."""
+    """All test images without labels, in the form that `verify` takes."""
     names = source.test.keywords
     return [batch[0] if names is None else {names[0]: batch[names[0]]} for batch in source.test]

@@ -34,41 +34,62 @@ _TRAIN_FIRST = 15  # epochs for a model that comes with random weights
 
 def compress(
     model: common.Model,
-    data: Annotated[str, typer.Option(metavar="DATA", help="digits, a folder of idx .gz files, or of images.")],
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the models and the report.")] = None,
-    latency: Annotated[float | None, typer.Option(help="Budget: fraction of the measured latency.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Budget: how many times as fast, measured.")] = None,
-    flops: Annotated[float | None, typer.Option(help="Budget: fraction of the FLOPs.")] = None,
-    params: Annotated[float | None, typer.Option(help="Budget: fraction of the parameters.")] = None,
-    activations: Annotated[float | None, typer.Option(help="Budget: fraction of the nonlinear units.")] = None,
-    linear: Annotated[
-        float | None, typer.Option(help="In place of a budget: share of channels that shall be linear; 0.6 without.")
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="digits, a folder with idx .gz files, or a folder with one subfolder of images per class.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the models, the plan and the report.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 for the closed form alone.")] = 10,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: show the options and what is chosen.")] = False,
-    uniform: Annotated[bool, typer.Option("--uniform", help="Equal widths in all sites of equal shape.")] = False,
+    latency: Annotated[
+        float | None, typer.Option(help="Budget: fraction of the original's measured latency, such as 0.7.")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Budget: how many times as fast, measured, such as 1.5.")
+    ] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget: fraction of the original's FLOPs.")] = None,
+    params: Annotated[float | None, typer.Option(help="Budget: fraction of the original's parameters.")] = None,
+    activations: Annotated[
+        float | None, typer.Option(help="Budget: fraction of the original's nonlinear unit evaluations.")
+    ] = None,
+    linear: Annotated[
+        float | None,
+        typer.Option(help="Instead of a budget: share of channels that become linear. 0.6 if there is no budget."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning. 0 skips it.")] = 10,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only make a plan: show the options and the choice.")
+    ] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Keep equal widths in all layers of equal shape.")] = False,
     stock: Annotated[
         bool,
-        typer.Option("--stock", help="Ordinary layers only; a transformers model is also saved as a stock folder."),
+        typer.Option(
+            "--stock",
+            help="Use ordinary layers only. A transformers model is also saved as a folder for from_pretrained.",
+        ),
     ] = False,
     train: Annotated[
-        int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
+        int | None,
+        typer.Option(min=0, help="Epochs of training before compressing. Default: 15 for random weights, else 0."),
     ] = None,
-    modules: Annotated[bool, typer.Option(help="Whole modules may become one linear map.")] = True,
+    modules: Annotated[bool, typer.Option(help="Whole modules, such as attention, may become one linear map.")] = True,
     output: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PART[=WEIGHT]",
-            help="Part of the output that counts, such as logits, 'boxes*' or depth=2; all without. May come again.",
+            help="A part of the output that counts: logits, 'boxes*' or depth=2. Default: all. Can be repeated.",
         ),
     ] = None,
-    search: Annotated[int, typer.Option(min=0, help="Plans around the chosen one to try with the real loss.")] = 16,
+    search: Annotated[int, typer.Option(min=0, help="Number of other plans to try with the real loss.")] = 16,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate; without: 1e-3, and 3e-4 behind a budget.", show_default=False)
+        float | None, typer.Option(help="Learning rate. Default: 1e-3, or 3e-4 with a budget.", show_default=False)
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 64,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of images.")] = None,
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
@@ -76,7 +97,8 @@ def compress(
 ) -> None:
     """Compress a model to a budget, and save the smaller model, the plan and a report.
 
-    A model with random weights is trained on the data first. If it is interrupted, the same command goes on.
+    Without a budget, 60% of the channels become linear. A model with random weights is trained on the data first. If
+    the command is interrupted, give it again to continue.
 
     Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --flops 0.6 --out runs/vit[/bold]
     """

@@ -26,11 +26,15 @@ def inspect(
     batch: common.Batch = 1,
     seed: common.Seed = 0,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw what is nonlinear, layers by channels (.png, .svg, .pdf).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw which channels are nonlinear in each layer (.png, .svg, .pdf)."),
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """List the activations of a model, what their linear channels would collapse to, or why they cannot.
+    """List the activations of a model, and what each would collapse to, or why it cannot.
+
+    A row shows the activation's name, its channels, how many of them are linear, and the form that they would take when
+    they are collapsed, or the reason why they cannot be collapsed.
 
     Example: [bold]linearize inspect timm:vit_tiny_patch16_224[/bold]
     """

@@ -16,29 +16,34 @@ __all__ = ["verify"]
 
 
 def verify(
-    reference: Annotated[str, typer.Argument(metavar="A", help="The model that is right by definition.")],
+    reference: Annotated[str, typer.Argument(metavar="A", help="The reference model; with --sha256 a file.")],
     candidate: Annotated[
         str | None,
-        typer.Argument(metavar="B", help="The model in question; with --sha256 a file, a digest, or nothing."),
+        typer.Argument(metavar="B", help="The model to compare with it; with --sha256 a file, a digest, or nothing."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Compare on real images: digits, or a folder.")
+        str | None,
+        typer.Option(metavar="DATA", help="Compare on real images instead of random inputs: digits, or a folder."),
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="Batches of random inputs to compare on.")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="Number of batches to compare on.")] = 4,
     batch: common.Batch = 8,
     shape: common.Shape = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative error; without: by the dtype, 1e-5 for float32.")
+        float | None,
+        typer.Option(help="Largest relative error that is allowed. Default: by the dtype, 1e-5 for float32."),
     ] = None,
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
     sha256: Annotated[
-        bool, typer.Option("--sha256", help="Print the digest of file A, and compare it with B; load nothing.")
+        bool,
+        typer.Option(
+            "--sha256", help="Print the SHA-256 digest of file A, and compare it with B if given. No model is loaded."
+        ),
     ] = False,
     json: common.Json = False,
 ) -> None:
-    """Are two models the same function? Ends with exit code 0 if so, 1 if not.
+    """Check that two models compute the same function. The exit code is 0 if they do, and 1 if not.
 
     Example: [bold]linearize verify original.safetensors small.safetensors[/bold]
 
@@ -68,7 +73,7 @@ _DIGEST = re.compile("[0-9a-fA-F]{64}")
 
 
 def _digests(file: str, other: str | None, *, json: bool) -> None:
-    """The digest of a file; is it that of another file, or the digest given?"""
+    """Print the digest of a file, and compare it with that of another file, or with a digest."""
     found = file_checksum(file)
     wanted = None if other is None else other.lower() if _DIGEST.fullmatch(other) else file_checksum(other)
     if json:

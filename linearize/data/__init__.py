@@ -1,4 +1,4 @@
-"""Data sources for the command line and the demo: handwritten digits, idx files, folders of images."""
+"""Data sets for the command line and the demo: handwritten digits, idx files, folders of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DataSource:
 
     Attributes:
         name: where they come from.
-        train, test: re-iterable batches; `train` in another order every epoch, `test` always in the same.
+        train, test: batches that can be read several times; `train` in another order each epoch, `test` in the same.
         classes: names of the classes; a label is an index into them.
         in_chans, size: channels and (height, width) of the images in the batches.
     """
@@ -57,15 +57,15 @@ def load_data(
     Args:
         source: "digits" (1797 handwritten digits of 8 x 8 pixels in scikit-learn, no download), a folder
             with the four idx .gz files of MNIST or Fashion-MNIST, or a folder with a subfolder of images per
-            class; these may lie in "train" and "test" (or "val"), otherwise every fifth image is kept for
-            testing.
+            class. These subfolders may be inside "train" and "test" (or "val"); otherwise every fifth image is
+            kept for testing.
         size: height and width that the model takes; None keeps the source's own (224 for image files).
         in_chans: channels that the model takes; None keeps the source's own (3 for image files).
         mean: of each channel, for values in [0, 1]; one number serves all channels.
-        std: likewise, the standard deviation.
-        batch_size: images in a batch; a smaller last batch is left out of `train`.
+        std: the standard deviation of each channel, in the same form.
+        batch_size: number of images in a batch. In `train`, a smaller last batch is left out.
         seed: of the order of the training images.
-        limit: at most so many images for training and for testing each, spread over the whole source.
+        limit: largest number of images for training, and for testing, spread over the whole source.
         keywords: names of the images and of the labels if the model takes keyword arguments, for example
             ("pixel_values", "labels"); None gives pairs (images, labels).
 

@@ -55,7 +55,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Transform:
-    """Bytes (N, C, H, W) to what a model takes: its size, its channels, its normalisation."""
+    """Turn bytes (N, C, H, W) into inputs of a model: its size, its channels, its normalisation."""
 
     size: tuple[int, int]
     channels: int
@@ -82,9 +82,9 @@ class Transform:
 
 
 class Batches:
-    """Re-iterable batches. Each pass of a shuffled one is an epoch, with an order that (seed, epoch) decides.
+    """Batches that can be read several times. If shuffled, each pass is an epoch, and (seed, epoch) decides its order.
 
-    `set_epoch` chooses the epoch of the next pass, so that resumed training sees what it would have seen.
+    `set_epoch` chooses the epoch of the next pass, so that a resumed training gets the same batches.
 
     Examples:
         >>> images = Images.of(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5))
@@ -112,7 +112,7 @@ class Batches:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass the one of this epoch, counted from 0."""
+        """Choose the epoch of the next pass, counted from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""A folder with one subfolder of images per class."""
+"""Images in a folder with one subfolder per class."""
 
 from __future__ import annotations
 

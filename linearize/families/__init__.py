@@ -1,1 +1,1 @@
-"""One folder for each kind of replacement, all with the same face (`family.Family`); choosing is approximate."""
+"""The families: one folder for each kind of replacement, all with the same interface (`family.Family`)."""

@@ -1,8 +1,8 @@
-"""The face of a family: all that the planner knows about a kind of replacement.
+"""The interface of a family: all that the planner knows about a kind of replacement.
 
-A family finds the places where it applies, says which statistics it wants of them, offers options with costs and
-predicted losses, shows the layers that would stand there, carries a choice out on a gated model, and reads it back from
-a plan. Adding one is a folder here, a line in `registry.FAMILIES`, its tests, and a page.
+A family finds the places where it applies, says which statistics it needs, offers options with costs and predicted
+losses, shows the layers that an option would leave, carries out a choice on a gated model, and reads it back from a
+plan. To add a family, add a folder here, a line in `registry.FAMILIES`, tests, and a section in the docs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ __all__ = ["Context", "Family", "Layers", "Replayed"]
 
 @dataclass
 class Context:
-    """What families may look at while options are made.
+    """What families may use while they make options.
 
     Attributes:
         gated: the converted model with its original weights.
-        batch: one, without labels, for which costs are counted.
-        some: a few batches, to measure losses on where errors cannot be predicted.
-        measure: what the budget limits.
+        batch: one batch without labels; costs are counted for it.
+        some: a few batches, to measure losses that cannot be predicted.
+        measure: the cost that the budget limits.
         seed: of random draws.
-        round_to: numbers of channels that stay are multiples of this; None decides by site.
+        round_to: the number of channels that stay is a multiple of this; None decides for each site.
         tied: sites that must keep equal widths.
         stock: only options that leave ordinary layers.
         modules: whether whole modules may be replaced.
         progress: show bars.
-        calibration: by site name, the line of each channel and what it leaves; known once the data has been seen.
-        warned: what makes results doubtful, such as too little data, by site; families add to it.
-        told: what else a reader should know; likewise.
+        calibration: by site name, the line of each channel and its residual; known after the pass over the data.
+        warned: texts about doubtful results, such as too little data at a site. Families add to it.
+        told: further remarks. Families add to it.
     """
 
     gated: nn.Module
@@ -59,12 +59,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers that would stand in a place, with any weights: to time them.
+    """The layers that an option would leave in a place, with any weights, to measure their time.
 
     Attributes:
-        modules: by the path of what they stand for, or "NAME activation" for that of a site.
-        key: a text that tells their shapes; equal texts run equally fast.
-        keyword: by which the place is given its input; "" if by position.
+        modules: by the path of the module that each replaces, or "NAME activation" for the activation of a site.
+        key: a text that describes their shapes. Layers with equal texts take equal time.
+        keyword: the name of the argument that gives the place its input; "" if it is positional.
     """
 
     modules: Mapping[str, nn.Module]
@@ -74,20 +74,20 @@ class Layers:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A choice read from a plan, and the channels that stay, by index, if the plan says which."""
+    """A choice that was read from a plan. `keep` has the indices of channels that stay, if the plan names them."""
 
     choice: SiteChoice
     keep: Tensor | None = None
 
 
 class Family(Protocol):
-    """A kind of replacement. `places` is whatever its `find` gave; nobody else looks inside.
+    """A kind of replacement. `places` is the result of `find`; only the family itself looks inside.
 
     Attributes:
         name: in lower case, plural.
-        forms: that it adds to plans; () for a family whose choices are in the forms of collapsing.
-        in_order: True if `refit` can carry its choices out one after the other, each on statistics taken behind those
-            before it.
+        forms: the forms that it adds to plans; () if its choices use the forms of collapsing.
+        in_order: True if `refit` can carry out its choices one after the other, each with statistics that are gathered
+            behind the choices before it.
     """
 
     name: str
@@ -95,16 +95,16 @@ class Family(Protocol):
     in_order: bool = False
 
     def find(self, context: Context) -> Any:
-        """The places where it applies."""
+        """Find the places where it applies."""
 
     def collectors(self, context: Context, places: Any) -> Sequence[Collector]:
-        """The statistics that it wants of them."""
+        """The statistics that it needs from these places."""
 
     def options(self, context: Context, places: Any, groups: Sequence[Group]) -> list[Group]:
         """The groups of the families before it, with its own options and groups added."""
 
     def layers(self, model: nn.Module, places: Any, group: Group, option: Option) -> Layers:
-        """What would stand there; raises if that cannot be run by itself."""
+        """The layers that an option would leave. Raises if they cannot be run separately."""
 
     def apply(
         self,
@@ -114,20 +114,20 @@ class Family(Protocol):
         choices: Mapping[str, SiteChoice],
         keep: Mapping[str, Tensor],
     ) -> None:
-        """Carry choices out on a copy of the gated model; `keep` overrides which channels stay."""
+        """Carry out choices on a copy of the gated model. `keep` overrides which channels stay."""
 
     def refit(
         self, model: nn.Module, places: Any, choice: SiteChoice, see: Callable[[Sequence[Collector]], None]
     ) -> None:
-        """Carry a choice out behind others; `see` runs collectors over the data. Asked for if `in_order`."""
+        """Carry out a choice behind others. `see` runs collectors over the data. Used only if `in_order`."""
         return
 
     def entry(self, site: SitePlan, choice: SiteChoice, gate: ChannelGate) -> SitePlan:
-        """The plan of a site whose gate is left, told what was chosen; by default as collapsing has it."""
+        """Write a choice into the plan of a site that still has its gate. By default the plan does not change."""
         return site
 
     def replay(self, places: Any, site: SitePlan, gate: ChannelGate | None) -> Replayed | None:
-        """A choice from its entry in a plan; None if the entry says nothing but which channels are linear.
+        """Read a choice from its entry in a plan. None if the entry says only which channels are linear.
 
         Raises:
             UsageError: the entry does not fit this model.

@@ -1,4 +1,4 @@
-"""Options: what could happen to the sites of a group, with what it costs and what it loses. Plain data.
+"""Options: what could happen to the sites of a group, with its cost and its predicted loss. Plain data.
 
 Shape letters: C channels, K channels that stay nonlinear, r rank of the linear skip.
 """
@@ -22,8 +22,8 @@ class SiteChoice:
     """What happens to one site, or to a module.
 
     Attributes:
-        site: its name; the path of a module.
-        keep: K.
+        site: name of the site, or path of the module.
+        keep: K, the number of channels that stay nonlinear.
         rank: r of the linear skip; 0 for none.
         form: "unchanged", one of collapsing ("factored", "merged", "vanished", "narrowed"), or one that a family adds.
     """
@@ -35,7 +35,7 @@ class SiteChoice:
 
     @property
     def replaces(self) -> bool:
-        """True if other modules take the place of the site's, at once."""
+        """True if the modules of the site are replaced at once, so that no gate is left."""
         form = added_form(self.form)
         return form is not None and form.replaces
 
@@ -51,14 +51,14 @@ class SiteChoice:
 
 @dataclass(frozen=True)
 class Option:
-    """One possibility for the sites of a group.
+    """One thing that could happen to the sites of a group.
 
     Attributes:
         choices: one per site of the group.
-        loss: predicted error of the model's output: a share of its mean square, or a divergence of its logits; errors
-            of different groups are taken to add up.
-        flops, params, activations: cost of the group's maps and units, for the example batch.
-        latency: as a share of the whole original model's, mean over batch sizes; None if not measured.
+        loss: predicted error of the model's output: a share of its mean square, or a divergence of its logits. The
+            losses of different groups are added up.
+        flops, params, activations: cost of the group's maps and nonlinear units, for the example batch.
+        latency: share of the original model's latency, mean over batch sizes; None if not measured.
     """
 
     choices: tuple[SiteChoice, ...]
@@ -81,17 +81,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that share maps, and their options; the first leaves everything as it is.
+    """Sites that share maps, and their options. The first option changes nothing.
 
     Attributes:
         sites: names, in order of execution.
-        options: the possibilities.
-        reason: why there is no other option than to stay, if there is none.
-        inside: path of the smallest place around them that has a group of its own; "" for none.
-        gone_form: the form that they have when that place is replaced, and they with it.
-        encloses: True for the group of a place with others inside: its only site is the path; its options are to stay,
-            at the cost of what is no other group's, and those by which all groups inside are gone.
-        shape: of the group's input in the example batch; () if that is not known, and nothing can be timed.
+        options: what could happen to them.
+        reason: if there is no option but to stay, the reason.
+        inside: path of the smallest module around them that has a group of its own; "" if there is none.
+        gone_form: the form that they get in the plan if that module is replaced.
+        encloses: True for the group of a module with other groups inside. Its only site is the path of the module. If
+            it stays, its cost is that of everything outside other groups. Its other options replace all groups inside.
+        shape: of the group's input in the example batch; () if it is not known, so that nothing can be timed.
     """
 
     sites: tuple[str, ...]
@@ -109,17 +109,17 @@ class Group:
 
     @property
     def gone(self) -> Option:
-        """What is left of it when the place around it is replaced."""
+        """The option that stands for this group if the module around it is replaced."""
         return Option(tuple(SiteChoice(site, 0, form=self.gone_form) for site in self.sites), 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def pareto(self, measure: Measure) -> Group:
-        """Only the options that no other beats in both loss and cost; of one that encloses others all."""
+        """Only the options that no other beats in both loss and cost. A group that encloses others keeps all."""
         if self.encloses:
             return self
         return replace(self, options=(self.stay, *(o for o in frontier(self.options, measure) if o is not self.stay)))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""What an option costs, exactly: from the shapes of the layers that it would leave behind.
+"""The exact cost of an option, from the shapes of the layers that it would leave.
 
-The pieces are made by the very functions that collapse a model, on the meta device: nothing is computed.
+The pieces are made by the same functions that collapse a model, on the meta device, so nothing is computed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pricer:
     gates: Sequence[ChannelGate]
 
     def before(self) -> Price:
-        """The group as it is."""
+        """The cost of the group as it is."""
         ports = {port.module: port for site in self._sites() for port in ports_of(site)}
         reader = Reader(self.model, "meta")
         flops = sum(2.0 * port.positions * self._numel(path) for path, port in ports.items())
@@ -65,7 +65,7 @@ class Pricer:
         return Price(flops, float(params), units, {})
 
     def after(self, choices: Sequence[SiteChoice]) -> Price:
-        """The group after the choices, one per site.
+        """The cost of the group after the choices, one per site.
 
         Raises:
             Infeasible: a form cannot express a site.

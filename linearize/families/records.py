@@ -1,4 +1,4 @@
-"""What noted statistics must be: seen before they are used, so that a damaged note is gathered again."""
+"""Check stored statistics before they are used. Damaged ones are gathered again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROUNDING = 1e-8  # of the largest variance: how far below 0 rounding may take a
 
 
 def flaw_in(kind: str, noted: Any) -> str | None:
-    """What is wrong with a note of some kind: "site", "refit", "block" or "module"; None if nothing is.
+    """The flaw in stored statistics of a kind ("site", "refit", "block" or "module"); None if there is none.
 
     Of other kinds nothing is known but that they are told by name.
 

@@ -1,4 +1,4 @@
-"""All families, in the order in which they offer options: one may build upon the groups of those before it."""
+"""All families, in the order in which they offer options. A family can build on the groups of those before it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ for _family in FAMILIES:
 
 
 def register(family: Family) -> None:
-    """Add a family of your own, behind all others."""
+    """Add a family of your own, after all others."""
     FAMILIES.append(family)
     add_forms(*family.forms)
 
 
 def family_of(form: str) -> Family:
-    """The family whose form this is; the first, for forms of collapsing.
+    """The family that adds this form. For forms of collapsing, the first family.
 
     Examples:
         >>> family_of("block").name, family_of("merged").name

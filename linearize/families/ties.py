@@ -1,4 +1,4 @@
-"""Sites that must keep equal widths: their groups become one."""
+"""Sites that must keep equal widths become one group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["tied"]
 
 
 def tied(groups: list[Group], names: set[str]) -> list[Group]:
-    """Groups of which every option keeps equal numbers of channels, and has the same form, in all sites named."""
+    """Groups in which every option has the same number of channels and the same form in all sites named."""
     inside = [group for group in groups if names & set(group.sites)]
     if len(inside) < 2:
         return groups

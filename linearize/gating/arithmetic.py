@@ -1,8 +1,8 @@
-"""The arithmetic of a gate, and its backward pass that recomputes instead of remembering.
+"""The arithmetic of a gate, with a backward pass that recomputes the activation instead of storing it.
 
-Eager autograd would keep several tensors of the activation's size for every gate. `Recomputed` keeps
-the input alone and runs the activation once more on the way back, in pieces that fit a cache: a training step
-with gates then needs about the memory and the time of one without.
+Plain autograd would keep several tensors of the activation's size for every gate. `Recomputed` keeps only the input,
+and computes the activation again in the backward pass, in pieces that fit a cache. A training step with gates then
+needs about the memory and the time of one without.
 
 Shape letters: C channels. Coefficients are (C, 1, ..., 1), so that they broadcast over an input whose channel
 axis is counted from the end.
@@ -72,7 +72,7 @@ def mix_in_pieces(mixture: Mixture, x: Tensor) -> Tensor:
 
 
 def recomputable(activation: nn.Module, x: Tensor) -> bool:
-    """Whether `activation(x)` may be run again, and outside the autograd graph, unnoticed.
+    """True if `activation(x)` can be run again outside the autograd graph, without any other effect.
 
     Not so for subclasses of Tensor, on the meta device, under torch.func, forward-mode differentiation and tracing
     (each has rules of its own), for activations that draw random numbers, and where hooks watch the activation.
@@ -91,7 +91,7 @@ def recomputable(activation: nn.Module, x: Tensor) -> bool:
 
 
 class Recomputed(torch.autograd.Function):
-    """`mix(activation(x), x, ...)` that saves `x` for the backward pass, and parameters, no more."""
+    """`mix(activation(x), x, ...)` that saves only `x` and parameters for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, mixture: Mixture, x: Tensor, alpha: Tensor, *parameters: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients of x, alpha and the activation's own parameters, each where it is wanted."""
+        """Gradients of x, alpha and the activation's own parameters, if they are needed."""
         (grad,) = grads
         inputs = ctx.saved_tensors
         wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]

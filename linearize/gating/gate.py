@@ -1,7 +1,7 @@
-"""The channel gate: an activation that each channel can leave, smoothly, for a straight line.
+"""The channel gate: a blend of an activation and a straight line, with one weight per channel.
 
-`y = act(x) + a * (slope * x + intercept - act(x))` with one `a` in [0, 1] per channel. `a = 0` is the
-activation, `a = 1` a linear channel. With ReLU and the default surrogate (slope 1, intercept 0) it is the
+`y = act(x) + a * (slope * x + intercept - act(x))` with one `a` in [0, 1] per channel. At `a = 0` the channel computes
+its activation, at `a = 1` it is linear. With ReLU and the default surrogate (slope 1, intercept 0) it is the
 channel-wise PReLU of Ali Mehmeti-Goepel and Disselhoff, "Nonlinear Advantage", ICML 2023; for smooth
 activations it is the form of Dror et al., "Layer Folding", BMVC 2022.
 
@@ -31,17 +31,17 @@ _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modu
 
 
 class ChannelGate(nn.Module):
-    """An activation with one gate `alpha` per channel between itself and a straight line.
+    """A blend of an activation and a straight line, with one weight `alpha` per channel.
 
     Args:
         activation: the wrapped activation; it becomes the child `activation`. Its own parameters and
             buffers keep their names in the state dict (a PReLU's `weight` stays `weight`). If it works in
-            place, a copy that does not takes its seat, since the gate needs its input.
+            place, a copy that does not is used, because the gate needs its input.
         channels: C, the size of the channel axis.
-        axis: the channel axis of the input, counted from the end (negative).
+        axis: the channel axis of the input, counted from the end, so a negative number.
         gated_unit: the activation is the gate factor of a gated linear unit, `act(g) * u`. Its surrogate
             is then a constant: slope 0, and an intercept that starts at 0.
-        site: where the gate sits, for those who list gates; plain data.
+        site: what is known about the place of the gate, as plain data.
 
     Shape:
         Any input with C entries on `axis`; the output has the input's shape and the activation's dtype.
@@ -49,7 +49,7 @@ class ChannelGate(nn.Module):
     Attributes:
         alpha: parameter (C,), float32 unless the gate is cast; 0 at the start.
         slope, intercept: buffers (C,), the line that a channel moves to.
-        frozen: buffer (C,) of bool: the channel is linear whatever its alpha, and its alpha gets no gradient.
+        frozen: buffer (C,) of bool. A frozen channel is linear whatever its alpha is, and its alpha gets no gradient.
 
     Raises:
         UsageError: channels is not positive, or axis is not negative.
@@ -102,7 +102,7 @@ class ChannelGate(nn.Module):
         return self.frozen | (self.alpha.detach() >= 1)
 
     def check(self) -> None:
-        """See that nobody has given `alpha` or the line another shape.
+        """Check that `alpha` and the line still have the shape (C,).
 
         Raises:
             UsageError: one of them is not of shape (C,).
@@ -115,7 +115,7 @@ class ChannelGate(nn.Module):
 
     @torch.no_grad()
     def linearize_(self, mask: Tensor) -> ChannelGate:
-        """Make the channels where `mask` (bool, (C,)) is True linear, for good; the others stay.
+        """Make the channels where `mask` (bool, (C,)) is True linear, for good. The others do not change.
 
         Raises:
             UsageError: mask is not a bool tensor of shape (C,).
@@ -131,15 +131,15 @@ class ChannelGate(nn.Module):
 
     @property
     def half_way(self) -> Tensor:
-        """Which channels are neither nonlinear nor linear: bool (C,)."""
+        """Which channels are a blend, with an alpha between 0 and 1: bool (C,)."""
         alpha = self.alpha.detach()
         return (alpha > 0) & (alpha < 1) & ~self.frozen
 
     @torch.no_grad()
     def round_(self, threshold: float = 0.5) -> ChannelGate:
-        """Decide the channels that are half way: from `threshold` on they become linear, for good; others nonlinear.
+        """Round the alpha of each channel that is a blend: to 1, for good, from `threshold` on, and to 0 below.
 
-        Averaged weights (EMA) and training that ends early leave such channels. This changes the function.
+        Averaged weights (EMA) and training that ends early leave such channels. Rounding changes the function.
 
         Raises:
             UsageError: threshold is not between 0 and 1.
@@ -184,7 +184,7 @@ class ChannelGate(nn.Module):
         return f"channels={self.channels}, axis={self.axis}{unit}"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, but the activation's own entries keep the names they had before the gate."""
+        """Like that of any module, but the activation's own entries keep their names from before the gate."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         inner = f"{prefix}activation."
@@ -203,9 +203,9 @@ class ChannelGate(nn.Module):
 
 
 def gates(model: nn.Module) -> dict[str, ChannelGate]:
-    """The gates of `model` in order of execution, by site name (by module path for a gate made by hand).
+    """The gates of `model` in order of execution, by site name. A gate that was put in by hand has its module path.
 
-    Wrappers (DistributedDataParallel, torch.compile) are looked through: the names are the wrapped model's.
+    Wrappers (DistributedDataParallel, torch.compile) are skipped: the names are those of the wrapped model.
 
     Examples:
         >>> list(gates(nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.GELU(), 4), nn.Linear(4, 2))))
@@ -227,7 +227,7 @@ def _plain(path: str) -> str:
 
 
 def out_of_place(activation: nn.Module) -> nn.Module:
-    """The activation, or a copy that does not work in place: others may hold the same module."""
+    """The activation, or a copy of it that does not work in place. Others may hold the same module."""
     if not any(getattr(module, "inplace", False) for module in activation.modules()):
         return activation
     activation = copy.deepcopy(activation)

@@ -1,4 +1,4 @@
-"""Sites that belong together: those that share a map, such as the two activations of an inverted residual."""
+"""Groups of sites that share a linear map, such as the two activations of an inverted residual."""
 
 from __future__ import annotations
 

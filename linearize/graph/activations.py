@@ -1,4 +1,4 @@
-"""Find the activations in a captured graph: modules that are elementwise and nonlinear, and bare function calls."""
+"""Find the activations in a captured graph: elementwise nonlinear modules, and direct function calls."""
 
 from __future__ import annotations
 

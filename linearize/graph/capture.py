@@ -1,6 +1,6 @@
-"""Read a model with ``torch.export``: a graph of ATen ops, each op with the module that called it.
+"""Read a model with ``torch.export``: a graph of ATen operations, each with the module that called it.
 
-The graph is for analysis only; what the user gets back is always the eager module tree.
+The graph is for analysis only. Users always get the eager modules back.
 """
 
 from __future__ import annotations

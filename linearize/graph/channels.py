@@ -1,7 +1,7 @@
-"""The channel table: how each ATen op moves, keeps or mixes the channel axis.
+"""The channel table: how each ATen operation moves, keeps or mixes the channel axis.
 
-One rule per op: given the axis that holds the channels in an operand, where are they in the result, and what happened
-to them? An op that is not in the table is an opaque boundary. It is never taken for elementwise.
+There is one rule per operation. Given the axis that holds the channels in an operand, it says where they are in the
+result, and what happened to them. An operation that is not in the table is opaque. It is never taken as elementwise.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def motion_of(node: fx.Node, source: fx.Node, axis: int) -> Motion:
 
 
 def understood(node: fx.Node) -> bool:
-    """Whether the table says what an op does with channels."""
+    """True if the table says what an operation does with channels."""
     name = op_name(node)
     named = name in RULES or name in SPLITS or name in ACTIVATIONS or name in ARITHMETIC
     return named or name == "getitem" or produced_axis(node) is not None

@@ -1,4 +1,4 @@
-"""Rules of the channel table for ops that compute with values: pools, sums, scales, norms, maxima, products."""
+"""Rules of the channel table for operations that compute: pools, sums, scales, norms, maxima, products."""
 
 from __future__ import annotations
 

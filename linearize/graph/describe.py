@@ -1,4 +1,4 @@
-"""One activation, with the linear maps around it, or why they cannot be followed to it."""
+"""Describe one activation: the linear maps around it, or the reason why they cannot be found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a captured graph to the list of sites: every activation, with what can be done about it or why not."""
+"""From a captured graph to the list of sites: every activation, with what is known about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a model on fake tensors and note what it does: a check that computes nothing and changes nothing."""
+"""Run a model on fake tensors and record what it does. Nothing is computed or changed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Constant affine maps per channel in a captured graph: norms with fixed statistics, scales and shifts by parameters.
 
-One op is one map. It can be folded away in two ways: its module goes, if that does nothing else; or the parameter that
-makes it becomes neutral, one or zero of size 1, which suits any number of channels.
+Each operation is one map. It can be folded away in two ways. If its module does nothing else, the module is removed.
+Otherwise its parameter becomes neutral, a one or a zero of size 1, which fits any number of channels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Folder:
         return self._checked(node, path, replace(made, module=neutral[0][0].rpartition(".")[0], neutral=neutral))
 
     def goes(self, node: fx.Node) -> bool:
-        """True if the op is part of a module that can be taken away as a whole."""
+        """True if the operation is part of a module that can be removed as a whole."""
         return self._remains(node, self.captured.path(node)) is not None
 
     def _remains(self, node: fx.Node, path: str) -> tuple[str, ...] | None:

@@ -1,6 +1,6 @@
-"""Functions that a module keeps in its attributes and calls as activations: `self.act = F.gelu`.
+"""Functions that a module keeps in its attributes and calls as activations, such as `self.act = F.gelu`.
 
-While a model is read they stand in it as modules, so that a call of theirs is told from other code like a module's.
+While a model is read, modules take their place. So a call of such a function can be recognised like that of a module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Held(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function gives."""
+        """The result of the function."""
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -103,7 +103,7 @@ def called_functions(model: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
 
 @contextmanager
 def standing_in(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """A model whose called functions are modules, in eval mode; afterwards it is as it was."""
+    """Inside this context, called functions of a model are modules, and it is in eval mode. Then it is as before."""
     found = called_functions(model, inputs)
     with untouched(model):
         for path, names in found.items():

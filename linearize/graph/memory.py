@@ -1,4 +1,4 @@
-"""Which values of a captured graph share memory, and who reads or writes it after whom."""
+"""Which values of a captured graph share memory, and which operations read or write it, in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from linearize.graph.ops import is_inplace
 
 
 def memory(node: fx.Node) -> int | None:
-    """What tells the memory of a node's value from others: views of one tensor have the same."""
+    """An identifier of the memory of a node's value. Views of one tensor have the same."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
@@ -24,7 +24,7 @@ def overwrites(activation: Activation) -> bool:
 
 
 def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
-    """The first op that finds in memory what an activation that works in place has left there, under an older name.
+    """The first operation that reads, under an older name, memory that an in-place activation has overwritten.
 
     Such an op would see another value if the activation did not work in place.
     """

@@ -1,4 +1,4 @@
-"""What an op does to the channels of an operand, and the table of rules, one for each op."""
+"""What an operation does to the channels of an operand, and the table with one rule per operation."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def axes_of(value: Any, rank: int) -> list[int]:
 
 
 def broadcast_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
-    """Where an axis of one operand is in the broadcast result; None if it is stretched there, or not there.
+    """The axis of one operand in the broadcast result; None if it is stretched or not there.
 
     Examples:
         >>> broadcast_axis((3, 4), (2, 3, 4), 1), broadcast_axis((1, 4), (3, 4), 0)
@@ -102,7 +102,7 @@ def broadcast_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) -
 
 
 def produced_axis(node: fx.Node) -> int | None:
-    """The channel axis that an op defines by itself, whatever came in: linear maps, convolutions, norms, embeddings."""
+    """The channel axis that an operation itself defines: linear maps, convolutions, norms, embeddings."""
     sizes = shape(node)
     if sizes is None or not sizes:
         return None

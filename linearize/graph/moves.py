@@ -1,4 +1,4 @@
-"""Rules of the channel table for ops that move values: views, permutations, slices, padding, concatenations."""
+"""Rules of the channel table for operations that move values: views, permutations, slices, padding, concatenations."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _select(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], 
 
 
 def part_of(node: fx.Node, axis: int) -> Motion:
-    """Where the channels are in one of the tensors that a split gives."""
+    """The channels in one of the tensors that a split returns."""
     source, index = node.args[0], node.args[1]
     if not isinstance(source, fx.Node) or not isinstance(index, int) or not isinstance(source.args[0], fx.Node):
         return Motion(None, "a part of the output of an op that is not in the channel table")

@@ -1,4 +1,4 @@
-"""Layers that torch.export cannot look into, such as quantised ones with packed weights: boundaries in the graph."""
+"""Layers that torch.export cannot capture, such as quantised ones with packed weights. Each is one opaque operation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _(inputs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Ten
 
 
 def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules with packed or quantised weights: something compiled that is no tensor, or tensors of another class.
+    """The modules with packed or quantised weights: compiled objects, or tensors of another class.
 
     Examples:
         >>> packed_modules(nn.Linear(2, 2))
@@ -52,7 +52,7 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def opaque_layers(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[None]:
-    """While this is open, each layer with packed weights is one op of unknown meaning that gives the right shape.
+    """Inside this context, each layer with packed weights is one opaque operation with the right output shape.
 
     The model runs once, for real, to see the shapes; nothing happens to a model without such layers. What is changed
     are attributes of the modules, which the caller puts back.

@@ -1,4 +1,4 @@
-"""What an ATen op is: its name, its kind, whether it writes in place, and which values are constant."""
+"""What an ATen operation is: its name, its kind, whether it writes in place, and which values are constant."""
 
 from __future__ import annotations
 

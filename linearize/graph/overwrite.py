@@ -1,4 +1,4 @@
-"""Who reads what a module that works in place has overwritten: seen in one run in which it does not."""
+"""Find code that reads a tensor which an in-place module has overwritten, by a run without overwriting."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class _Noter(TorchDispatchMode):
         self.found: set[str] = set()
 
     def clear(self) -> None:
-        """Forget an attempt."""
+        """Delete the notes of an attempt."""
         self.overwritten.clear()
         self.found.clear()
 
@@ -136,7 +136,7 @@ class _Noter(TorchDispatchMode):
         return note
 
     def read(self, tensors: Iterable[Tensor]) -> None:
-        """Something reads these: an op, or whoever gets the model's outputs."""
+        """Note that an operation, or the caller of the model, reads these tensors."""
         for tensor in tensors:
             held = self.overwritten.get(_memory(tensor), ())
             self.found.update(name for older, name in held if _overlap(older, tensor))

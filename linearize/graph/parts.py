@@ -1,7 +1,7 @@
-"""The sites of a model whose control flow depends on its data: those of every part that can be captured by itself.
+"""The sites of a model whose control flow depends on its data: those of every part that can be captured separately.
 
-A part is a module. Its forward is captured as a whole, so that what is found in it holds for whatever calls it; the
-code between the parts is never looked at.
+A part is a module. Its forward is captured as a whole, so the result is valid for any caller. The code between the
+parts is never looked at.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from linearize.sites.site import Fold, Site
 
 
 def discover_parts(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
-    """The sites inside the largest modules that can be captured by themselves, in order of execution.
+    """The sites inside the largest modules that can be captured separately, in order of execution.
 
     Args:
         model: it runs once, for real, to see what its modules are called with.

@@ -1,4 +1,4 @@
-"""How a walk through the graph fails."""
+"""The exception for a walk through the graph that cannot continue."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Run a model's own code and leave no trace of it: on its modules, in its caches, in random numbers, among threads.
+"""Run a model's own code without leaving a trace: in its modules, in its caches, in random numbers, or between threads.
 
-What is looked at is looked at by type. An attribute of a stranger's object may import a library when it is touched.
+Attributes are compared by type only. Touching an attribute of an unknown object could import a library.
 """
 
 from __future__ import annotations

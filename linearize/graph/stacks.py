@@ -1,4 +1,4 @@
-"""Which module calls an op of a captured graph runs in."""
+"""Which module made the call of an operation in a captured graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reads the channels of a site, and where they are when it does."""
+"""Which operations read the channels of a site, and on which axis the channels are there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from linearize.sites.site import Fold, Port
 
 @dataclass
 class Uses:
-    """What reads an activation: the linear maps that it feeds, and what lies in between."""
+    """The linear maps that read an activation, and what lies in between."""
 
     ports: list[Port] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Uses:
 
 @dataclass(frozen=True)
 class Way:
-    """Where the channels of a site are on the way to a reader.
+    """Where the channels of a site are on the path to a reader.
 
     Attributes:
         channels: of the site.
@@ -49,16 +49,16 @@ class Way:
     folds: tuple[tuple[int, int, int], ...] = ()
 
     def after(self, others: int) -> Way:
-        """Behind a concatenation that puts others in front."""
+        """The path behind a concatenation that puts other channels in front."""
         folds = tuple((index, start + others, stop + others) for index, start, stop in self.folds)
         return replace(self, first=self.first + others, folds=folds)
 
     def behind(self, fold: int, channels: int) -> Way:
-        """Behind a constant map of all channels of the tensor at hand."""
+        """The path behind a constant map of all channels of the present tensor."""
         return replace(self, folds=(*self.folds, (fold, 0, channels)))
 
     def within(self, start: int, stop: int) -> Way | None:
-        """In one of several parts of equal width; None if it is no such part."""
+        """The path in one of several parts of equal width; None if it is not such a part."""
         width = stop - start
         if self.apart or self.first or self.folds or not width or self.channels % width or start % width:
             return None

@@ -46,7 +46,7 @@ class Walker:
 
     @property
     def folder(self) -> Folder:
-        """What finds the constant maps in between."""
+        """The object that finds the constant maps in between."""
         return Folder(self.model, self.captured, self.shared)
 
     def back(self, node: fx.Node, axis: int, *, packed: bool = False) -> Trail:
@@ -122,7 +122,7 @@ class Walker:
             raise Dead(f"what its producer puts out is also read elsewhere ({self._where(node)})")
 
     def forward(self, node: fx.Node, axis: int) -> Uses:
-        """From an activation's output to every linear map that reads it.
+        """Walk from an activation's output to every linear map that reads it.
 
         Raises:
             Dead: something that is no linear map reads it, or something in between cannot be followed.

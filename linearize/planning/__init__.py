@@ -1,1 +1,1 @@
-"""What could happen to each site, what that costs and loses, and the best choice within a budget."""
+"""From a request to a plan: options for each site, their costs and losses, and the best choice within a budget."""

@@ -1,4 +1,4 @@
-"""What a user asks for, checked before any work begins."""
+"""The budget that a user asks for, checked before any work begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Budget", "read_budget"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What may remain of a cost.
+    """The share of a cost that may remain.
 
     Attributes:
         measure: "latency", "flops", "params" or "activations".
@@ -29,7 +29,7 @@ class Budget:
 
 
 def read_budget(*, speedup: float | None, **fractions: float | None) -> Budget | None:
-    """The one budget that is given; None if there is none.
+    """The one budget that was given; None if there is none.
 
     Raises:
         UsageError: more than one is given, or a value is out of range.

@@ -1,4 +1,4 @@
-"""A budget: survey, choose, carry out, and, if asked, walk there gradually while the model trains."""
+"""Compress to a budget: survey, choose, carry out, and fine-tune, gradually if asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A share of linear channels: they compete, the most linear win, and training goes on around them."""
+"""Compress to a share of linear channels: channels compete, the most linear ones are chosen, and training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carry choices out on a copy of the gated model, plan its collapse, and collapse it."""
+"""Carry out choices on a copy of the gated model, make the plan of its collapse, and collapse it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["carry_out", "collapsed", "edited", "explained", "planned", "replaced
 
 
 def site_choices(choice: Choice) -> dict[str, SiteChoice]:
-    """What happens to each site, by name, where anything does."""
+    """The choices that change anything, by site name."""
     each = [c for option in choice.options for c in option.choices]
     return {c.site: c for c in each if c.form != UNCHANGED}
 
 
 def replaced(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
-    """Those choices by which other modules take the place of a site's, so that no gate is left."""
+    """The choices that replace the modules of a site, so that no gate is left."""
     return {name: choice for name, choice in choices.items() if choice.replaces}
 
 
 def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of the gated model with the choices carried out; `keep` overrides which channels stay."""
+    """A copy of the gated model with the choices carried out. `keep` overrides which channels stay."""
     model = duplicate(found.gated, CollapseError)
     carry_out(found, model, choices, keep)
     return model
@@ -51,7 +51,7 @@ def carry_out(
 
 
 def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
-    """The model in its planned state, collapsed as planned, in eval mode; sites whose block was replaced are done."""
+    """The model in its planned state, collapsed as planned, in eval mode. Replaced blocks need nothing more."""
     named = gates(gated)
     if not named:
         small = duplicate(gated, CollapseError).eval()
@@ -62,7 +62,7 @@ def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
 
 
 def explained(plan: Plan, found: Survey) -> Plan:
-    """The plan with the reason at every site that stays for another one than its loss."""
+    """The plan, with the reason for every site that stays for another reason than its loss."""
     reasons = found.reasons
     return Plan(
         tuple(
@@ -73,7 +73,7 @@ def explained(plan: Plan, found: Survey) -> Plan:
 
 
 def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice | None = None) -> Plan:
-    """The plan of collapsing a model in its planned state, in the forms chosen."""
+    """The plan for collapsing a model in its planned state, in the chosen forms."""
     losses: dict[str, float] = {}
     for option in choice.options if choice is not None else ():
         for c in option.choices:

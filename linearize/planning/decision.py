@@ -1,4 +1,4 @@
-"""What was decided for a budget, as a file: from it an interrupted run goes on with the very same plan."""
+"""The decision for a budget as a file. An interrupted run continues from it with the same plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMAT = "linearize-decision-1"
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan for a budget, and what is told of it.
+    """The plan for a budget, and what the report says about it.
 
     Attributes:
         plan: of the collapsing.
@@ -50,11 +50,11 @@ class Decision:
         return {choice.site: choice for choice in self.choices}
 
     def told(self) -> dict[str, Any]:
-        """The fields of the report that this fills."""
+        """The fields of the report that this decision fills."""
         return {"outcome": self.outcome, "options": dict(self.options), "notes": tuple(self.notes)}
 
     def write(self, path: Path, key: str) -> None:
-        """Write it, whole or not at all, with what tells the job from others.
+        """Write it, completely or not at all, with what identifies the job.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -72,7 +72,7 @@ class Decision:
 
     @classmethod
     def read(cls, path: Path, key: str) -> Decision | None:
-        """What was written for the same job; None if nothing was, or for another.
+        """Read the decision of the same job; None if there is none, or it is of another job.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -97,7 +97,7 @@ class Decision:
             raise _damaged(path, f"it is no plan ({type(error).__name__})") from error
 
     def checked(self, model: nn.Module) -> Decision:
-        """The same, if it is of this gated model.
+        """Check that it belongs to this gated model, and give it back.
 
         Raises:
             CheckpointError: it names what the model does not have.

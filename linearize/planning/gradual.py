@@ -1,4 +1,4 @@
-"""Gradual fine-tuning to a plan: gates and weights walk to the planned state while the model learns to cope."""
+"""Gradual fine-tuning: gates and weights move to the planned state while the model trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["path_to"]
 
 
 def path_to(start: nn.Module, goal: nn.Module, *, steps: int) -> tuple[nn.Module, PlannedPath]:
-    """A copy of a gated model, and the path that leads it to `goal` in so many steps.
+    """A copy of a gated model, and the path that moves it to `goal` in a number of steps.
 
     Args:
         start: gated, as the original computes.

@@ -1,4 +1,4 @@
-"""What the ways of compressing share: the job, and what is made of it."""
+"""The job that all ways of compressing work on, and the result that they make."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Job", "Made"]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be compressed, on what, and how it is trained.
+    """What is compressed, on which data, and how it is trained.
 
     Attributes:
         original: the model as it came.
@@ -42,7 +42,7 @@ class Job:
 
     @property
     def training_steps(self) -> int:
-        """Optimizer steps in all."""
+        """Number of optimizer steps in all."""
         if not self.options["epochs"]:
             return 0
         length = self.options.get("steps_per_epoch")
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Made:
-    """What came of it.
+    """The result of a job.
 
     Attributes:
         gated: the model in its final state, before collapsing.

@@ -1,8 +1,9 @@
-"""The best option of every group within a budget: a knapsack with one choice per group.
+"""The best option of every group within a budget: a knapsack problem with one choice per group.
 
-Groups are merged one after the other, those inside another first; of all partial choices only those survive that none
-beats in both cost and loss. If these become more than `limit`, the best of each small interval of cost survives, so
-that what comes out never exceeds the budget, and misses the optimum by what `limit` intervals cannot tell apart.
+Groups are merged one after the other; groups inside another one come first. A partial choice is kept only if no other
+is better in both cost and loss. If more than `limit` partial choices are left, the best one of each small interval of
+cost is kept. So the result never exceeds the budget, and misses the optimum by no more than `limit` intervals can
+resolve.
 
 Source: Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", Management Science 1969.
 """
@@ -164,7 +165,7 @@ class _Tree:
 
 
 def uniform(groups: Sequence[Group], measure: Measure, budget: float) -> Choice | None:
-    """The best single kind of option for all groups alike that meets the budget; None if none does.
+    """The best single kind of option for all groups that meets the budget; None if there is none.
 
     A kind is a share of channels that stay, with the same rank of the skip; groups without it stay as they are.
     """

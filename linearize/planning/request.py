@@ -1,4 +1,4 @@
-"""What `compress` is called with: made, checked and told apart in one place, before any work begins."""
+"""The arguments of `compress` as one frozen object: made, checked and compared here, before any work begins."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ASIDE = {"evaluate", "dry_run", "cache", "checkpoint_dir", "progress"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The options of `linearize.compress`, which describes them; whoever makes one has them checked.
+    """The arguments of `linearize.compress`, which describes them. They are checked when the object is made.
 
     Raises:
         UsageError: no budget or several, or an option out of range.
@@ -129,13 +129,13 @@ class Request:
 
     @cached_property
     def budget(self) -> Budget | None:
-        """What may remain of a cost; None if a share or a plan takes its place."""
+        """The share of a cost that may remain; None if a share of channels or a plan was given."""
         given = {name: getattr(self, name) for name in ("latency", "flops", "params", "activations")}
         return read_budget(speedup=self.speedup, **given)
 
     @cached_property
     def training(self) -> Mapping[str, Any]:
-        """Keyword arguments of `finetune`, the number of epochs among them, 0 for none; gentle behind a plan."""
+        """Keyword arguments of `finetune` with the number of epochs, 0 for none; a small learning rate after a plan."""
         if self.finetune is None:
             return {"epochs": 0}
         given = self.finetune
@@ -156,7 +156,7 @@ class Request:
 
     @property
     def key(self) -> list[tuple[str, Any]]:
-        """All that the plan and the weights depend on, by name, besides model and data: every option but a few."""
+        """Everything by name that plan and weights depend on, besides model and data."""
         told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
         told["finetune"] = {n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep")}
         told["plan"] = None if self.plan is None else self.plan.to_json()
@@ -185,7 +185,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_inputs(model: Any, data: Any) -> None:
-    """The model and its data, before anything is done with them.
+    """Check the model and its data before any work.
 
     Raises:
         UsageError: the model is none, has no values, or nothing can be computed with gradients here.
@@ -197,7 +197,7 @@ def check_inputs(model: Any, data: Any) -> None:
 
 
 def some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[Any]:
-    """The first batches without their labels, but where the model makes inputs of them; as `verify` takes them.
+    """The first batches without their labels, unless the model makes inputs of them; in the form that `verify` takes.
 
     Raises:
         DataError: there are none.
@@ -219,7 +219,7 @@ def some_batches(model: nn.Module, data: Iterable[Any], count: int = 4) -> list[
 
 
 def check_output(model: nn.Module, data: Iterable[Any]) -> None:
-    """Whether the output has the parts that are to count, before minutes are spent on the plan.
+    """Check that the output has the chosen parts, before minutes are spent on the plan.
 
     Raises:
         UsageError: it has no such part.

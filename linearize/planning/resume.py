@@ -1,4 +1,4 @@
-"""What an interrupted compression has found out already, in a folder: statistics of finished passes, and the plan."""
+"""What an interrupted compression has found so far, in a folder: statistics of finished passes, and the plan."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OF_A_REQUEST = ("training-*/epoch-*.safetensors", f"planned-*/{DECISION_FILE}")
 
 @dataclass(frozen=True)
 class Notes:
-    """Results by name, one file each, written whole or not at all; those of another job are not read.
+    """Results by name, one file each, written completely or not at all. Those of another job are not read.
 
     A file that is damaged is told of in the log and left out: what it held is found out again.
 
@@ -55,7 +55,7 @@ class Notes:
     beside: Path | None = None
 
     def read(self, name: str) -> Any | None:
-        """What was noted under a name; None if nothing was, or by another job, or the file is damaged."""
+        """The result under a name; None if there is none, or it is of another job, or the file is damaged."""
         if self.folder is None or not self._path(name).exists():
             return None
         path = self._path(name)
@@ -75,12 +75,12 @@ class Notes:
         return held["noted"] if flaw is None else None
 
     def some(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
-        """What was noted of a kind, for those names of which anything was."""
+        """The stored results of a kind, by name."""
         found = {name: self.read(f"{kind} {name}") for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def write(self, kind: str, noted: Mapping[str, Any]) -> None:
-        """Note results of a kind, by name.
+        """Store results of a kind, by name.
 
         Raises:
             CheckpointError: a file cannot be written.
@@ -91,7 +91,7 @@ class Notes:
             write_state(path, {"key": self.key, "noted": value})
 
     def decision(self, model: nn.Module) -> Decision | None:
-        """What was decided for this request and this gated model, if anything was."""
+        """The stored decision for this request and this gated model; None if there is none."""
         path = self._decision_file
         if path is None:
             return None
@@ -103,7 +103,7 @@ class Notes:
             return None
 
     def decide(self, decision: Decision) -> None:
-        """Note what was decided for this request.
+        """Store the decision for this request.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -120,7 +120,7 @@ class Notes:
         return {"checkpoint_dir": self.folder / name, "resume": True}
 
     def forget(self) -> None:
-        """Remove what this request has noted, and the statistics if no other request is unfinished.
+        """Remove the files of this request, and the statistics if no other request is unfinished.
 
         Only files of ours go, and folders in which nothing else is.
         """
@@ -180,7 +180,7 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
 
 
 def facts_of(data: Iterable[Any]) -> list[Any]:
-    """What tells data from other data: numbers of batches and samples, and the first batch.
+    """What identifies data: the numbers of batches and samples, and the first batch.
 
     Of a batch that is another each time, as one of a shuffled loader is, only shapes and dtypes.
 

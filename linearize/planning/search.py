@@ -1,8 +1,8 @@
-"""A short search around a plan with the real loss: predicted losses are taken as additive, and are not quite.
+"""A short search for a better plan with the real loss. Predicted losses are added up, which is not quite correct.
 
-Each trial scales the predicted losses of the groups by random factors, chooses anew within the same budget, and
-measures the distance of the model's output to the original's on some batches. The best choice stays. Before that,
-kinds of options are left out in turn: where predictions are off, they are off for a whole kind.
+Each trial multiplies the predicted losses of the groups by random factors, chooses again within the same budget, and
+measures the distance of the model's output to the original's on some batches. The best choice is kept. Before that,
+each kind of option is left out in turn, because wrong predictions are often wrong for a whole kind.
 
 Source of the idea: Frantar and Alistarh, "SPDY: Accurate Pruning with Speedup Guarantees", ICML 2022.
 """
@@ -40,7 +40,7 @@ def searched(
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Survey:
-    """The survey, with losses so scaled that the choice within a budget is the best of some by the real loss.
+    """The survey, with losses scaled so that its choice within a budget is the best of some by the real loss.
 
     Args:
         found: the survey; its own choice is the one to start from.

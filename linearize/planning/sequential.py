@@ -1,4 +1,4 @@
-"""Sites carried out in order, each observed anew behind those that are compressed: errors do not pile up."""
+"""Refit sites in order. Each is observed again behind the compressed sites, so that errors do not add up."""
 
 from __future__ import annotations
 

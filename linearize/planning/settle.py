@@ -1,7 +1,8 @@
-"""From a survey and a budget to the smaller model: choose, carry out, collapse, measure, and choose again if it missed.
+"""From a survey and a budget to the smaller model: choose, carry out, collapse, measure, and choose again after a miss.
 
-Predicted costs are exact for FLOPs and parameters but for what only collapsing shows (a bias that a layer gets, a norm
-that is folded away), and approximate for latency. So the outcome is measured, and a miss tightens the next choice.
+Predicted FLOPs and parameters are exact, except for what only collapsing shows: a layer may get a bias, or a norm may
+be folded away. Predicted latencies are approximate. So the result is measured, and a miss makes the next choice
+stricter.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _STEP = 0.75  # the least that an aim may fall to at a time, relative to itself
 
 @dataclass
 class Settled:
-    """What came out.
+    """The result: a choice that was carried out and measured.
 
     Attributes:
         choice: the options chosen.
@@ -62,7 +63,7 @@ def settle(
     time_ratio: Callable[[nn.Module], float] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Settled:
-    """The model of least predicted loss within a budget, one-shot.
+    """The model of least predicted loss within a budget, without training.
 
     Args:
         found: the survey.
@@ -157,7 +158,7 @@ def fraction_of(
     batch: Any,
     time_ratio: Callable[[nn.Module], float] | None,
 ) -> float:
-    """What remains of the cost: counted, or measured for latency."""
+    """The share of the cost that remains: counted, or measured for latency."""
     if budget.measure == "latency":
         if time_ratio is None:
             raise ValueError("a budget in latency needs a measurement")

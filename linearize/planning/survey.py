@@ -1,4 +1,4 @@
-"""Everything known about a model before anything is decided: statistics, options with costs and losses, totals."""
+"""The survey: everything known about a model before a decision: statistics, options with costs and losses, totals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Survey", "descriptions", "survey"]
 
 @dataclass
 class Survey:
-    """What could be done to a model.
+    """Everything that could be done to a model.
 
     Attributes:
         context: the converted model with its original weights and fitted lines, and what options were asked for.
@@ -60,7 +60,7 @@ class Survey:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know, such as too little data."""
+        """Remarks for the report, such as too little data."""
         return [*self.context.warned, *self.context.told]
 
     @property
@@ -75,7 +75,7 @@ class Survey:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why sites stay for another reason than their loss, by name."""
+        """By name, the reason of each site that stays for another reason than its loss."""
         found: dict[str, str] = {}
         for group in self.groups:
             cheaper = any(o.cost(self.measure) < group.stay.cost(self.measure) for o in group.options[1:])
@@ -172,7 +172,7 @@ def survey(
 
 
 def layers_of(found: Survey, group: Group, option: Option) -> Layers:
-    """What would stand in a place, to be timed."""
+    """The layers that an option would leave, to be timed."""
     family = family_of(option.choices[0].form)
     return family.layers(found.gated, found.places[family.name], group, option)
 

@@ -1,3 +1,3 @@
-"""How results are shown: text tables and pictures."""
+"""Results as text tables and pictures."""
 
 from __future__ import annotations

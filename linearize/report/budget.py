@@ -1,4 +1,4 @@
-"""What was asked of `compress`, and what came of it, in a sentence and as data."""
+"""The budget that was asked for and what was reached, as a sentence and as data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _NAMES = {"flops": "FLOPs", "params": "parameters", "activations": "nonlinear un
 
 @dataclass(frozen=True)
 class Outcome:
-    """A budget and what became of it; fractions are of the original's cost.
+    """A budget and what was reached. Fractions are of the original's cost.
 
     Attributes:
         measure: "latency", "flops", "params" or "activations".
         asked: the fraction that may remain.
-        predicted: what the plan promised.
-        reached: what remains: counted, or measured for latency; None after a dry run.
+        predicted: the fraction that the plan predicted.
+        reached: the fraction that remains, counted, or measured for latency; None after a dry run.
         least: the smallest fraction that any plan here can reach, as predicted.
         loss: predicted error of the model's output, before any fine-tuning.
-        uniform_loss: the same of the best single choice for all sites alike; None if none meets the budget.
+        uniform_loss: the same for the best plan that makes one choice for all sites; None if none meets the budget.
         met: whether the budget is met; None after a dry run.
     """
 
@@ -35,7 +35,7 @@ class Outcome:
     met: bool | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The same as plain data, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

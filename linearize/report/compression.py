@@ -1,4 +1,4 @@
-"""What `compress` did to a model, in numbers: quality, cost, latency, and the proof that collapsing changed nothing."""
+"""The report of `compress`: quality, cost and latency before and after, and the proof that collapsing was exact."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _SHOWN = 5  # sites that stay, in what is printed
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a model. Prints as a table.
+    """The result of a compression in numbers. It prints as a table.
 
     Attributes:
         quality: for each metric the values "before", "gated" and "collapsed"; empty if nothing was evaluated.
         summary: the sites of the gated model after fine-tuning, with their linear channels.
         before, after: parameters and FLOPs of the original and the collapsed model, for one batch of the data.
-        verification: collapsed against gated model; None after a dry run.
+        verification: the collapsed model compared with the gated one; None after a dry run.
         timing: latency of the original and the collapsed model.
         history: a record per epoch of fine-tuning.
         seconds: how long each step took.
-        outcome: the budget and what became of it; None for a share of linear channels.
-        options: for each group of sites, its best options, as a table; empty for a share of linear channels.
-        notes: what else a reader should know.
-        kept: by site that stays for another reason than its loss, or that has no gate, the reason.
-        plan: SHA-256 of the plan (`Plan.sha256`): which plan this reports on.
+        outcome: the budget and what was reached; None for a share of linear channels.
+        options: the best options of each group of sites, as a table; empty for a share of linear channels.
+        notes: further remarks, such as too little data.
+        kept: the reason, for each site that has no gate, or that stays for another reason than its loss.
+        plan: SHA-256 of the plan of this report (`Plan.sha256`).
     """
 
     quality: Mapping[str, Mapping[str, float]]

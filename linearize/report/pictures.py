@@ -1,4 +1,4 @@
-"""Pictures of what compressing did: which layers gave up their nonlinearity, what it cost, what it gained."""
+"""Pictures of a compression: which layers became linear, what that cost, and what it saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured latencies as data: medians and quartiles in seconds, ratios, and the machine they come from."""
+"""Measured latencies as data: medians and quartiles in seconds, ratios, and the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Timing:
 
     @classmethod
     def of(cls, model: str, batch_size: int, samples: Sequence[float], *, compiled: bool) -> Timing:
-        """From the measurements themselves."""
+        """From single measurements."""
         q1, median, q3 = quartiles(samples)
         return cls(model, batch_size, compiled, median, q1, q3, tuple(samples))
 
@@ -74,11 +74,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What `benchmark` measured. Prints as a table.
+    """The result of `benchmark`. It prints as a table.
 
     Attributes:
-        timings: one per model, batch size and way of running; seconds.
-        ratios: every other model against the first.
+        timings: one per model, batch size and way of running (eager or compiled), in seconds.
+        ratios: the latency of each other model divided by that of the first.
         environment: device, threads, dtype, versions, rounds.
     """
 
@@ -117,7 +117,7 @@ class BenchmarkResult:
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a reader must know to judge a latency."""
+    """The facts that one needs to judge a latency."""
     on_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else (_processor() or device.type),

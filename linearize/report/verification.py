@@ -1,4 +1,4 @@
-"""The outcome of comparing two models, as data and as a table."""
+"""The result of comparing two models, as data and as a table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["OutputError", "Verification", "worst"]
 
 @dataclass(frozen=True)
 class OutputError:
-    """How far one output of the candidate is from the reference's.
+    """The difference between one output of the candidate and of the reference.
 
     Attributes:
         name: path of the output, for example "logits" or "hidden_states.3"; "output" if there is only one.
         max_error: max |a - b| / max |a| over all batches; a is the reference's output.
         rms_error: ||a - b|| / ||a|| over all batches.
-        tolerance: what both errors may be; 0 for integers, which must be equal.
-        reason: why it failed for another reason than the size of the errors; None otherwise.
+        tolerance: the largest value that both errors may have; 0 for integers, which must be equal.
+        reason: if it failed for another reason than the size of the errors, this reason; else None.
     """
 
     name: str
@@ -32,13 +32,13 @@ class OutputError:
 
     @property
     def passed(self) -> bool:
-        """Within tolerance. NaN never passes."""
+        """True if both errors are within the tolerance. NaN never passes."""
         return self.reason is None and self.max_error <= self.tolerance and self.rms_error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify`: true if every output passed. Prints as a table.
+    """The result of `verify`. It is true if every output passed, and prints as a table.
 
     Attributes:
         outputs: one entry per output.
@@ -50,7 +50,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """True if there was something to compare and all of it passed."""
+        """True if at least one output was compared and all of them passed."""
         return bool(self.outputs) and all(output.passed for output in self.outputs)
 
     @property
@@ -67,7 +67,7 @@ class Verification:
         return self.passed
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; errors that are no numbers for JSON are the texts "inf" and "nan"."""
+        """The same as plain data. Errors that JSON cannot hold are the texts "inf" and "nan"."""
         outputs = [{**asdict(output), "passed": output.passed} for output in self.outputs]
         found = {
             "passed": self.passed,

@@ -1,1 +1,1 @@
-"""Run models over batches, for whatever purpose, and leave no trace."""
+"""Run models over batches, for all purposes, without changing them."""

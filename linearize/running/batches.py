@@ -1,11 +1,11 @@
-"""One convention for batches, and one place where they enter, wherever linearize runs a model over data.
+"""The one convention for batches, and the one place where batches are read, wherever linearize runs a model over data.
 
 A batch is a tensor (the input), a tuple or list of positional inputs whose last entry may be the labels, or a
-dict of keyword arguments, of which "labels" may be one. The last entry of a tuple is taken as labels if there
-are at least two entries and more than `forward` requires; a dict's labels are passed on to a `forward` that
+dict of keyword arguments, which may include "labels". The last entry of a tuple is taken as labels if there
+are at least two entries and more than `forward` requires. A dict's labels are passed on to a `forward` that
 takes them.
 
-Batches belong to the user: every call of a model gets containers and tensors of its own.
+Batches belong to the user. Every call of a model gets its own copies of containers and tensors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MOST = 10_000  # batches of data without a length: what has more is taken for e
 
 @dataclass
 class Batch:
-    """What a model is called with, and what its output is compared with.
+    """The inputs of one call of a model, and the labels that its output is compared with.
 
     Attributes:
         args, kwargs: of the call.
@@ -71,12 +71,12 @@ class Batch:
         return int(first.shape[0]) if first is not None and first.dim() else 1
 
     def run(self, model: nn.Module) -> Any:
-        """The output of a model, which gets copies: it may write into a dict, or overwrite a tensor."""
+        """The output of a model. It gets copies, so it may write into a dict or overwrite a tensor."""
         args, kwargs = copied((self.args, self.kwargs))
         return model(*args, **kwargs)
 
     def checked(self, model: nn.Module, index: int) -> Any:
-        """The same, and what the model's code says about a batch that it cannot take is told as such.
+        """Like `run`, but if the model cannot take a batch, the error names it.
 
         Raises:
             DataError: the batch does not go through the model.
@@ -128,13 +128,13 @@ def read_batch(model: nn.Module, batch: Any, meaning: Meaning | None = None) -> 
 
 
 def read_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Batch]:
-    """The batches of data, where the model is."""
+    """The batches of data, on the device of the model."""
     device = device_of(model)
     return (to_device(read_batch(model, raw), device) for raw in data)
 
 
 class Reading:
-    """A user's data as a model is given it: `Batch`es, in every pass anew. It has a length, counted if need be.
+    """A user's data as `Batch`es, read again in every pass. It has a length, counted if necessary.
 
     Args:
         model: whose forward tells inputs from labels.
@@ -175,7 +175,7 @@ def length_of(data: Any) -> int | None:
 
 
 def count_of(data: Iterable[Any]) -> int:
-    """Number of batches; those of data without a length are counted.
+    """Number of batches. Data without a length are counted.
 
     Raises:
         DataError: there is no end to them.
@@ -201,7 +201,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def labels_are_inputs(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether a model makes its decoder's input from a batch's labels: its forward takes both, the batch has none."""
+    """True if a model makes its decoder's input from labels: forward takes both, and the batch has no such input."""
     if not _are_classes(batch.get("labels")) or not _takes(model, "labels"):
         return False
     given = any(batch.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
@@ -259,7 +259,7 @@ def _check(batch: Any) -> None:
 
 
 def padding_mask(model: nn.Module, name: str, masks: Mapping[str, Tensor] | None) -> Tensor | None:
-    """The padding mask, of those of a batch, that belongs to a site."""
+    """The padding mask of a batch that belongs to a site."""
     masks, key = masks or {}, "attention_mask"
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_attention_mask" in masks
     if both and any("decoder" in part for part in name.split(".")):

@@ -1,4 +1,4 @@
-"""Copy a model, whatever its users have left on its modules."""
+"""Copy a model, whatever its users have put on its modules."""
 
 from __future__ import annotations
 

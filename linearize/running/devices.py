@@ -1,4 +1,4 @@
-"""Where a model is: on one device as a whole, or taken apart by others, who then move its parts as they need them."""
+"""Where a model is: on one device, or distributed or offloaded by another library, which moves its parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["bring", "check_whole", "device_of", "staying"]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that a model takes its inputs on: of its first parameter or buffer, or the CPU if it has none.
+    """The device of a model's inputs: that of its first parameter or buffer, or the CPU if it has none.
 
     A model whose parts are moved by hooks of accelerate computes where the hooks say, whatever its parameters show.
     """
@@ -75,7 +75,7 @@ def bring(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def staying(model: nn.Module) -> Iterator[None]:
-    """Afterwards a model that is on one device is there again, whatever has moved it.
+    """Inside this context the model may be moved; afterwards it is on its own device again.
 
     Examples:
         >>> layer = nn.Linear(2, 2)

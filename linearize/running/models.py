@@ -1,4 +1,4 @@
-"""Run models to measure or compare them: inputs in one form, eval mode, everything put back afterwards."""
+"""Run models to measure or compare them: one form of inputs, eval mode, and everything restored afterwards."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Whatever is compiled runs as plain Python: compiled code does not see hooks that were put on after it."""
+    """Inside this context compiled code runs as plain Python, because it does not see hooks that were added later."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -108,7 +108,7 @@ def eagerly() -> Iterator[None]:
 def watching(
     model: nn.Module, attach: Callable[[Tensor], Iterable[Any]], *, gradients: bool = True
 ) -> Iterator[Tensor]:
-    """Eval mode with hooks, for a while; gives a zero that hooks may add to what they see, so that gradients reach it.
+    """Eval mode with hooks. Gives a zero that hooks can add to what they see, so that gradients reach it.
 
     Args:
         model: its modules are put back into the mode they were in, and their buffers to the values they had.

@@ -1,4 +1,4 @@
-"""The order in which data comes: the epoch it is in, the random generators it owns, and passes that are all alike."""
+"""The order of the data: its epoch, its random generators, and passes that all start in the same state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def generators_of(data: Any) -> list[torch.Generator]:
 
 
 class Repeated:
-    """Data each pass over which begins alike: in epoch 0, with the generators and the seeds of the first.
+    """Data whose passes all start in the same state: epoch 0, with the same generators and seeds.
 
     So it does not matter to a pass which others came before, in this process or in one that was interrupted.
 
@@ -57,7 +57,7 @@ class Repeated:
         self._length: int | None = None
 
     def start(self) -> None:
-        """Put the data, and the global random generators, into the state in which each pass begins."""
+        """Put the data and the global random generators into the state in which each pass starts."""
         set_epoch(self.data, 0)
         for generator, state in zip(generators_of(self.data), self._states, strict=True):
             generator.set_state(state)

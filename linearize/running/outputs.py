@@ -1,9 +1,10 @@
-"""What a model's output consists of: every floating tensor in it, each a part with a kind of its own.
+"""The parts of a model's output: every floating tensor in it is a part, and has a kind.
 
-Kinds: "classes" are logits of a softmax over one axis, "multilabel" are logits of a yes or no each, "values" are real
-numbers, in units of their own (relative to their mean square). Classes only where classes are meant; what says so is,
-in this order: the user, the model's configuration (`problem_type`), the labels, and the sizes in that configuration.
-Without any of these a part is values: a relative squared error sees every change, a divergence of classes does not.
+The kinds are "classes" (logits of a softmax over one axis), "multilabel" (each entry is the logit of a yes-or-no
+decision), and "values" (real numbers, measured relative to their mean square). A part is classes only if something says
+so. In this order: the user, the model's configuration (`problem_type`), the labels, and the sizes in that
+configuration. Otherwise a part is values, because a relative squared error sees every change, and a divergence of
+classes does not.
 
 Shape letters: B samples, T positions, H height, W width, K classes.
 """
@@ -60,7 +61,7 @@ class Part:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Numbers to compute a loss with: a complex one is two."""
+    """Real numbers to compute a loss with: a complex number becomes two."""
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).float()
 
 
@@ -104,7 +105,7 @@ def _alike(entries: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What is known about a model's output before there is one.
+    """What is known about a model's output before it exists.
 
     Attributes:
         weights: by glob pattern, those of the parts that count; None: all count alike.
@@ -124,7 +125,7 @@ class Meaning:
 
     @classmethod
     def of(cls, model: nn.Module, output: Choice = None) -> Meaning:
-        """What a model's configuration tells, if it has one, and what the user chose.
+        """From the model's configuration, if it has one, and the choice of the user.
 
         Raises:
             UsageError: the choice is no pattern, weight or kind.
@@ -143,7 +144,7 @@ class Meaning:
         return cls(weights, kinds, problem if isinstance(problem, str) else None, _sizes(config), inside, head)
 
     def parts(self, output: Any, labels: Any = None) -> list[Part]:
-        """The parts of an output that count, their weights together 1.
+        """The parts of an output that count. Their weights sum to 1.
 
         Raises:
             TrainingError: there is no floating tensor.
@@ -209,7 +210,7 @@ UNKNOWN = Meaning()
 
 
 def main_part(output: Any) -> Part:
-    """The part that matters where only one can: the logits, or else the first.
+    """The part to use where only one is possible: the logits, or else the first.
 
     Raises:
         TrainingError: there is no floating tensor.

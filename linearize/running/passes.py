@@ -1,11 +1,11 @@
 """One pass of a model over data, for as many statistics as fit into memory.
 
-A collector says which modules it watches and what it takes from a batch. All that they have in common lives here, once:
-reading batches, devices, padding masks, the backward pass, checks for NaN, the progress bar, and going on where an
-interrupted run stopped.
+A collector says which modules it watches and what it takes from a batch. What all collectors need is here, once:
+reading batches, devices, padding masks, the backward pass, checks for NaN, the progress bar, and continuing an
+interrupted run.
 
-Random draws depend on the seed, the number of the batch and the collector's name alone. So what is found does not
-depend on which collectors share a pass, nor on how the batches are shared out: parts merge to the whole.
+Random draws depend only on the seed, the number of the batch and the collector's name. So the result does not depend on
+which collectors share a pass, nor on how the batches are split: the parts merge to the whole.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from linearize.running.progress import progress_bar
 __all__ = ["Collector", "Moment", "Notebook", "Probe", "in_passes", "run_passes"]
 
 Probe = Callable[[Any, Batch, torch.Generator], tuple[Tensor, int]]
-"""A scalar of the model's output, whose gradient tells what an error costs, and how many positions it sums over."""
+"""Turns the output into a scalar, whose gradient is the effect of an error, and the number of positions summed over."""
 
 
 @dataclass
 class Moment:
-    """What collectors are told about the batch that is going through the model.
+    """What collectors know about the batch that runs through the model.
 
     Attributes:
         model: the model that runs.
@@ -40,7 +40,7 @@ class Moment:
         seed: of all random draws.
         index: number of the batch in the whole data.
         batch: inputs and labels, on the model's device.
-        positions: so many rows the probe sums over; 0 without gradients.
+        positions: number of rows that the probe sums over; 0 without gradients.
     """
 
     model: nn.Module
@@ -70,14 +70,14 @@ class Collector(Protocol):
     """Statistics of one place, gathered batch by batch.
 
     Attributes:
-        kind: together with the name it tells this one from all others, here and in an interrupted run's notes.
+        kind: kind and name together identify the collector, here and in the notes of an interrupted run.
     """
 
     kind: str
 
     @property
     def name(self) -> str:
-        """Of the place."""
+        """The name of the place."""
 
     @property
     def gradients(self) -> bool:
@@ -88,33 +88,33 @@ class Collector(Protocol):
         """Bytes that its sums take."""
 
     def attach(self, now: Moment) -> Iterable[Any]:
-        """Put hooks on the model, and give their handles."""
+        """Put hooks on the model, and return their handles."""
 
     def take(self, now: Moment) -> None:
-        """Turn what the hooks saw of a batch into sums, and forget it."""
+        """Add what the hooks saw of a batch to the sums, and release it."""
 
     @property
     def finite(self) -> bool:
         """Whether all sums are finite."""
 
     def merge(self, other: Any) -> None:
-        """Take in what another collector of the same place found on other batches."""
+        """Add the sums of another collector of the same place, from other batches."""
 
     def state(self) -> dict[str, Any]:
-        """What was found, as plain values and tensors."""
+        """The sums, as plain values and tensors."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the sums from the result of `state`."""
 
 
 class Notebook(Protocol):
-    """Where finished statistics are kept, for a run that goes on later."""
+    """Stores finished statistics, for a run that continues later."""
 
     def some(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
-        """What is known, by name."""
+        """The stored statistics of a kind, by name."""
 
     def write(self, kind: str, noted: Mapping[str, Any]) -> None:
-        """Note something, by name."""
+        """Store statistics of a kind, by name."""
 
 
 def run_passes(
@@ -130,21 +130,21 @@ def run_passes(
     progress: bool = True,
     notes: Notebook | None = None,
 ) -> None:
-    """Run a model over data, once or as often as memory asks for, and let collectors gather their statistics.
+    """Run a model over data, so that collectors gather statistics. Several passes are used if memory is too small.
 
-    The model runs in eval mode and is left as it was.
+    The model runs in eval mode and is not changed.
 
     Args:
-        model: any.
-        batches: re-iterable, as `linearize.running.batches` describes them.
-        collectors: what is wanted; one that `notes` know already is filled from there.
+        model: any model.
+        batches: batches that can be read several times, as `linearize.running.batches` describes them.
+        collectors: the statistics to gather. A collector that is in `notes` is filled from there.
         probe: needed if a collector asks for gradients.
         indices: numbers of the batches in the whole data, where these are only a part of it; None counts from 0.
         seed: of random draws.
-        memory: bytes for sums at a time; collectors beyond that wait for another pass.
+        memory: bytes for the sums of one pass. Further collectors wait for another pass.
         label: of the progress bar.
         progress: show a bar on a terminal.
-        notes: statistics of a run that was interrupted; what each pass finds is added.
+        notes: statistics of an interrupted run. The result of each pass is added.
 
     Raises:
         DataError: there are no batches, one does not go through the model, or NaN or infinity turns up (the place is
@@ -176,7 +176,7 @@ def _unknown(collectors: Sequence[Collector], notes: Notebook | None) -> list[Co
 
 
 def in_passes(collectors: Iterable[Collector], memory: float) -> Iterator[list[Collector]]:
-    """The collectors in groups whose sums fit into so many bytes; one at least."""
+    """The collectors in groups whose sums fit into a number of bytes, at least one in each group."""
     group, used = list[Collector](), 0.0
     for collector in collectors:
         if group and used + collector.memory > memory:

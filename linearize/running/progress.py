@@ -1,4 +1,4 @@
-"""A progress bar where somebody is watching, silence elsewhere."""
+"""A progress bar, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(label: str, total: int | None, *, enabled: bool = True) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error; the function that it gives moves it by one and shows a note beside it.
+    """A progress bar on standard error. The function that it gives moves it by one and shows a note beside it.
 
     Shown only if `enabled` and standard error is a terminal.
 

@@ -14,14 +14,14 @@ __all__ = ["is_random_state", "random_state", "randomness_kept", "seed_everythin
 
 
 def seed_everything(seed: int) -> None:
-    """Seed them all."""
+    """Seed all global generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the global one
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of them all, as plain values and tensors."""
+    """The state of all global generators, as plain values and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
     return {
         "python": random.getstate(),
@@ -32,7 +32,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` took."""
+    """Restore the result of `random_state`."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - the global one
@@ -42,7 +42,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def is_random_state(state: Any) -> bool:
-    """Whether `set_random_state` would take it; nothing is set.
+    """True if `set_random_state` would accept it. Nothing is set.
 
     Examples:
         >>> is_random_state(random_state()), is_random_state({"python": (3, (1, 2), None)})
@@ -60,7 +60,7 @@ def is_random_state(state: Any) -> bool:
 
 @contextmanager
 def randomness_kept() -> Iterator[None]:
-    """Afterwards all generators are where they were."""
+    """Inside this context random numbers can be drawn; afterwards all generators are restored."""
     before = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""From activations and gradients to rows: one for each position that a map reads or writes.
+"""Turn activations and gradients into rows, one for each position that a linear map reads or writes.
 
 Shape letters: B samples, T positions, R rows, C channels, g features per channel, O outputs.
 """
@@ -22,7 +22,7 @@ _CHEAP = 20_000  # rows that cost next to nothing
 
 
 def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
-    """(R, channels), without the rows that a mask (B, T) marks as padding."""
+    """Rows (R, channels), without those that a mask (B, T) marks as padding."""
     x = x.movedim(-1 - dims, -1)
     if mask is not None:
         if x.shape[:-1] == mask.shape:
@@ -33,7 +33,7 @@ def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
 
 
 def batched(x: Tensor, dims: int) -> Tensor:
-    """(B, C, *positions): an image without a batch axis, which convolutions take, too, is a batch of one.
+    """The input as (B, C, *positions). An image without a batch axis becomes a batch of one.
 
     Examples:
         >>> batched(torch.zeros(3, 8, 8), 2).shape, batched(torch.zeros(5, 3), 0).shape
@@ -57,7 +57,7 @@ def gradient_rows(dims: Sequence[int], gradients: Mapping[int, Tensor], mask: Te
 
 
 def row_weights(gradient: Tensor | None) -> Tensor | None:
-    """Half the weight of every row is its own sensitivity: the rows that the output depends on count more."""
+    """Weights of rows. Half of each is the row's own sensitivity, so that important rows count more."""
     if gradient is None:
         return None
     energy = gradient.double().square().sum(1)
@@ -67,10 +67,10 @@ def row_weights(gradient: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many positions of an image to sample: fewer once there are rows enough for the features.
+    """How many positions of an image to sample. It falls once there are enough rows for the features.
 
-    It is told by the number of the batch, taking earlier ones to have been alike, and not by the rows that were really
-    seen: so parts of the data sample as the whole would.
+    It depends on the number of the batch, as if all earlier batches had been alike, and not on the rows that were
+    really seen. So parts of the data are sampled like the whole.
 
     Attributes:
         index: of the batch.

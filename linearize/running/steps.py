@@ -1,4 +1,4 @@
-"""The steps of a long job: each is told about, and timed."""
+"""The steps of a long job: each is announced and timed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Steps"]
 
 
 class Steps:
-    """Times the steps and tells about them.
+    """Announces and times the steps.
 
     Args:
         progress: False is silent, True shows bars on a terminal; a function also gets a line for each step.
@@ -31,13 +31,13 @@ class Steps:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Inside is the step of that name."""
+        """A context that is the step of that name."""
         self.say(name)
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
 
     def epoch(self, record: Mapping[str, float]) -> None:
-        """A line about an epoch."""
+        """Announce an epoch."""
         parts = [f"epoch {record['epoch']:.0f}", f"loss {record['loss']:.4f}", f"linear {record['share']:.1%}"]
         self.say("  " + ", ".join(parts + [f"{n} {record[n]:.4f}" for n in ("accuracy", "score") if n in record]))

@@ -1,7 +1,4 @@
-"""What labels say about an output: which part they belong to, and whether it holds classes.
-
-Shape letters: B samples, K classes.
-"""
+"""What labels show about an output: the part that they belong to, and whether it holds classes."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ def class_axes(z: Tensor) -> tuple[int, ...]:
 
 
 def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
-    """What an output is if these are its targets, and the axis of its classes; None if they do not fit.
+    """The kind of an output with these targets, and its class axis; None if they do not fit.
 
     Whole numbers of the shape without one axis are classes, and so are rows of the output's own shape that are
     distributions. Zeros and ones of that shape are labels that exclude nothing, unless the output is in [0, 1] itself.
@@ -62,7 +59,7 @@ def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
 
 
 def labels_by_part(names: Sequence[str], tensors: Mapping[str, list[Tensor]], labels: Any) -> dict[str, Tensor]:
-    """Which labels belong to which part: those of the same path; a single tensor to logits, or the first that it fits.
+    """The labels of each part: those of the same path. A single tensor belongs to the logits, or the first that fits.
 
     A part of the same shape as that one, such as an auxiliary head, has the same meaning.
     """

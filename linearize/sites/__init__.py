@@ -1,1 +1,1 @@
-"""What was found in a model, as plain data, and the record of it that a model keeps."""
+"""The sites of a model as plain data, and the record that a converted model keeps."""

@@ -1,4 +1,4 @@
-"""What linearize remembers about a model that it has rewritten: plain data, kept on the model itself."""
+"""The record: what linearize knows about a model that it has changed, as plain data, kept on the model itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WATCHERS: list[Callable[[nn.Module, Record], None]] = []
 
 @dataclass
 class Record:
-    """The history of a rewritten model.
+    """The history of a model that linearize has changed.
 
     Attributes:
         sites: every activation that was found, gated or not, in order of execution.
@@ -56,5 +56,5 @@ def set_record(model: nn.Module, record: Record) -> None:
 
 
 def when_recorded(watch: Callable[[nn.Module, Record], None]) -> None:
-    """Have a function called with every model that gets a record, and the record."""
+    """Register a function that is called with every model that gets a record, and the record."""
     _WATCHERS.append(watch)

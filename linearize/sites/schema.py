@@ -1,4 +1,4 @@
-"""The schemas of what a file records of a model: sites, the steps that led to it, tensors outside its state dict."""
+"""The schemas of the records in a file: sites, steps, tensors outside the state dict."""
 
 from __future__ import annotations
 

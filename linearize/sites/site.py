@@ -1,6 +1,6 @@
 """Activation sites: an activation, the affine maps around it, and what can be done with its channels (or why not).
 
-Plain data throughout, so that a site can be printed, pickled with its model and written to a file.
+Everything is plain data, so that a site can be printed, pickled with its model, and written to a file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Port:
 
     @property
     def key(self) -> str:
-        """What tells it from the other ports of its module.
+        """An identifier that differs for the ports of one module.
 
         Examples:
             >>> Port("fuse", "conv2d", 4, 8, 12, False, 1).key
@@ -88,7 +88,7 @@ class Fold:
     neutral: tuple[tuple[str, float], ...] = ()
 
     def renamed(self, rename: Callable[[str], str]) -> Fold:
-        """The same map in a model where every path and name is another."""
+        """The same map in a model with other paths and names."""
 
         def name(value: str | None) -> str | None:
             return None if value is None else rename(value)
@@ -173,7 +173,7 @@ class Site:
         return "gate_first" if self.producer.start == 0 else "up_first"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `Site.from_dict` reads it back."""
+        """The same as plain data, ready for JSON. `Site.from_dict` reads it back."""
         return asdict(self)
 
     @classmethod

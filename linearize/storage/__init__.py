@@ -1,1 +1,1 @@
-"""One model in one file: the tensors, what the file says about itself, and how they are put back."""
+"""One model in one file: its tensors, its description, and how it is restored."""

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and checked when they are read back.
+"""Files that are written completely or not at all, and checked when they are read.
 
-A file is written beside its place under a name of its own, flushed to the disk, then renamed: whoever looks sees the
-old file or the new one. What killed runs left behind is removed by the next write into that folder.
+A file is written beside its target under another name, flushed to the disk, and renamed. A reader sees either the old
+or the new file. What killed runs left behind is removed by the next write into that folder.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def write(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all; a failure leaves what was there before.
+    """Write a file completely or not at all. A failure leaves the old file.
 
     The mode of a file that is replaced is kept, and a link stays a link. Threads and processes may write the same
     path at once: the last one to finish stays.
@@ -195,7 +195,7 @@ def check_readable(path: str | os.PathLike[str]) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, where the system lets us: the file itself is complete already."""
+    """Flush a folder's list of names to the disk, where the system allows it. The file itself is already complete."""
     if os.name != "posix":  # other systems do not open folders, and rename safely without
         return
     with contextlib.suppress(OSError):  # a folder may be writable and not readable

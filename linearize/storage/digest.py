@@ -1,4 +1,4 @@
-"""Digests of tensors, by which damage and other data are told."""
+"""Digests of tensors. They show damage, and recognise data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["take_in"]
 
 
 def take_in(told: Any, tensor: Tensor) -> None:
-    """Let a hash of `hashlib` take in a tensor: its shape, its dtype and every byte of it.
+    """Add a tensor to a hash of `hashlib`: its shape, its dtype and every byte of it.
 
     Of a tensor without bytes to read (on the meta device, sparse, or of another library) only shape and dtype count.
 

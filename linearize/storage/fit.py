@@ -1,4 +1,4 @@
-"""Whether what a file holds fits the model that it is for: its tensors, and the sites that its gates know."""
+"""Check that the content of a file fits its model: the tensors, and the sites that its gates know."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REMEDY = "Load it onto the base model that it was made from, with the library v
 
 
 def check_fit(path: str, model: nn.Module, content: Manifest, header: Header) -> None:
-    """Check names, shapes and kinds of a file's tensors against the model that they are for.
+    """Check names, shapes and kinds of a file's tensors against the model that they belong to.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or kind, or not shared as in the model.
@@ -79,7 +79,7 @@ def _check_sharing(path: str, model: nn.Module, content: Manifest) -> None:
 
 
 def check_steps(path: str, content: Manifest) -> None:
-    """Check the steps of a file against its sites: what is left of an activation has no more channels than it had.
+    """Check the steps of a file against its sites: a partial activation cannot have more channels than before.
 
     Raises:
         CheckpointError: a step is for other channels.
@@ -97,7 +97,7 @@ def check_steps(path: str, content: Manifest) -> None:
 
 
 def check_sites(path: str, model: nn.Module) -> None:
-    """Check what each gate says of the layers around it against these layers: `collapse` will go by it.
+    """Check what each gate says about the layers around it against these layers, because `collapse` relies on it.
 
     Raises:
         CheckpointError: a site is of other channels than its gate, or names a layer of another kind or width.

@@ -1,4 +1,4 @@
-"""Folders that hold what an interrupted run has done: made before any work, and cleared of nothing but our own."""
+"""Folders for the state of an interrupted run. They are made before any work, and only our own files are removed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["clear", "make_folder", "remove_leftovers", "write_text"]
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, with those around it, and see that a file can be written there.
+    """Make a folder and its parents, and check that a file can be written there.
 
     Raises:
         CheckpointError: it cannot be made, or not be written in.
@@ -31,7 +31,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside `path`, flush it to the disk, then rename it: it is whole or not there.
+    """Write a text file completely or not at all: to another name, flushed, then renamed.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove unfinished files, as a killed process leaves them, of files whose names match a pattern.
+    """Remove unfinished files that killed processes left, for files whose names match a pattern.
 
     Nobody else may be writing in the folder: see `storage.lock`.
     """
@@ -51,7 +51,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:
-    """Remove the files of a folder whose names match one of some patterns, and the folder if nothing else is in it."""
+    """Remove the files of a folder whose names match one of some patterns, and the folder if it is then empty."""
     wanted = re.compile("|".join(f"(?:{name})" for name in names))
     with suppress(OSError):  # what cannot be removed stays: the work is done
         for path in folder.iterdir():

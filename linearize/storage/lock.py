@@ -1,4 +1,4 @@
-"""A folder that belongs to one process at a time; the system gives it free when that process ends, however it ends."""
+"""Lock a folder for one process at a time. The system releases the lock when the process ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["alone_in"]
 
 @contextmanager
 def alone_in(folder: Path, where: str) -> Iterator[None]:
-    """Inside, no other process is in this block for the same folder, which must exist.
+    """Inside this context, no other process is in this context for the same folder, which must exist.
 
     The lock is on the folder itself and leaves no file behind. A system or a file system without such locks is taken
     at its word that nobody else is there.

@@ -1,4 +1,4 @@
-"""What a saved file says about itself besides its tensors: plain data, versioned, checked field by field."""
+"""The description in a saved file: plain data with a version, checked field by field."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Manifest:
 
 
 def may_hold(value: Any) -> bool:
-    """Whether a file may set an attribute to this: plain data whose strings are simple names.
+    """True if a file may set an attribute to this value: plain data whose strings are simple names.
 
     Examples:
         >>> may_hold((1, "avg")), may_hold("https://elsewhere")

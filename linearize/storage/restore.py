@@ -1,4 +1,4 @@
-"""Putting the tensors of a file into a model that has none yet."""
+"""Put the tensors of a file into a model that has none yet."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
 
 
 def take_plain_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Take the computation of a weight off a model without values, where a file holds the weight itself.
+    """Remove the computation of a weight from a model without values, if a file holds the weight itself.
 
     The file was made when the weight norm, spectral norm or pruning had been removed; the model is built with it.
     """
@@ -105,7 +105,7 @@ def _alike(old: Any, new: Any) -> bool:
 
 
 def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors outside the state dict, and plain attributes; then nothing may be left without memory.
+    """Set tensors outside the state dict, and plain attributes. Afterwards every tensor must have memory.
 
     Raises:
         CheckpointError: a tensor of the model got no value.

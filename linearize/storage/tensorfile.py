@@ -1,8 +1,8 @@
-"""One .safetensors file: written whole or not at all, and looked over before it is read.
+"""One .safetensors file: written completely or not at all, and checked before it is read.
 
 The layout is that of the safetensors format: eight bytes with the length of the header, a JSON header, the
-tensors. Written here and not by the safetensors library because a model must be streamed tensor by tensor
-(a model on a GPU need not fit into main memory twice) to a file that is flushed to the disk before it takes
+tensors. We write it ourselves, not with the safetensors library, because a model must be written tensor by tensor
+(a model on a GPU need not fit into main memory twice) to a file that is flushed to the disk before it gets
 its name.
 """
 
@@ -50,7 +50,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """What stands in front of the tensors.
+    """The header of the file, in front of the tensors.
 
     Attributes:
         shapes: shape of each tensor by name.
@@ -80,7 +80,7 @@ class Header:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file beside ``path``, flush it to the disk, then rename it; a failure leaves the old file.
+    """Write a file completely or not at all: to another name, flushed, then renamed. A failure leaves the old file.
 
     Raises:
         CheckpointError: the folder is missing or not writable, or the disk is full.
@@ -117,7 +117,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check what stands in front of the tensors.
+    """Read and check the header of a file.
 
     Raises:
         CheckpointError: there is no such file, it is something else than a file, it is truncated, or not in
@@ -167,7 +167,7 @@ def _parse(path: Path, entries: Any, room: int) -> Header:
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    """Read all tensors onto ``device``; on the CPU they are mapped, and read when they are needed.
+    """Read all tensors onto ``device``. On the CPU they are mapped, and read when they are needed.
 
     Raises:
         CheckpointError: the file is not in safetensors format.

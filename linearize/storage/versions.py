@@ -1,4 +1,4 @@
-"""Files of earlier format versions, read as if they were of today's."""
+"""Read files of earlier format versions as if they were of the present one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Operate on a model: layers that may stand in it, forwards rewritten, maps read from it."""
+"""Change a model: the layers that it may contain, rewritten forwards, maps read from it."""

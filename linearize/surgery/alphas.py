@@ -1,4 +1,4 @@
-"""What the alphas of a model's gates say before it is collapsed: in range, and decided or half way."""
+"""Check the alphas of a model before it collapses: in range, and how many are between 0 and 1."""
 
 from __future__ import annotations
 

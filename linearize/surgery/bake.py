@@ -1,7 +1,7 @@
-"""Give maps whose weights are computed (weight norm, spectral norm, pruning, standardised weights) plain ones.
+"""Replace computed weights (weight norm, spectral norm, pruning, standardised weights) by plain ones.
 
-What is computed cannot be written: a fit needs a layer that holds its weight itself. The layer that takes the old one's
-seat computes the same, to rounding, and trains if anything trained that the old weight was computed from.
+A computed weight cannot be written, and a fit needs a layer that holds its weight itself. The new layer computes the
+same, up to rounding. It is trainable if any tensor was trainable from which the old weight was computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["bake"]
 
 
 def bake(model: nn.Module) -> list[str]:
-    """Replace the maps around a gated model's sites whose weights are computed, in place; gives their paths.
+    """Replace computed weights of the maps around a gated model's sites, in place. Returns their paths.
 
     A module with a hook of another kind, or one that computes more than a linear map, stays as it is.
 

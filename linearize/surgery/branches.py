@@ -1,9 +1,9 @@
-"""A consumer behind a concatenation: each branch has its own columns, and what becomes of one leaves the others alone.
+"""A consumer behind a concatenation: each branch has its own columns, and a change of one leaves the others alone.
 
-With `h = [h_1, ..., h_m]` the concatenated branches and `B = [B_1, ..., B_m]` the columns of their consumer,
-`y = B_1 h_1 + ... + B_m h_m + c`. A form of one branch's site gives new columns for that branch and a new bias. What it
-carries past the activation lies in the middle of the consumer's input: it is added by columns of the identity, or, for
-the last branch, by the layer that adds what comes after its inputs.
+Let `h = [h_1, ..., h_m]` be the concatenated branches, and `B = [B_1, ..., B_m]` the columns of their consumer. Then
+`y = B_1 h_1 + ... + B_m h_m + c`. A form of one branch's site gives new columns for that branch, and a new bias. Its
+merged term lies in the middle of the consumer's input. Columns of the identity add it. For the last branch, the layer
+does so that adds the features behind its inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["place_of", "spliced"]
 
 
 def place_of(piece: Piece | None, start: int) -> int:
-    """Where the input `start` of a consumer is now, after other branches have changed their widths.
+    """The present position of the input `start` of a consumer, after other branches have changed their widths.
 
     Examples:
         >>> place_of(Piece("plain", branches=((0, 4, 1),)), 4)
@@ -33,7 +33,7 @@ def place_of(piece: Piece | None, start: int) -> int:
 def spliced(
     whole: Affine, before: Piece | None, port: Port, part: Piece, *, widen: bool = True
 ) -> tuple[Piece, Affine]:
-    """The consumer with new columns for one branch, as a piece and as the map in it.
+    """The consumer with new columns for one branch, as a piece and as a map.
 
     Args:
         whole: the consumer as it is, with all its columns.

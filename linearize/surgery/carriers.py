@@ -1,8 +1,8 @@
-"""Linear maps that a collapsed model may contain besides torch's own: they carry the merged term past the activation.
+"""Linear maps that a collapsed model may contain besides torch's own. They carry the merged term past the activation.
 
-So the forward code around a site can stay as it is. Every one of them is a module around an ordinary `nn.Linear` or
-`nn.Conv1d`, `2d`, `3d` of true width, with slices, concatenations and additions beside it: nothing that a tracer, an
-exporter or a quantiser does not know, and no branch on what a tensor is. Shape letters: K channels that stay nonlinear,
+They allow the forward code around a site to stay unchanged. Each is a module around an ordinary `nn.Linear` or
+`nn.Conv1d`, `2d`, `3d` of the real width, with slices, concatenations and additions beside it. They contain only what
+tracers, exporters and quantisers know, and no branch on tensor values. Shape letters: K channels that stay nonlinear,
 O output features, I input features. Convolutions hold their number of spatial dimensions in `dims`.
 """
 
@@ -41,12 +41,12 @@ class Around(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """Of the layer inside."""
+        """The weight of the layer inside."""
         return self.inner.weight
 
     @property
     def bias(self) -> Any:
-        """Of the layer inside; None if it has none."""
+        """The bias of the layer inside; None if it has none."""
         return self.inner.bias
 
     @property
@@ -98,12 +98,12 @@ class _Carry(Around):
 
     @property
     def start(self) -> int:
-        """Where its part of the carried features starts."""
+        """The index at which its part of the carried features starts."""
         return int(self.first - self.keep)
 
     @property
     def weight(self) -> Any:
-        """Of the layer inside, or (O, all inputs) with ones for what is carried."""
+        """The weight of the layer inside; or (O, all inputs), with ones for the carried features."""
         own: Tensor = self.inner.weight
         if not self.whole:
             return own
@@ -189,11 +189,11 @@ class BorderConv(AroundConv):
 
     @property
     def bias(self) -> Any:
-        """Of the border's convolution."""
+        """The bias of the border's convolution."""
         return self.border.bias
 
     def padded(self, input: Tensor) -> Tensor:
-        """The input as both convolutions get it."""
+        """The padded input of both convolutions."""
         return input
 
     def forward(self, input: Tensor) -> Tensor:
@@ -206,14 +206,14 @@ class BorderConv(AroundConv):
 
 
 class BorderSameConv(BorderConv):
-    """Both: a border, and padding by the "SAME" rule."""
+    """A convolution with a border and with padding by the "SAME" rule."""
 
     def __init__(self, dims: int, bias: bool = True, **geometry: Any) -> None:
         super().__init__(dims, bias, **geometry)
         self.kernel, self.steps, self.spread = map(list, (self.conv.kernel_size, self.conv.stride, self.conv.dilation))
 
     def padded(self, input: Tensor) -> Tensor:
-        """Padded by the "SAME" rule."""
+        """The input, padded by the "SAME" rule."""
         return pad_same(input, self.kernel, self.steps, self.spread)
 
 
@@ -232,7 +232,7 @@ class OnesLinear(AroundLinear):
 
 
 class Ones(nn.Module):
-    """`width` features of ones, whatever the input: the gate factor of a gated unit that has become linear."""
+    """`width` features of ones for any input: the gate factor of a gated unit whose channels are all linear."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class Ones(nn.Module):
 
 
 def roles_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where a linear layer, ours or torch's, keeps its "weight", "bias" and "border": (module, name of the parameter).
+    """For each of "weight", "bias" and "border" of a linear layer: (module, name of the parameter).
 
     Examples:
         >>> sorted(roles_of(CarryLinear(2, 3))), sorted(roles_of(nn.Linear(2, 3, bias=False)))

@@ -28,7 +28,7 @@ WHOLE = (MASKED, UNCHANGED)  # forms that leave the maps of a site as they are
 
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model with the plan carried out; it has not been looked at whether it runs.
+    """The model with the plan carried out. It is not yet checked that the result runs.
 
     Raises:
         Infeasible: the weights show what the shapes did not.
@@ -116,7 +116,7 @@ def _last_use(found: dict[str, ChannelGate]) -> dict[str, str]:
 
 
 def unfold(model: nn.Module, site: Site) -> list[Step]:
-    """Take away the constant maps that now live in their neighbours; their children stay.
+    """Remove the constant maps that were folded into their neighbours. Their children stay.
 
     A map behind a concatenation belongs to several sites: it may be gone already.
     """

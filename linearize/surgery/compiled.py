@@ -1,6 +1,6 @@
-"""Compile a method of a module's class anew, with its source changed and everything else that it has.
+"""Compile a method of a module's class again, with its source changed and everything else kept.
 
-The same globals, closure variables, defaults and decorators: whatever they hold or count, they hold and count on.
+The new method has the same globals, closure variables, defaults and decorators, and shares what they hold or count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Calls(ast.NodeTransformer):
     count = 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """What stands for a call from now on: itself."""
+        """The expression that replaces a call: here the call itself."""
         self.generic_visit(node)
         self.count += 1
         return node

@@ -1,4 +1,4 @@
-"""What shows, without computing anything, that a rewritten model is not the same function."""
+"""Compare a rewritten model with the original by dry runs, without computing anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def difference(model: nn.Module, result: nn.Module) -> str | None:
-    """What shows, without computing anything, that the collapsed model is not the same function; None if nothing does.
+    """The first difference between the collapsed model and the original that a dry run shows; None if there is none.
 
     The code around a site may name the width of its tensors, or compute with it.
     """

@@ -1,4 +1,4 @@
-"""The constant maps between the linear maps of a site: their values, and what is left of them after folding."""
+"""The constant maps between the linear maps of a site: their values, and what remains after folding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scale_shift(fold: Fold, tensor: Callable[[str], Tensor], channels: int) -> t
 
 
 def what_is_left(fold: Fold) -> dict[str, Any]:
-    """The description of what stands at the fold's module after folding."""
+    """The description of the module that remains after folding."""
     if fold.neutral:
         return {"type": "Neutral", "values": {name.rpartition(".")[2]: value for name, value in fold.neutral}}
     if fold.children:
@@ -48,7 +48,7 @@ def what_is_left(fold: Fold) -> dict[str, Any]:
 
 
 def neutralize(module: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Set parameters and buffers of a module to one number, of size 1 in every dimension: it suits any width.
+    """Set parameters and buffers of a module to one number, with size 1 in every dimension, which fits any width.
 
     Raises:
         CheckpointError: the module has no such parameter, or the number is neither 0 nor 1.

@@ -87,7 +87,7 @@ class _Narrowing:
                 self.gone |= dict.fromkeys(names, gone)
 
     def takes(self, name: str) -> bool:
-        """True if the site is narrowed with its chain; asked for from the last site to the first."""
+        """True if the site is narrowed with its chain. Called from the last site to the first."""
         chain = self.chains.get(name)
         if chain is None or name == chain.upper.name:
             return chain is not None
@@ -109,7 +109,7 @@ class _Narrowing:
         return all(bool(self.masks[name].all()) for name in (chain.upper.name, chain.lower.name))
 
     def plan(self, name: str) -> SitePlan:
-        """The plan of a site that `takes` said yes to."""
+        """The plan of a site for which `takes` returned True."""
         chain = self.chains[name]
         site = chain.lower if name == chain.lower.name else chain.upper
         linear, gone = (tuple(int(i) for i in mask.nonzero().flatten()) for mask in (self.masks[name], self.gone[name]))
@@ -133,7 +133,7 @@ class _Choice:
     masks: Mapping[str, Tensor]
 
     def always(self, site: Site) -> SitePlan:
-        """Merge if that is possible at all; else whatever form can express the site."""
+        """Merge if that is possible; otherwise take any form that can express the site."""
         before = self.reader.weights(site)
         options, why = self._options(site)
         allowed = [form for form in options if form in _MERGED] or list(options)

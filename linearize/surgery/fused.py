@@ -1,8 +1,8 @@
-"""Fused paths of torch's transformer layers: they compute an activation without calling it.
+"""Fused paths of torch's transformer layers. They compute an activation without calling it.
 
-`nn.TransformerEncoderLayer` in eval mode without gradients hands its weights to one kernel, as long as its attribute
-`activation_relu_or_gelu` names an activation that the kernel knows. A gate is none of these, so the attribute becomes
-0, as the layer itself would have it for any other activation, and the layer's own plain code runs.
+In eval mode without gradients, `nn.TransformerEncoderLayer` hands its weights to one kernel if its attribute
+`activation_relu_or_gelu` names an activation that the kernel knows. A gate is not one of these. So the attribute
+becomes 0, as the layer itself sets it for any other activation, and the layer's plain code runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEP = "Unfused"
 
 
 def unfuse(module: nn.Module, options: dict[str, Any]) -> nn.Module:  # noqa: ARG001 - as the other builders
-    """Switch a layer's fused path off, in place. Nested tensors, which only that path takes, still come and go.
+    """Switch off a layer's fused path, in place. Nested tensors, which only that path accepts, still work.
 
     Raises:
         ConvertError: the module has no such switch.
@@ -68,7 +68,7 @@ def _padded(forward: Callable[..., Tensor], src: Tensor) -> Tensor:
 
 
 def fuse_again(model: nn.Module, steps: list[Step]) -> list[Step]:
-    """Switch fused paths on again where nothing has changed that they would not see; the steps that remain.
+    """Switch fused paths on again where they would miss nothing. Returns the steps that remain.
 
     Args:
         model: after collapsing.

@@ -1,10 +1,10 @@
-"""What a model's own later surgery finds (`fuse()`, `reparameterize`, `switch_to_deploy`) where a norm was folded away.
+"""Keep a model's own fusing (`fuse()`, `reparameterize`, `switch_to_deploy`) correct where a norm was folded away.
 
-Such code reads a convolution and the norm behind it, and makes one convolution of them. So the place of a folded norm
-holds one that does nothing, with numbers that say so: whoever folds it in once more changes nothing. Some of that code
-takes for granted that a convolution before a norm has no bias, and forgets the one that collapsing has put there. Where
-a class does its own folding, the bias therefore waits in the norm's place, as an addition, until the model is fused.
-A convolution that carries a merged term past the activation reads as the ordinary one that it stands for.
+Such code reads a convolution and the norm after it, and makes one convolution of them. So a folded norm is replaced by
+a norm that does nothing, with numbers to match: folding it in once more changes nothing. Some of that code assumes that
+a convolution before a norm has no bias, and drops the bias that collapsing has added. If a class does its own folding,
+the bias is therefore an addition in the norm's place until the model is fused. A convolution that carries a merged term
+past the activation reads as the ordinary convolution that it replaces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READS = "running_var"  # what every code that folds a batch norm reads
 
 
 def keep_readable(model: nn.Module, sites: Iterable[Site]) -> list[Step]:
-    """Leave a readable norm where one was folded into a layer before it; the steps that were taken."""
+    """Put a readable norm where one was folded into the layer before it. Returns the steps."""
     steps: list[Step] = []
     for port, fold in dict.fromkeys(pair for site in sites for pair in _norms(site)):
         owner = model.get_submodule(fold.module.rpartition(".")[0])
@@ -83,7 +83,7 @@ def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 def folds_by_itself(kind: type[nn.Module]) -> bool:
-    """Whether a class has code of its own, besides its forward, that reads the statistics of batch norms.
+    """True if a class has its own code, besides its forward, that reads the statistics of batch norms.
 
     Examples:
         >>> folds_by_itself(nn.Sequential)

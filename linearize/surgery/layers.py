@@ -124,7 +124,7 @@ class BlendedActivation(_BesideLines):
 
 
 class FoldedNorm(nn.Module):
-    """What stands where a batch norm was folded into the layer before it: nothing, or the bias that it left.
+    """Replaces a batch norm that was folded into the layer before it. It does nothing, or adds the bias that was left.
 
     Its numbers are those of a batch norm that does this, for code that folds norms (`linearize.surgery.fusing`).
 
@@ -158,7 +158,7 @@ class FoldedNorm(nn.Module):
 
 
 class Elementwise(nn.Module):
-    """An activation function of ATen as a module: what stands in for a call inside somebody's forward.
+    """An activation function of ATen as a module. It replaces a call inside a forward.
 
     Examples:
         >>> Elementwise("gelu", {"approximate": "tanh"})(torch.zeros(1)).item()
@@ -181,9 +181,9 @@ class Elementwise(nn.Module):
 
 
 def pick(layer: nn.Module, expected: nn.Module | str, callee: Any) -> Any:
-    """`layer`, as long as `callee` is the module, or the torch function of the name, that it stands in for.
+    """`layer`, if `callee` is the module or torch function that it replaces; else `callee`.
 
-    A forward that says `self.acts[self.kind](x)` may call something else one day.
+    A forward with `self.acts[self.kind](x)` may call something else later.
 
     Examples:
         >>> gate = nn.Identity()
@@ -196,7 +196,7 @@ def pick(layer: nn.Module, expected: nn.Module | str, callee: Any) -> Any:
 
 
 def activate(layer: nn.Module, input: Tensor, **arguments: Any) -> Tensor:
-    """Call what stands in for an activation function, with the arguments that the function would get now.
+    """Call the replacement of an activation function, with the arguments of the present call.
 
     A forward that says `F.leaky_relu(x, self.slope)` reads the slope at each call.
 

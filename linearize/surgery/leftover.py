@@ -1,4 +1,4 @@
-"""What is left of the activation of a site when its gate goes: whole, on some channels only, blended, or nothing."""
+"""What replaces the gate of a site: the whole activation, a partial or blended one, or nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["keep_activation", "shrink_activation"]
 
 
 def keep_activation(model: nn.Module, gate: ChannelGate, linear: Tensor, gone: Tensor) -> list[Step]:
-    """Put the activation of a site whose channels stay where they are, without those in `gone`, in place of its gate.
+    """Replace the gate of a site whose channels stay in place by its activation, without those in `gone`.
 
     Args:
         model: gated; the gate in it is replaced.
@@ -33,7 +33,7 @@ def keep_activation(model: nn.Module, gate: ChannelGate, linear: Tensor, gone: T
 
 
 def shrink_activation(model: nn.Module, gate: ChannelGate, linear: Tensor, *, carries: bool, width: int) -> list[Step]:
-    """Put the activation of a collapsed site in place of its gate: on the nonlinear channels, which come first.
+    """Replace the gate of a collapsed site by its activation on the nonlinear channels, which come first.
 
     Args:
         model: gated; the gate in it is replaced.

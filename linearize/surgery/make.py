@@ -1,4 +1,4 @@
-"""Turn the pieces of a plan, affine maps in float64, into layers of the model's own dtype."""
+"""Turn the affine maps of a plan, in float64, into layers of the model's own dtype."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from linearize.tensors import held, meddler
 
 @dataclass
 class Reader:
-    """Reads maps from a model, or from the pieces that sites further down have already been given.
+    """Reads maps from a model, or from the pieces that later sites have already made.
 
     Attributes:
         model: where the weights are.
@@ -84,7 +84,7 @@ class Reader:
         )
 
     def check_replaceable(self, site: Site, gate: ChannelGate) -> None:
-        """A hook, or a forward put on one object, would be lost with the module that it is on.
+        """Raise if a hook or a forward set on one object would be lost with its module.
 
         Raises:
             Infeasible: a module of the site has one.
@@ -113,7 +113,7 @@ class Reader:
         return float(sum(port.positions * self.numel(path) for path, port in ports.items()))
 
     def numel(self, path: str) -> int:
-        """Weights of the map at a place, as things stand."""
+        """Number of weights of the map at a place, at present."""
         piece = self.pieces.get(path)
         if piece is None:
             return self._parameter(path, "weight").numel()
@@ -292,5 +292,5 @@ class Reader:
         return tensor
 
     def index(self, mask: Tensor) -> Tensor:
-        """Where a mask is True, on the device of the maps."""
+        """The indices where a mask is True, on the device of the maps."""
         return self._place(mask.nonzero().flatten())

@@ -1,8 +1,8 @@
-"""Chains through a depthwise map (expand, depthwise, project): channels leave all of their maps at once.
+"""Chains through a depthwise map (expand, depthwise, project): a channel can be removed from all of their maps at once.
 
-A channel passes a depthwise map by itself. If only a constant of it is left behind the second activation, nothing
-needs its row of the expanding map, nor its own small kernel: the constant goes into the biases of the consumers, and
-the channel goes, whatever its first activation is. The same holds if its first activation is zero throughout.
+Each channel passes a depthwise map separately. If a channel is constant behind the second activation, nothing needs its
+row of the expanding map, nor its kernel in the depthwise map. The constant goes into the biases of the consumers, and
+the channel is removed, whatever its first activation is. The same holds if its first activation is always zero.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def constant_channels(chain: Chain, found: Mapping[str, ChannelGate], masks: Map
 
 
 def narrow(reader: Reader, chain: Chain, found: Mapping[str, ChannelGate], gone: Tensor) -> Pieces:
-    """The maps of a chain without some of its channels, what is constant in them added to the consumers' biases.
+    """The maps of a chain without some of its channels. Their constants are added to the consumers' biases.
 
     Args:
         reader: of the gated model.

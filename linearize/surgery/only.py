@@ -1,4 +1,4 @@
-"""A map in the place of a module that was called with more than one argument, or gave more than one result."""
+"""A linear map in the place of a module that received several arguments, or returned several results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Only(nn.Module):
 
 
 class OnlyLinear(_Only, AroundLinear):
-    """As a matrix."""
+    """A matrix in the place of a module with several arguments or results."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, keyword: str = "", nones: int = 0
@@ -50,7 +50,7 @@ class OnlyLinear(_Only, AroundLinear):
 
 
 class OnlyConv(_Only, AroundConv):
-    """As a convolution."""
+    """A convolution in the place of a module with several arguments or results."""
 
     def __init__(self, dims: int, keyword: str = "", nones: int = 0, **geometry: Any) -> None:
         super().__init__(dims, **geometry)

@@ -85,13 +85,13 @@ class _Rewriting:
     originals: dict[str, tuple[type[nn.Module], set[str], fx.Graph | None]] = field(default_factory=dict)
 
     def hold(self, steps: list[Step]) -> None:
-        """Make children of functions in attributes. All went well when the graph was captured in the same way."""
+        """Make functions in attributes children. The capture has already shown that this works."""
         for step in steps:
             build(step["module"], self.model.get_submodule(step["path"]))
         self.held = steps
 
     def rewrite(self, step: Step, *, checked: bool = False) -> None:
-        """In the source; in a graph if there is none. If `checked`, only if the model's operations stay the same."""
+        """Rewrite the source, or else a graph. If `checked`, only if the model's operations stay the same."""
         path, module = step["path"], self.model.get_submodule(step["path"])
         graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else None
         self.originals.setdefault(path, (type(module), set(dict(module.named_children())), graph))
@@ -130,7 +130,7 @@ class _Rewriting:
         return {**step, "module": {"type": options["type"], "calls": placed}}
 
     def check(self) -> None:
-        """Compare what the model does, op by op, with what it did; look for the culprits if that differs."""
+        """Compare the model's operations with those before. If they differ, find the rewrite that caused it."""
         if not self.steps or operations(self.model, self.inputs) == self.expected:
             return
         tried, self.steps = self.steps, []
@@ -155,7 +155,7 @@ class _Rewriting:
 
 
 def read_after_write(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[Site, ...]:
-    """No gate where an activation works in place and the code around takes its input for its result.
+    """Refuse a gate where an activation works in place and later code uses its input as its result.
 
     A gate does not overwrite its input. What the code then reads shows in a dry run, since a captured graph calls an
     overwritten tensor by the name of the result.

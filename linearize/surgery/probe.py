@@ -1,6 +1,6 @@
-"""Read the affine map of a module with a forward of its own: run it, see what it hands to torch, and check the answer.
+"""Read the affine map of a module with its own forward: run it, see what it passes to torch, and check the result.
 
-Standardised or normalised weights and padding that depends on the input's size are found so, without knowing any class.
+This finds standardised or normalised weights, and padding that depends on the input's size, without knowing any class.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _REMEDY = "Make the activation a module of its own, called once, and convert aga
 
 
 def rewrite_calls(module: nn.Module, options: Options) -> nn.Module:
-    """The same module with some activation calls in its forward redirected to children of its own.
+    """The same module, with some activation calls in its forward redirected to children of its own.
 
     Args:
         module: the module whose forward makes the calls; it is changed in place.

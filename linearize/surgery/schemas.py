@@ -1,4 +1,4 @@
-"""The schema of each layer's description: what a file may say about it, checked before anything is built."""
+"""The schema of each layer's description in a file, checked before anything is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of tensors, in words that symbolic tracing, TorchScript and exporters understand: no branch on a tensor."""
+"""Slices of tensors without branches on tensor values, so that tracing, TorchScript and exporters understand them."""
 
 from __future__ import annotations
 

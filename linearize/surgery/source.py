@@ -1,8 +1,8 @@
-"""Redirect activation calls in the source of a module's methods: everything else stays as its author wrote it.
+"""Redirect activation calls in the source of a module's methods. Everything else stays as its author wrote it.
 
-Control flow, attributes that are read and written, decorators and closures stay: only the expression of a call changes,
-from `F.gelu(x)` to `self.gelu_0(x)`. Which call of the source makes which call of the captured graph is seen in a run
-(`watch.py`), so that it does not matter how a function is called: `F.gelu`, `self.acts[0]`, `getattr(F, self.kind)`.
+Control flow, attributes that are read and written, decorators and closures stay. Only the expression of a call changes,
+from `F.gelu(x)` to `self.gelu_0(x)`. A run shows which call in the source makes which call in the captured graph
+(`watch.py`). So the spelling of a call does not matter: `F.gelu`, `self.acts[0]`, `getattr(F, self.kind)`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def watched_methods(module: nn.Module, watch: Watch) -> dict[str, Method]:
 
 
 def has_source(module: nn.Module, name: str = "forward") -> bool:
-    """Whether the source of a method can be read."""
+    """True if the source of a method can be read."""
     try:
         compiled(module, name, Calls(), {})
     except ConvertError:
@@ -98,7 +98,7 @@ def has_source(module: nn.Module, name: str = "forward") -> bool:
 
 
 def callee_of(module: nn.Module, name: str, index: int) -> str | None:
-    """What a method calls at a place, as its source has it; None if there is no such call."""
+    """The function that a method calls at a place, by its source; None if there is no such call."""
     asking = _Ask(index)
     compiled(module, name, asking, {})
     return asking.found

@@ -1,6 +1,6 @@
-"""Modules as plain data: a small allow-list of layers, how each is described and how it is built again.
+"""Modules as plain data: a short list of allowed layers, how each is described, and how it is built again.
 
-A saved model holds only such descriptions; building one runs no code from the file.
+A saved model holds only such descriptions. Building one runs no code from the file.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _linear_spec(name: str, module: nn.Module, geometry: tuple[str, ...], extra:
 
 
 def build(spec: Spec, current: nn.Module) -> nn.Module:
-    """The module of a description; `current` is what stands in its place now, which activations wrap.
+    """Build the module of a description. `current` is the module in its place now, which activations wrap.
 
     Raises:
         CheckpointError: the description names no known layer, or lacks what that layer needs.
@@ -238,7 +238,7 @@ def all_steps(model: nn.Module) -> list[Step]:
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`; it takes over the training mode of what stood there."""
+    """Put `module` at `path`. It takes over the training mode of the old module."""
     parent, _, name = path.rpartition(".")
     current = model.get_submodule(path)
     if current is module:  # rewritten in place, perhaps the model itself

@@ -1,4 +1,4 @@
-"""Give one module a class of its own, under the name that its class has, so that its methods may change."""
+"""Give one module a class of its own with the same name, so that its methods can be changed."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _restore(
 
 
 def keep_attributes(module: nn.Module) -> nn.Module:
-    """Let a module be copied and pickled as it is, whatever its class does when it is unpickled; in place."""
+    """Allow a module to be copied and pickled as it is, whatever its class does when it is unpickled; in place."""
     module.__class__ = subclass(type(module), {}, keep_attributes)
     return module
 
 
 def hides_children(module: nn.Module) -> bool:
-    """Whether copies of a module get an attribute in front of a child (`nn.TransformerDecoderLayer`: `activation`).
+    """True if copies of a module get an attribute that hides a child (`nn.TransformerDecoderLayer`: `activation`).
 
     Examples:
         >>> layer = nn.TransformerDecoderLayer(4, 1, 8, activation=nn.GELU())

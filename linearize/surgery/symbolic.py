@@ -1,6 +1,6 @@
-"""Redirect activation calls in a graph: of a `torch.fx.GraphModule`, or of a forward whose source is not there.
+"""Redirect activation calls in a graph: that of a `torch.fx.GraphModule`, or of a forward without source code.
 
-A graph that is traced for the purpose stands for a forward only if it computes the same each time (`purity.py`).
+A traced graph can replace a forward only if the forward computes the same each time (`purity.py`).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
 
 
 def call_name(node: fx.Node) -> str:
-    """What a traced node calls: the path of a child, or the name of a function without the in-place underscore."""
+    """The name of what a traced node calls: the path of a child, or a function without the in-place underscore."""
     if node.op == "call_function" and node.target is not operator.getitem:
         return str(getattr(node.target, "__name__", "")).rstrip("_")
     if node.op == "call_method":

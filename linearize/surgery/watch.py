@@ -1,4 +1,4 @@
-"""See in a run which calls of a module's source make its activations, however the source spells them."""
+"""Find out in a run which calls in a module's source make its activations, however the source spells them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class _Watcher(TorchFunctionMode):
         self.clear()
 
     def clear(self) -> None:
-        """Forget an attempt."""
+        """Delete the notes of an attempt."""
         self.inside: list[nn.Module] = []
         self.open: list[_Open] = []
         self.runs: list[list[_Made]] = []
@@ -109,11 +109,11 @@ class _Watcher(TorchFunctionMode):
         self.inside.pop()
 
     def at_home(self) -> bool:
-        """Whether it is the module's own code that runs."""
+        """True if the module's own code runs now."""
         return bool(self.inside) and self.inside[-1] is self.module
 
     def watch(self, method: str, index: int, callee: Any) -> Callable[..., Any]:
-        """What is called at a place in the source instead of `callee`."""
+        """The function to call at a place in the source, instead of `callee`."""
         if not self.at_home():
             return callee  # type: ignore[no-any-return]
 

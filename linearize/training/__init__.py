@@ -1,1 +1,1 @@
-"""What fine-tuning is made of: losses, a run and its state, channels that compete."""
+"""The parts of fine-tuning: losses, priors, schedules, the state of a run."""

@@ -1,4 +1,4 @@
-"""What `finetune` is called with, checked before anything happens."""
+"""The arguments of `finetune`, checked before anything happens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Channels of all layers competing for a given number of linear places, on a schedule.
+"""Channels of all layers compete for a given number of linear places, on a schedule.
 
-Every channel is in one of three states: *free* (it may still win), *driven* (it has won: its alpha is led to
-1) and frozen. Shape letters: T channels of all gates together, in order of execution.
+Every channel is in one of three states: *free* (it can still be chosen), *driven* (it was chosen, and its alpha moves
+to 1), or *frozen*. Shape letters: T channels of all gates together, in order of execution.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real loss: how far a changed model's output is from the original's, on some batches."""
+"""The real loss: the distance between the outputs of a changed model and of the original, on some batches."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def bytes_of(output: Any) -> int:
 
 
 def check_seen(reference: nn.Module, candidate: nn.Module, data: Iterable[Any], predicted: float = 0.0) -> None:
-    """Whether the loss sees what was done to a model: it is not exactly 0 if the output, or what was predicted, is not.
+    """Check that the loss sees a change: it is not exactly 0 if the output, or the prediction, changed.
 
     Channels that never matter may go without any loss. But a loss of which nothing was to be seen (classes of which
     there is one, a part of the output that does not depend on what is changed) would let everything go.

@@ -1,7 +1,7 @@
-"""How far two outputs of a model are apart: the metric of everything here.
+"""The distance between two outputs of a model. Everything in this package uses this metric.
 
-Every part of an output counts by what it is (`linearize.running.outputs`). Distillation, sensitivities, measured losses
-and the search for a plan all use this distance, or its second derivative (`linearize.approximate.probes`).
+Every part of an output is measured by its kind (`linearize.running.outputs`). Distillation, sensitivities, measured
+losses and the search for a plan all use this distance, or its second derivative (`linearize.training.probes`).
 
 Shape letters: B samples, T positions, K classes.
 """
@@ -27,7 +27,7 @@ _LOWEST = -1e30  # in place of minus infinity, of which no difference can be tak
 
 
 def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float = 2.0) -> Tensor:
-    """How far a model's output is from its teacher's: the weighted mean over its parts, padding left out.
+    """The distance between a model's output and its teacher's: the weighted mean over parts, without padding.
 
     Classes: `temperature ** 2` times the Kullback-Leibler divergence of the softened distributions (Hinton, Vinyals and
     Dean, 2015), mean over positions. Multi-label: the same of each yes or no, mean over all of them. Values: mean
@@ -44,7 +44,7 @@ def distillation_loss(output: Any, taught: Any, batch: Batch, temperature: float
 
 
 def distances(output: Any, taught: Any, batch: Batch, temperature: float = 1.0) -> dict[str, tuple[float, Tensor]]:
-    """By name, the weight and the distance of the parts of an output; without those in which nothing counts here."""
+    """By name, the weight and the distance of the parts of an output. Parts without counted positions are left out."""
     teachers = batch.meaning.parts(taught, batch.labels)
     students = {part.name: part for part in batch.meaning.parts(output, batch.labels)}
     if len(students) == len(teachers) == 1:  # one may be bare, and the other in a dict

@@ -1,4 +1,4 @@
-"""Distillation inside: some modules' outputs are to be like those of the teacher's modules of the same names.
+"""Distillation of inner layers: outputs of modules are compared with those of the teacher's modules of the same names.
 
 Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.
 """
@@ -22,7 +22,7 @@ __all__ = ["Features"]
 
 
 class Features:
-    """Remembers what modules of a model and of its teacher gave last, and how far that is apart.
+    """Stores the last outputs of modules of a model and of its teacher, and gives their distance.
 
     Args:
         model: in training.
@@ -54,7 +54,7 @@ class Features:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, outputs are remembered."""
+        """Inside this context, outputs are stored."""
         handles = [
             model.get_submodule(path).register_forward_hook(self._note(path, taught=model is self.teacher))
             for model in (self.model, self.teacher)

@@ -1,4 +1,4 @@
-"""The checkpoints of one run in a folder: written after each epoch, and taken up again, the latest that is sound."""
+"""The checkpoints of one run in a folder. One is written after each epoch; a resumed run takes the latest sound one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Kept:
-    """The checkpoints of a run; without a folder there are none, and none are written.
+    """The checkpoints of a run. Without a folder none are written.
 
     Args:
         folder: where they are.
@@ -34,7 +34,7 @@ class Kept:
         self.folder, self.options, self.keep = folder, dict(options), keep
 
     def restore(self, load: Callable[[Any], None]) -> None:
-        """Load the latest state that is sound; what is damaged is told in one line, and its epochs are done again.
+        """Load the latest sound state. A damaged one is reported in one line, and its epochs are trained again.
 
         Raises:
             TrainingError: it is of a run with other options, or of another model.
@@ -52,7 +52,7 @@ class Kept:
                 return
 
     def write(self, state: Any, epoch: int) -> None:
-        """Write the state after an epoch, and remove those that are too many.
+        """Write the state after an epoch, and remove the oldest ones beyond `keep`.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -69,7 +69,7 @@ class Kept:
 def checkpoints_in(
     folder: str | os.PathLike[str] | None, options: Mapping[str, Any], *, keep: int, resume: bool, main: bool
 ) -> Iterator[Kept]:
-    """The checkpoints in a folder, which is made before any training, and belongs to this run while it goes on.
+    """The checkpoints in a folder. It is made before any training, and locked for this run.
 
     Args:
         folder: None keeps none.
@@ -93,7 +93,7 @@ def checkpoints_in(
 
 
 def check_folder(folder: Any, *, resume: bool) -> Path | None:
-    """The folder of a run's checkpoints, in which there may be some only if it is resumed.
+    """Check the folder of a run's checkpoints. It may contain some only if the run is resumed.
 
     Raises:
         UsageError: it is no folder; there are some, or there is none to be resumed from.

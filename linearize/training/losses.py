@@ -1,4 +1,4 @@
-"""What is minimised when the user names nothing else: the loss of the parts of an output that have labels.
+"""The default loss: the weighted mean over the parts of an output that have labels.
 
 Shape letters: B samples, T positions, K classes.
 """
@@ -100,7 +100,7 @@ def _unfitting(parts: Sequence[Part], labels: Any) -> DataError:
 
 
 def has_loss(output: Any) -> bool:
-    """Whether a model's output holds a loss of its own, as that of transformers does if it is given labels."""
+    """True if a model's output holds its own loss, as that of transformers does if it gets labels."""
     return isinstance(output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None), Tensor)
 
 
@@ -136,7 +136,7 @@ def evaluate_batches(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
 
 
 def scores_of(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
-    """What an evaluation says of a model, in eval mode: by name, or as the "score".
+    """The scores of an evaluation of a model in eval mode, by name, or as "score".
 
     Args:
         model: it is left in the mode it was in.

@@ -1,7 +1,7 @@
-"""The way from a model to its planned state: gates and weights move together on a schedule, while the model trains.
+"""The path from a model to its planned state: gates and weights move together on a schedule while the model trains.
 
-At the start the model is what it was, at the end it is the closed form of the plan plus all that training has learned
-on the way. It stands where a prior stands: `finetune` calls `step` after each step of the optimizer.
+At the start, the model is unchanged. At the end, it is the closed form of the plan, plus everything that training has
+added on the way. It is used like a prior: `finetune` calls `step` after each step of the optimizer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Move:
 
 
 class PlannedPath:
-    """Leads chosen channels from their activation to their line, and weights by a given difference, in `steps` steps.
+    """Moves chosen channels from their activation to their line, and weights by a given difference, in `steps` steps.
 
     What training adds to the weights is kept: only the planned difference is added, bit by bit.
 
@@ -86,7 +86,7 @@ class PlannedPath:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Go one step of the way; at the last one the channels are frozen as linear."""
+        """Go one step of the path. At the last step the channels are frozen as linear."""
         before = self._gone()
         self.steps_taken += 1
         now = self._gone()
@@ -112,13 +112,13 @@ class PlannedPath:
         return linear / max(1, sum(gate.channels for gate in self.gates))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model."""
+        """What a resumed run needs in addition to the model."""
         ways = {name: move.way for name, move in self._moves.items()}
         plain = {"kind": self.kind, "steps_taken": self.steps_taken, "steps": self.steps}
         return {**plain, "ways": ways, "masks": dict(self.masks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue from `state`.
 
         Raises:
             TrainingError: the state is of another kind of prior, or of another way.
@@ -140,6 +140,6 @@ class PlannedPath:
 
 
 def differences(model: nn.Module, target: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """What must be added to the parameters of `model` to get those of `target`."""
+    """The differences between the parameters of `target` and those of `model`."""
     goal, own = dict(target.named_parameters()), dict(model.named_parameters())
     return {name: goal[name].detach() - own[name].detach() for name in names}

@@ -1,6 +1,6 @@
-"""Sparsity priors: what draws the channels of a gated model to their straight line, and holds them there.
+"""Sparsity priors: they pull the channels of a gated model to their straight line, and freeze them there.
 
-With a training loop of your own, these lines are all it takes::
+A training loop of your own needs only these lines::
 
     prior = SparsityPrior(model, kind="target", target=0.6, steps=epochs * len(loader))
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, gate_lr=1e-2, weight_decay=0.05))
@@ -38,40 +38,40 @@ Together = Literal["channels", "sites", "blocks"]
 
 
 class SparsityPrior:
-    """A penalty on nonlinear channels, and the bookkeeping after each optimizer step.
+    """A penalty on nonlinear channels, and the freezing of linear channels after each optimizer step.
 
     The penalty of each kind, over the channels that are not frozen:
 
     - "paper": `weight * sum |1 - alpha| ** p`
     - "folding": `weight * sum |1 - alpha ** 2|`
-    - "target": as "paper", but `weight` may be 0, since `step` itself leads channels to 1: exactly the
-      share `target` of them at call number `steps`. The rest have alpha 0 then. See `compete.py`.
+    - "target": as "paper", but `weight` may be 0, because `step` itself moves channels to 1. At call number `steps`,
+      exactly the share `target` of the channels is linear, and all others have alpha 0. See `compete.py`.
 
     Args:
         model: a model with gates.
         kind: see above.
         weight: factor of the penalty; if None, 1e-4, or 0 for "target".
         p: exponent of "paper" and "target".
-        target: "target" only: share in (0, 1] that is linear at the end, counted as `by` says. Of channels,
-            the number is rounded to the nearest, a half up; of cost, the first set of channels that reaches
-            it is taken.
-        steps: "target" only: calls of `step` until then.
-        schedule: "target" only: "linear", "cosine" or "cubic" (early), the pace at which channels are chosen.
-        ramp: "target" only: share of the steps over which a chosen channel is led from its alpha to 1.
-        by: "target" only: count "channels", or "cost", the multiply-adds saved by collapsing them.
-        cost_weighted: weight each channel by the cost that collapsing it saves, relative to the average
-            channel: its term of the penalty, and its score in the competition.
-        calibration: what `linearize.calibrate` returned. When "target" chooses, it adds to each alpha the
-            channel's place by the residual of its line (1 for the least of all layers, 0 for the most), so that
-            channels whose line leaves next to nothing go first.
-        tolerance: a channel whose alpha is at least `1 - tolerance` after a step has arrived: it is frozen.
-        together: whose alphas are one and the same: every channel's own, those of a whole site (as in "Layer
-            Folding"), or those of all sites that share maps, such as an inverted residual (as in Fu et al.,
-            "DepthShrinker", ICML 2022): these become linear together, and collapse into one map. Not for "target".
+        target: "target" only: share in (0, 1] that is linear at the end. `by` says what is counted. A number of
+            channels is rounded to the nearest integer, and up at one half. For cost, the first set of channels
+            that reaches the share is taken.
+        steps: "target" only: number of calls of `step` until the share is reached.
+        schedule: "target" only: how fast channels are chosen: "linear", "cosine" or "cubic" (the earliest).
+        ramp: "target" only: share of the steps in which a chosen channel moves from its alpha to 1.
+        by: "target" only: count "channels", or "cost", the multiply-adds that collapsing them saves.
+        cost_weighted: multiply the penalty and the score of each channel by the cost that collapsing it saves,
+            relative to the average channel.
+        calibration: the result of `linearize.calibrate`. With "target", it raises the score of channels whose line
+            fits well: the channel with the smallest residual of all layers gets 1 more, that with the largest 0.
+        tolerance: a channel whose alpha is at least `1 - tolerance` after a step is frozen.
+        together: which channels share one alpha: "channels" (each has its own), "sites" (all of a site, as in "Layer
+            Folding"), or "blocks" (all sites that share maps, such as an inverted residual, as in Fu et al.,
+            "DepthShrinker", ICML 2022). A block becomes linear as a whole and collapses into one map. Not for
+            "target".
 
     Raises:
-        UsageError: an argument is out of range or does not belong to the kind; the model has no gates, or no
-            costs.
+        UsageError: an argument is out of range or does not belong to the kind, or the model has no gates, or no
+            costs are known for it.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.ReLU(), 4), nn.Linear(4, 2))
@@ -173,9 +173,9 @@ class SparsityPrior:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After the optimizer's step: bring alpha back into [0, 1] and freeze the channels that have arrived.
+        """Call this after the optimizer's step. It clips alpha to [0, 1] and freezes the channels that reached 1.
 
-        With "target" also: choose channels by the schedule and lead them on.
+        With "target" it also chooses channels by the schedule, and moves them on.
         """
         self.steps_taken += 1
         if self.competition is not None:
@@ -191,19 +191,19 @@ class SparsityPrior:
 
     @property
     def share(self) -> float:
-        """Share of channels that are linear now. On a GPU this waits for the device."""
+        """Share of channels that are linear now. On a GPU, this call waits for the device."""
         linear = torch.stack([gate.linear.sum().cpu() for gate in self.gates]).sum()
         return float(linear) / sum(gate.channels for gate in self.gates)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: plain numbers and tensors."""
+        """What a resumed run needs in addition to the model, as numbers and tensors."""
         state: dict[str, Any] = {"kind": self.kind, "steps_taken": self.steps_taken, "weight": self.weight}
         if self.competition is not None:
             state["competition"] = self.competition.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; the model's own state is loaded separately.
+        """Continue from `state`. The state of the model is loaded separately.
 
         Raises:
             TrainingError: the state is of another kind of prior or of other gates.
@@ -219,16 +219,16 @@ class SparsityPrior:
 def param_groups(
     model: nn.Module, lr: float = 1e-3, gate_lr: float = 1e-2, weight_decay: float = 0.05
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: matrices and kernels decay; biases, norms and gates do not.
+    """Parameter groups for an optimizer, with weight decay for matrices and kernels only (no biases, norms or gates).
 
     Args:
-        model: with or without gates; parameters that need no gradient are left out, shared ones come once.
-        lr: learning rate of all but the gates.
-        gate_lr: learning rate of the gates' alpha, which moves in [0, 1] whatever the size of the weights.
-        weight_decay: for parameters of two and more dimensions.
+        model: with or without gates. Parameters without gradient are left out. Shared parameters come once.
+        lr: learning rate of everything except the gates.
+        gate_lr: learning rate of the gates' alpha. It moves in [0, 1], however large the weights are.
+        weight_decay: of parameters with two or more dimensions.
 
     Returns:
-        Up to three groups, named "decay", "plain" and "gates"; none of them is empty.
+        Up to three groups, named "decay", "plain" and "gates". Empty groups are left out.
 
     Raises:
         UsageError: a rate is negative or not finite, or nothing in the model can be trained.

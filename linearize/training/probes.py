@@ -1,7 +1,7 @@
-"""A random projection of a model's output whose gradient tells what an error anywhere costs.
+"""A random projection of a model's output. Its gradient shows the effect of an error anywhere in the model.
 
 With v random, the mean of `(J^T v)(J^T v)^T` is the Gauss-Newton matrix of the distance to the model's own output
-(`linearize.training.divergence`; Schraudolph, 2002): no labels are needed.
+(`linearize.training.divergence`; Schraudolph, 2002). No labels are needed.
 
 Shape letters: B samples, T positions, K classes.
 """

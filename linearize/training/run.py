@@ -1,4 +1,4 @@
-"""One training run: a step, an epoch, and the state that lets another process continue it."""
+"""One training run: a step, an epoch, and the state from which another process can continue."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: (1 - distill_weight) * task + distill_weight * distillation + features + prior."""
+    """The loss: (1 - distill_weight) * task + distill_weight * distillation + features + prior."""
 
     loss: Loss | None = None
     teacher: nn.Module | None = None
@@ -47,7 +47,7 @@ class Objective:
     feature_weight: float = 1.0
 
     def __call__(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """The terms that are in use, by name, each with its weight."""
+        """The terms that are used, by name, each with its weight."""
         terms = {}
         weight = self.distill_weight if self.teacher is not None else 0.0
         if weight < 1:
@@ -67,7 +67,7 @@ class Objective:
 
 @dataclass
 class Run:
-    """A model in training. `step` counts optimizer steps of the whole run, those before a resumption included."""
+    """A model in training. `step` counts optimizer steps of the whole run, including those before it was resumed."""
 
     model: nn.Module
     wrapped: nn.Module  # the model, or what spreads it over several devices
@@ -156,7 +156,7 @@ class Run:
         return TrainingError(f"finetune, step {self.step + 1}", found, remedy)
 
     def state_dict(self, data: Any) -> dict[str, Any]:
-        """All that the next step depends on, as plain values and tensors."""
+        """Everything that the next step depends on, as plain values and tensors."""
         prior, scaler = self.objective.prior, self.accelerator.scaler
         return {
             "model": dict(self.model.state_dict()),
@@ -170,7 +170,7 @@ class Run:
         }
 
     def load_state_dict(self, state: Any, data: Any) -> None:
-        """Continue where `state_dict` was called; after an error the run is as it was.
+        """Continue from the result of `state_dict`. After an error the run is unchanged.
 
         Raises:
             Damaged: it is no state of a run.

@@ -1,4 +1,4 @@
-"""What the state of a training run must be: seen before any of it is loaded, so that a damaged one changes nothing."""
+"""Check the state of a training run before any of it is loaded, so that a damaged state changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PARTS = {
 
 
 def flaw_in_checkpoint(state: Any) -> str | None:
-    """What is wrong with the content of a checkpoint; None if nothing is.
+    """The flaw in the content of a checkpoint; None if there is none.
 
     Examples:
         >>> flaw_in_checkpoint({"options": {}, "run": {"model": 3}})
@@ -45,7 +45,7 @@ def flaw_in_checkpoint(state: Any) -> str | None:
 
 
 def flaw_in_run(state: Any) -> str | None:
-    """What is wrong with the state of a run; None if nothing is."""
+    """The flaw in the state of a run; None if there is none."""
     if not isinstance(state, dict):
         return "no state of a run"
     for name, kind in _PARTS.items():
@@ -65,7 +65,7 @@ def flaw_in_run(state: Any) -> str | None:
 
 
 def fits_optimizer(optimizer: Any) -> bool:
-    """Whether what an optimizer remembers of each parameter has its shape."""
+    """True if the stored state of an optimizer has the shapes of its parameters."""
     return all(
         entries[name].shape == parameter.shape
         for parameter, entries in optimizer.state.items()

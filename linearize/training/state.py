@@ -1,7 +1,7 @@
-"""Plain state in one .safetensors file: tensors as tensors, all else as JSON, no pickle, and a checksum over it all.
+"""Plain state in one .safetensors file: tensors as tensors, everything else as JSON, no pickle, and one checksum.
 
-A nest of dicts, lists, tuples, numbers, texts and tensors is written as a skeleton in JSON, whose leaves name the
-tensors. The state of a training run is such a nest, and so is what a pass over the data found out.
+The state is nested dicts, lists, tuples, numbers, texts and tensors. It is written as JSON whose leaves name the
+tensors. The state of a training run is written in this way, and so are the statistics of a pass over the data.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _NAME = re.compile(EPOCH_FILE)
 
 
 class Damaged(CheckpointError):
-    """A file of ours that is not what was written: what it held has to be found out again."""
+    """A file of ours that is not what was written. Its content must be computed again."""
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Where the state after `epoch` epochs is kept."""
+    """The path of the state after `epoch` epochs."""
     return folder / f"epoch-{epoch:04d}.safetensors"
 
 
@@ -64,7 +64,7 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state` wrote, with its tensors in memory of their own on the CPU.
+    """The state that `write_state` wrote, with its tensors in their own memory on the CPU.
 
     Raises:
         Damaged: it is truncated, no file of ours, or not what was written.

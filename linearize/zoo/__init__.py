@@ -25,7 +25,7 @@ Recipe = dict[str, Any]
 
 
 def candidates(model: nn.Module) -> list[Recipe]:
-    """Recipes that may rebuild the model, unverified; empty for a model of neither library."""
+    """Recipes that may build the model, not yet checked. Empty for a model from neither library."""
     model = unwrap(model)
     remembered = model.__dict__.get("_linearize_recipe")
     found = [remembered] if isinstance(remembered, dict) else []
@@ -37,9 +37,9 @@ def candidates(model: nn.Module) -> list[Recipe]:
 
 
 def recipe(model: nn.Module) -> Recipe | None:
-    """How to rebuild ``model``, verified by doing it: same modules, names and shapes. None if that fails.
+    """How to build ``model`` again. It is tried, and must give the same modules, names and shapes. None if it fails.
 
-    Plain attributes and tensors outside the state dict may differ from the rebuilt model; files store those.
+    Plain attributes and tensors outside the state dict may differ from the rebuilt model. Files store them.
 
     Examples:
         >>> recipe(create("timm:test_vit", num_classes=10))
@@ -63,7 +63,7 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
 
     Args:
         recipe: as `recipe` gives it.
-        limit: how much may be made.
+        limit: how much may be created.
 
     Raises:
         UsageError: the recipe is not one of ours, its library cannot build it, or it goes over the limit.
@@ -84,10 +84,10 @@ def skeleton(recipe: Recipe, limit: Limit = NO_LIMIT) -> nn.Module:
 
 
 def rebuild(recipe: Recipe, device: str | torch.device = "meta") -> nn.Module:
-    """Build the model of a recipe on ``device``, in eval mode; no weights are loaded, nothing is fetched.
+    """Build the model of a recipe on ``device``, in eval mode. No weights are loaded, and nothing is downloaded.
 
-    On the meta device everything is without memory, buffers and plain tensors included. On any other device
-    the weights are as the library initialises them.
+    On the meta device nothing takes memory, including buffers and plain tensors. On any other device the weights are as
+    the library initialises them.
 
     Raises:
         UsageError: the recipe is not one of ours, or its library cannot build it.

@@ -1,4 +1,4 @@
-"""Building a model without its weights, and within limits: a file from a stranger must not build for ever."""
+"""Build a model without its weights, and within limits, so that a file from a stranger cannot build for ever."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class _NoFilling(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Limit:
-    """How much may be made while a model is built.
+    """Limits on what may be created while a model is built.
 
     Attributes:
         elements: of all parameters together.
         parts: modules, parameters and buffers together.
-        size: bytes of all tensors that hold values: buffers, tables, what is computed on the way.
+        size: bytes of all tensors with values: buffers, tables, and tensors that are computed meanwhile.
     """
 
     elements: float = math.inf
@@ -63,9 +63,9 @@ class Limit:
 
     @classmethod
     def of_file(cls, tensors: int, elements: int, size: int) -> Limit:
-        """The limit for the base model of a file with so many tensors, elements and bytes.
+        """The limit for the base model of a file with this number of tensors, elements and bytes.
 
-        Merging makes a model smaller, but not by such factors: who asks for more describes no base of this file.
+        Merging makes a model smaller, but not by such factors. A recipe that needs more cannot belong to this file.
 
         Examples:
             >>> Limit.of_file(2, 100, 400).parts
@@ -158,7 +158,7 @@ def _would_make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
 
 
 def affordable(where: str, *shape: int) -> tuple[int, ...]:
-    """The shape of an example input, which is made of what a model says of itself.
+    """Check the shape of an example input, because it comes from what a model says about itself.
 
     Raises:
         CaptureError: a tensor of that shape would take more than 256 MB, or there is none.
@@ -175,7 +175,7 @@ def affordable(where: str, *shape: int) -> tuple[int, ...]:
 
 @contextmanager
 def within(limit: Limit, *, move: bool = False) -> Iterator[_Account]:
-    """Count what is made inside: modules, buffers, tensors. Other threads are not affected.
+    """Limit what is made inside this context: modules, buffers, tensors. Other threads are not affected.
 
     Raises:
         UsageError: something inside asks for more than the limit, or for more memory than there is.

@@ -1,4 +1,4 @@
-"""The model inside its wrappers, and example inputs of models of timm and transformers."""
+"""The model inside its wrappers, and example inputs for models of timm and transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linearize.zoo import timm_models, transformers_inputs, transformers_models
 def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs that the model's forward takes: ``(args, kwargs)`` with ``batch`` samples, small where allowed.
 
-    Tensors are on the device of the model's parameters (also if that is meta), floating ones in their dtype.
+    Tensors are on the device of the model's parameters, even if it is meta. Floating tensors have their dtype.
 
     Raises:
         CaptureError: the model comes from neither timm nor transformers, or its inputs cannot be derived.

@@ -1,7 +1,7 @@
-"""Plain data: what may stand in a file, and how tuples survive JSON.
+"""Plain data: what a file may contain, and how tuples are kept in JSON.
 
-Plain are None, bools, numbers, strings, and lists, tuples and string-keyed dicts of plain data. What comes
-from a file is held to a stricter rule, `SIMPLE`: its strings are names, never paths, addresses or code.
+Plain data are None, bools, numbers, strings, and lists, tuples and dicts with string keys of plain data. Data
+from a file must follow a stricter rule, `SIMPLE`: its strings are names, never paths, addresses or code.
 """
 
 from __future__ import annotations

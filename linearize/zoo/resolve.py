@@ -1,4 +1,4 @@
-"""A model from what a user types."""
+"""Create a model from the text that a user types."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _FORMS = "Pass timm:NAME, hf:FOLDER_OR_NAME, package.module:callable, or the pat
 
 
 def create(spec: str, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
-    """Make the model that ``spec`` names, in eval mode.
+    """Create the model that ``spec`` names, in eval mode.
 
-    ``package.module:callable`` imports that module and calls the callable: it runs code of the user's choice, as
-    ``python -m`` does. Only `linearize.load` is for files from strangers.
+    ``package.module:callable`` imports that module and calls the callable. So it runs code of the user's choice, like
+    ``python -m``. For files from strangers, use only `linearize.load`.
 
     Args:
         spec: ``timm:NAME``, ``hf:FOLDER_OR_NAME`` or ``package.module:callable``.
-        pretrained: True asks for pretrained weights, False for random ones. None means: timm random, a folder
-            or name of transformers with its weights, if it has any.
-        **kwargs: passed on to ``timm.create_model``, to the configuration, or to the callable. What timm gets
-            is remembered, so that a file can rebuild the model.
+        pretrained: True gives pretrained weights, False random ones. None gives random weights for timm. For
+            transformers it gives the weights of the folder or name, if there are any.
+        **kwargs: passed on to ``timm.create_model``, to the configuration, or to the callable. Those for timm
+            are remembered, so that a saved file can build the model again.
 
     Raises:
-        UsageError: the spec has no such form, or the model that it names cannot be made.
+        UsageError: the spec has another form, or the model that it names cannot be created.
 
     Examples:
         >>> model = create("timm:test_vit", num_classes=10)

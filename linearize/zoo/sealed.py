@@ -1,7 +1,8 @@
-"""Building from a stranger's recipe with the doors shut: no network, no programs, no questions, no other files.
+"""Build from a stranger's recipe with nothing else allowed: no network, no programs, no questions, no other files.
 
-What a recipe may say is checked first (`transformers_recipe`, `timm_models`). This is the second lock: while a model is
-built from a recipe, an audit hook of Python refuses, in this thread, whatever reaches outside the installed libraries.
+The content of a recipe is checked first (`transformers_recipe`, `timm_models`). This is the second protection: while a
+model is built from a recipe, an audit hook of Python refuses everything in this thread that reaches outside the
+installed libraries.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _CACHED = os.sep + "__pycache__"
 
 
 class Outside(PermissionError):
-    """Something tried to reach outside while a model was built from a recipe."""
+    """The error for anything that tries to reach outside while a model is built from a recipe."""
 
 
 class _State(threading.local):
@@ -50,7 +51,7 @@ _state = _State()
 
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Inside, this thread reaches nothing but the installed libraries.
+    """Inside this context, this thread reaches nothing but the installed libraries.
 
     Raises:
         UsageError: something inside tried to, and failed for it.

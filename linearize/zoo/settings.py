@@ -1,4 +1,4 @@
-"""What a configuration and its parts say, and example tensors of the sizes and values that they name."""
+"""What a configuration says, and example tensors with the sizes and values that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A narrower transformers model as a stock one: its config tells the widths it has, so that any runtime loads it."""
+"""Turn a narrower transformers model into a stock one: its config names its widths, so that any runtime can load it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, t
 
 
 def stock_copy(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """The same function as an ordinary model of its class, whose config is plainly true.
+    """Make an ordinary model of the same class with the same function. Its config describes it correctly.
 
-    For what `linearize.compress(..., stock=True)` makes of a transformers model: its FFNs are narrower, all alike, and
-    hold no layer of ours. The numbers in the config that name their width (`intermediate_size`, for one) are found by
-    trying which ones give a model with these very shapes. Weights and outputs of the two are compared.
+    Use this on the result of `linearize.compress(..., stock=True)` for a transformers model. Its FFNs are narrower, all
+    of one width, and contain no layers of linearize. The numbers in the config that give their width, such as
+    `intermediate_size`, are found by trying which ones give these shapes. Weights and outputs of both are compared.
 
     Args:
-        model: the compressed model; it is left as it is.
-        example_inputs: as for `linearize.convert`: what the outputs are compared on.
+        model: the compressed model. It is not changed.
+        example_inputs: as for `linearize.convert`. The outputs are compared on them.
 
     Returns:
-        A new model, in eval mode: `save_pretrained` writes a folder that needs nothing of linearize.
+        A new model, in eval mode. Its `save_pretrained` writes a folder that can be loaded without linearize.
 
     Raises:
-        CheckpointError: the model is none of transformers, or no config describes it: layers of different widths,
-            layers of ours, a bias where its class has none; or a model of that config computes something else.
+        CheckpointError: the model is not from transformers; or no config describes it, because layers have different
+            widths, come from linearize, or have a bias where the class has none; or a model of that config computes
+            something else.
 
     Examples:
         >>> from transformers import BertConfig, BertModel
@@ -73,7 +74,7 @@ def _shared(model: nn.Module) -> set[frozenset[str]]:
 
 
 def expect_stock(model: nn.Module) -> None:
-    """Before any work: a transformers model that shall be stock afterwards must be stock now.
+    """Check before any work: a model that is to be stock afterwards must be stock now.
 
     Raises:
         CheckpointError: it is not, so that nothing made of it would be.
@@ -83,7 +84,7 @@ def expect_stock(model: nn.Module) -> None:
 
 
 def prove_stock(model: nn.Module, example_inputs: Any) -> None:
-    """After it: warn if there is no stock model for all that, with the reason."""
+    """Check afterwards: warn with the reason if the result is not stock."""
     if _has_config(model):
         try:
             stock_copy(model, example_inputs)

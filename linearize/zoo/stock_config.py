@@ -1,4 +1,4 @@
-"""Which numbers of a configuration give a model of these shapes: found by trying, without knowing their names."""
+"""Find the numbers of a configuration that give a model of these shapes, by trying, without knowing their names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPEN = ("inner", "intermediate", "ff")  # names of widths that follow from othe
 
 
 def described(kind: type[nn.Module], config: Any, shapes: Shapes) -> Any:
-    """A config with which the class gives a model of these shapes; None if changing some numbers does not do it.
+    """A config with which the class gives a model of these shapes; None if changing some numbers is not enough.
 
     Numbers are changed one after the other: each must bring shapes that are wanted and no others. Where no single one
     does, two are tried together.
@@ -52,7 +52,7 @@ def _later(refused: list[Change]) -> Iterator[tuple[Change, Change]]:
 
 
 def shapes_of(kind: type[nn.Module], config: Any) -> Shapes:
-    """Shapes of the state of a model of a config; nothing if there is no such model."""
+    """Shapes of the state of a model of a config; empty if there is no such model."""
     try:
         with torch.device("meta"):
             return {key: tuple(value.shape) for key, value in kind(copy.deepcopy(config)).state_dict().items()}

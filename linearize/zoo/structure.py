@@ -1,4 +1,4 @@
-"""Comparing two models in everything but the weights, and the tensors that no state dict holds."""
+"""Compare two models in everything except the weights, and find the tensors outside the state dict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that linearize knows about timm: example inputs, and how to build a model again from its name."""
+"""What linearize knows about timm: example inputs, and how to build a model again from its name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _first_channels(model: nn.Module) -> int | None:
 
 
 def candidates(model: nn.Module) -> list[dict[str, Any]]:
-    """Recipes that may rebuild the model, the most telling first; the caller verifies them."""
+    """Recipes that may build the model, the most informative first. The caller checks them."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") if isinstance(config, dict) else None
     if not name:
@@ -115,7 +115,7 @@ def build(recipe: dict[str, Any]) -> nn.Module:
 
 
 def check_arguments(name: str, kwargs: Any) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` from a file, if they are plain and reach for nothing.
+    """Check arguments of ``timm.create_model`` from a file: they are plain, and reach nothing outside.
 
     Raises:
         UsageError: an argument is not plain, has a name that no recipe may set, or a number out of any range.

@@ -1,8 +1,8 @@
-"""Tiny transformers models of any type: configurations derived from the library's own, sized down by role.
+"""Tiny transformers models of any type. Their configurations come from the library's own, with every number made small.
 
-What a number in a configuration means is read from its name: a width, a number of layers, of heads, of experts, a
-vocabulary, an image's side. Equal roles get equal sizes, so that what must match still does, also across the parts
-of a composed model. Where that fails, gentler levels shrink less.
+The meaning of a number in a configuration is read from its name: a width, a number of layers, of heads, of experts, a
+vocabulary, an image's side. Equal roles get equal sizes. So numbers that must match still match, also between the parts
+of a composed model. If that fails, gentler levels shrink less.
 """
 
 from __future__ import annotations

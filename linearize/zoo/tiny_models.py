@@ -1,4 +1,4 @@
-"""Tiny models of transformers, one for each type."""
+"""Tiny models of transformers, one for each model type."""
 
 from __future__ import annotations
 

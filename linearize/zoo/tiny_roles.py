@@ -1,4 +1,4 @@
-"""What the numbers of a configuration mean, read from their names, and the sizes that they get in a tiny model."""
+"""The meaning of the numbers in a configuration, read from their names, and their sizes in a tiny model."""
 
 from __future__ import annotations
 

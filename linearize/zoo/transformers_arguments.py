@@ -1,4 +1,4 @@
-"""Small arguments for transformers models, by name: what to make of the configuration for ``pixel_values`` and others.
+"""Small arguments for transformers models, by name: tensors for ``pixel_values`` and others, from the configuration.
 
 Shape letters: B batch, T tokens, F audio frames, P patches, C image channels.
 """
@@ -229,7 +229,7 @@ class Arguments(Settings):
         return self.input_features()
 
     def audio_mel_mask(self) -> Tensor:
-        """Where there is no sound: nowhere (B, F)."""
+        """Mask of the places without sound (B, F); there are none."""
         return torch.zeros(self.batch, 64, dtype=torch.bool, device=self.device)
 
     def freq(self) -> Tensor:

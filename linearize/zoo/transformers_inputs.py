@@ -1,6 +1,6 @@
 """Small example inputs for transformers models, derived from the forward's signature and the configuration.
 
-Where more than one set of arguments may be meant, the first that the model runs with is taken.
+If more than one set of arguments is possible, the first one with which the model runs is taken.
 """
 
 from __future__ import annotations

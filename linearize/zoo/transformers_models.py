@@ -1,4 +1,4 @@
-"""All that linearize knows about building transformers models: recipes, and models by folder or name."""
+"""What linearize knows about building transformers models: recipes, and models by folder or name."""
 
 from __future__ import annotations
 

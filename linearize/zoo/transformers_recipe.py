@@ -1,7 +1,7 @@
-"""What a configuration from a file may say: an allow-list by place and by type, checked before the library sees it.
+"""What a configuration from a file may say: an allow-list by place and type, checked before the library sees it.
 
 Names are resolved as the library would resolve them (`attribute_map` of its own classes; a file may not bring one).
-Whatever could make the library open, fetch, run or ask for something is refused or left out, at any depth.
+Everything that could make the library open, fetch, run or ask for something is refused or left out, at any depth.
 """
 
 from __future__ import annotations

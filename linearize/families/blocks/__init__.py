@@ -1,1 +1,1 @@
-"""A chain of sites between two maps becomes one dense convolution."""
+"""The family "blocks": one dense convolution replaces a chain of sites between two linear maps."""

@@ -1,4 +1,4 @@
-"""Put one convolution in the place of a block."""
+"""Replace a block by one convolution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["replace_block"]
 
 @torch.no_grad()
 def replace_block(model: nn.Module, block: Block, kernel: int, found: BlockFit) -> None:
-    """Put one convolution in the place of a block of a gated model; its sites have no gates any more."""
+    """Replace a block of a gated model by one convolution. Its sites have no gates any more."""
     steps: list[Step] = []
     paths = {id(module): path for path, module in model.named_modules()}
     named = gates(model)

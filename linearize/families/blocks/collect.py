@@ -1,4 +1,4 @@
-"""What data tells about blocks: covariances of (patches of the input, output), and what an error in the output costs.
+"""Statistics of blocks: covariances of (patches of the input, output), and the sensitivity to an error in the output.
 
 Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions).
 """
@@ -27,7 +27,7 @@ __all__ = ["BlockCollector", "observe_blocks"]
 
 @dataclass
 class BlockCollector:
-    """Watches the first and the last map of a block, and fills in what the block says about data."""
+    """Watches the first and the last map of a block, and adds the statistics to the block."""
 
     block: Block
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -37,12 +37,12 @@ class BlockCollector:
 
     @property
     def name(self) -> str:
-        """Of the block."""
+        """The name of the block."""
         return self.block.name
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         return sum(8.0 * self._features(kernel) ** 2 for kernel in self.block.kernels)
 
     def _features(self, kernel: int) -> int:
@@ -66,7 +66,7 @@ class BlockCollector:
 
     @torch.no_grad()
     def take(self, now: Moment) -> None:
-        """Turn the batch into rows, and forget it."""
+        """Turn the batch into rows, add them to the sums, and release the batch."""
         seen, block = dict(self._seen), self.block
         self._seen.clear()
         if "x" not in seen or "y" not in seen:
@@ -100,15 +100,15 @@ class BlockCollector:
         return all(rows.finite for rows in self.block.rows.values())
 
     def merge(self, other: BlockCollector) -> None:
-        """Take in what another one found on other batches."""
+        """Add the sums of another collector, from other batches."""
         self.block.merge(other.block)
 
     def state(self) -> dict[str, Any]:
-        """What was found."""
+        """The sums, as plain values and tensors."""
         return self.block.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.block.restore(state, self.device)
 
 
@@ -121,7 +121,7 @@ def observe_blocks(
     memory: float = 2e9,
     progress: bool = False,
 ) -> None:
-    """Fill in what data tells about blocks; one that turns out to be of another shape has no rows afterwards."""
+    """Gather statistics of blocks. A block whose shape differs from the expected one has no rows afterwards."""
     collectors = [BlockCollector(block, device_of(model)) for block in blocks]
     run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress)
 

@@ -1,4 +1,4 @@
-"""A chain of sites between two maps becomes one dense convolution."""
+"""The family "blocks": one dense convolution replaces a chain of sites between two linear maps."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _told(keep: int, rank: int, *, border: bool) -> str:
 
 
 class Blocks(Family):
-    """Places are blocks, by the name of their first site; a choice's rank is the size of the kernel."""
+    """Its places are blocks, by the name of their first site. The rank of a choice is the size of the kernel."""
 
     name = "blocks"
     forms: tuple[Form, ...] = tuple(Form(name, partial(_told, border=name == BORDERED)) for name in BLOCKS)
 
     def find(self, context: Context) -> dict[str, Block]:
-        """Groups of sites that one convolution could stand for."""
+        """Find groups of sites that one convolution could replace."""
         if context.stock:
             return {}
         return {block.name: block for block in blocks_of(context.gated, groups_of(context.gated))}
@@ -47,11 +47,11 @@ class Blocks(Family):
         return [BlockCollector(block, device) for block in places.values()]
 
     def options(self, context: Context, places: Mapping[str, Block], groups: Sequence[Group]) -> list[Group]:
-        """Each kernel, with a border and without, for the groups that are blocks."""
+        """The options of each group that is a block: each kernel size, with and without a border."""
         return [with_block(group, places[group.sites[0]]) if group.sites[0] in places else group for group in groups]
 
     def layers(self, model: nn.Module, places: Mapping[str, Block], group: Group, option: Option) -> Layers:
-        """The convolution."""
+        """The convolution that would replace the block."""
         return layers_of(model, places[group.sites[0]], option.choices[0])
 
     def apply(
@@ -62,14 +62,14 @@ class Blocks(Family):
         choices: Mapping[str, SiteChoice],
         keep: Mapping[str, Tensor],
     ) -> None:
-        """Put the convolutions in."""
+        """Replace blocks by their convolutions."""
         for name, choice in choices.items():
             if name in places:
                 found = fit_block(places[name], choice.rank, bordered=choice.form == BORDERED)
                 replace_block(model, places[name], choice.rank, found)
 
     def replay(self, places: Mapping[str, Block], site: SitePlan, gate: ChannelGate | None) -> Replayed | None:
-        """The convolution again, fitted on the data at hand."""
+        """Read the convolution of a block from a plan. It is fitted again on the present data."""
         if not places:
             return None
         block = next((block for block in places.values() if site.site in {s.name for s in block.sites}), None)

@@ -1,9 +1,10 @@
-"""Whole blocks as one convolution: expand, depthwise, project, with both activations, become a dense k x k kernel.
+"""Find blocks that one dense convolution could replace: expand, depthwise, project, with both activations.
 
-On most hardware one dense convolution outruns a chain of thin ones of fewer FLOPs (Fu et al., "DepthShrinker", ICML
-2022). The kernel is that of least squares from the patches of the block's input to the output that the block gives on
-data; it may be smaller than the block's own. This is approximate; what it loses is predicted like every other option.
-Zero padding inside a block makes its bias another near the border; a channel of ones, padded like the rest, learns it.
+On most hardware, one dense convolution is faster than a chain of thin ones with fewer FLOPs (Fu et al.,
+"DepthShrinker", ICML 2022). The kernel is fitted by least squares from patches of the block's input to the block's
+output on data. It may be smaller than the block's own kernel. The replacement is approximate, and its loss is predicted
+as for every other option. Zero padding inside a block makes its bias different near the border. A channel of ones,
+padded like the rest, learns this.
 
 Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions).
 """
@@ -32,7 +33,7 @@ _WIDEST = 4000  # features of a patch
 
 @dataclass
 class Block:
-    """A chain of sites between two maps, and what a pass over data found about it.
+    """A chain of sites between two maps, and its statistics.
 
     Attributes:
         sites: of the chain, in order.
@@ -63,13 +64,13 @@ class Block:
     shape: tuple[int, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """What the pass found, as plain values and tensors; `restore` takes it back."""
+        """The sums, as plain values and tensors. `restore` reads them back."""
         rows = {kernel: rows.state() for kernel, rows in self.rows.items()}
         plain = {"samples": self.samples, "shape": tuple(self.shape), "misfits": tuple(sorted(self.misfits))}
         return {**plain, "rows": rows, "sensitivity": self.sensitivity}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.misfits = set(state.get("misfits", ()))
         self.rows = {kernel: Covariance.of(rows, device) for kernel, rows in state["rows"].items()}
         sensitivity: Tensor | None = state["sensitivity"]
@@ -77,7 +78,7 @@ class Block:
         self.samples, self.shape = state["samples"], state["shape"]
 
     def merge(self, other: Block) -> None:
-        """Take in what was found on other batches."""
+        """Add the sums of another one, from other batches."""
         self.misfits |= other.misfits
         for kernel, rows in other.rows.items():
             if kernel in self.rows:
@@ -94,17 +95,17 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Of its first site."""
+        """The name of its first site."""
         return self.sites[0].name
 
     @property
     def kernels(self) -> list[int]:
-        """Sizes to try: its own, and a smaller one."""
+        """Kernel sizes to try: its own, and a smaller one."""
         own = max(self.kernel)
         return [k for k in dict.fromkeys((own, 3)) if k <= own and k * k * self.inputs <= _WIDEST]
 
     def spec(self, kernel: int, *, bordered: bool = False) -> Spec:
-        """The layer that would stand for the block."""
+        """The description of the layer that would replace the block."""
         padding = [0, 0] if self.same else [kernel // 2] * 2
         sizes = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [kernel] * 2}
         rest = {"stride": list(self.stride), "padding": padding, "dilation": [1, 1], "groups": 1, "bias": True}
@@ -112,14 +113,14 @@ class Block:
         return {"type": kind, **sizes, **rest}
 
     def flops(self, kernel: int, *, bordered: bool = False) -> float:
-        """Of that layer, for the example batch; a border is computed once for all of it."""
+        """FLOPs of that layer for the example batch. A border is computed once for the whole batch."""
         images = max(1, self.shape[0]) if self.shape else 1
         inputs = self.inputs + (1 / images if bordered else 0)
         return 2.0 * self.last.positions * inputs * self.outputs * kernel**2
 
 
 def blocks_of(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Block]:
-    """The groups of sites that one convolution could stand for: a chain of plain maps, one of them spatial at least."""
+    """The groups of sites that one convolution could replace: chains of plain maps with at least one spatial map."""
     found = []
     for names in groups:
         named = gates(model)

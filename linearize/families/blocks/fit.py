@@ -1,4 +1,4 @@
-"""The convolution that stands for a block, by least squares.
+"""The convolution that replaces a block, fitted by least squares.
 
 Shape letters: I inputs and O outputs of the block, k kernel.
 """
@@ -27,7 +27,7 @@ class BlockFit:
 
 
 def fit_block(block: Block, kernel: int, ridge: float = 1e-3, *, bordered: bool = False) -> BlockFit:
-    """The best kernel of a size, with a border's (of a channel of ones) or without."""
+    """Fit the best kernel of a size, with a border (the kernel of a channel of ones) or without."""
     found = block.rows[kernel]
     features = (block.inputs + bordered) * kernel**2
     last = torch.arange(len(found.mean), device=found.mean.device)[-block.outputs :]

@@ -1,4 +1,4 @@
-"""The convolution that would stand for a block: to time it."""
+"""The convolution that would replace a block, to measure its time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["layers_of"]
 
 
 def layers_of(model: nn.Module, block: Block, choice: SiteChoice) -> Layers:
-    """One convolution, and nothing after it."""
+    """The layers of the option: one convolution, and nothing after it."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     spec = block.spec(choice.rank, bordered=choice.form == BORDERED)
     layers: dict[str, nn.Module] = {path: nn.Identity() for path in block.maps}

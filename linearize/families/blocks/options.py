@@ -1,4 +1,4 @@
-"""What a block costs and loses as one convolution."""
+"""The options of a block: its cost and its predicted loss as one convolution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS = ("block", BORDERED)
 
 
 def with_block(group: Group, block: Block) -> Group:
-    """The group with one convolution in the place of all of it, in each size of kernel that was observed."""
+    """The group with more options: one convolution for all of it, in each observed kernel size."""
     if not block.rows:
         return group
     more = []

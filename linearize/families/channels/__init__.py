@@ -1,1 +1,1 @@
-"""Channels of a site go, and least squares refits the maps that read the others, beside a linear skip or without."""
+"""The family "channels": channels are removed and the next layer is refitted, with or without a linear skip."""

@@ -1,9 +1,10 @@
-"""Write a fit into a gated model, so that exact collapsing gives the smaller one.
+"""Write a fit into a gated model, so that exact collapsing gives the smaller model.
 
-The model keeps its shapes: the consumers get the new columns, and those of removed channels are zero; the gates of
-removed channels are linear, with slope and intercept 0, and collapsing drops them. A linear skip of rank r takes the
-seats of r removed channels: their rows in the producer become the skip's right factor, their columns the left one, and
-their gates are linear with slope 1. `linearize.collapse` then folds it all, exactly, into the cheapest form.
+The model keeps its shapes. The consumers get the new columns, and the columns of removed channels are zero. The gates
+of removed channels become linear, with slope and intercept 0, and collapsing drops these channels. A linear skip of
+rank r uses the places of r removed channels: their rows in the producer become the right factor of the skip, their
+columns in the consumer become the left factor, and their gates are linear with slope 1. Then `linearize.collapse` folds
+everything exactly into the cheapest form.
 
 Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank of the skip.
 """
@@ -34,7 +35,7 @@ __all__ = ["Edit", "carry_out", "edit_for"]
 
 @dataclass(frozen=True)
 class Edit:
-    """New values for a site, in float64; its channels are keep, carriers and all others, which are dropped.
+    """New values for a site, in float64. Its channels are kept, or carry the skip, or are dropped.
 
     Attributes:
         site: its name.
@@ -59,7 +60,7 @@ class Edit:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         held = [
             *self.weights,
             *self.biases,
@@ -70,14 +71,14 @@ class Edit:
         return float(sum(tensor.nbytes for tensor in held))
 
     def linear(self) -> Tensor:
-        """Which channels are not nonlinear any more: bool (C,)."""
+        """Mask of the channels that are no longer nonlinear: bool (C,)."""
         mask = torch.ones_like(self.slope, dtype=torch.bool)
         mask[self.keep] = False
         return mask
 
 
 def edit_for(model: nn.Module, observation: Observation, keep: Tensor, found: Fit) -> Edit:
-    """The edit that makes a site compute a fit; nothing is written yet.
+    """The edit that makes a site compute a fit. Nothing is written yet.
 
     Args:
         model: gated, with its own weights at this site.

@@ -1,9 +1,9 @@
-"""One pass over data: the covariance of what each site reads and holds, and what an error in its output costs.
+"""Statistics of sites: the covariance of inputs and hidden channels, and the sensitivity to an error in the output.
 
-For each site the rows are (x, h): the site's input and its hidden channels as the consumers read them, padding left
-out. Beside them comes the sensitivity of the model's output to an error in the site's: the Gauss-Newton matrix
-`G = E[g g^T]`, with g the gradient, at a row of the site's output, of a random projection of the model's output.
-Errors of rows are taken as independent of each other, and of the gradient (as in K-FAC, Martens and Grosse, ICML 2015).
+For each site, the rows are (x, h): the site's input, and its hidden channels as the consumers read them. Padding is
+left out. The sensitivity is the Gauss-Newton matrix `G = E[g g^T]`, where g is the gradient of a random projection of
+the model's output, at a row of the site's output. Errors of different rows are taken as independent of each other, and
+of the gradient (as in K-FAC, Martens and Grosse, ICML 2015).
 
 Shape letters: B samples, T positions, R rows, I inputs, C channels, g features per channel, O outputs.
 """
@@ -37,7 +37,7 @@ __all__ = ["SiteCollector", "observe", "site_collectors"]
 
 @dataclass
 class SiteCollector:
-    """Watches one site; its skip would start at `start`.
+    """Collects the statistics of one site. A skip would start at `start`.
 
     Attributes:
         found: the sums.
@@ -55,12 +55,12 @@ class SiteCollector:
 
     @property
     def name(self) -> str:
-        """Of the site."""
+        """The name of the site."""
         return self.found.site.name
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         return 8.0 * len(self.found.rows.mean) ** 2
 
     def attach(self, now: Moment) -> Iterator[Any]:
@@ -99,7 +99,7 @@ class SiteCollector:
 
     @torch.no_grad()
     def take(self, now: Moment) -> None:
-        """Turn the batch into rows, and forget it."""
+        """Turn the batch into rows, add them to the sums, and release the batch."""
         found, consumer = self.found, self.found.consumers[0]
         found.seen += now.batch.size
         if self.gradients:
@@ -141,15 +141,15 @@ class SiteCollector:
         return self.found.rows.finite
 
     def merge(self, other: SiteCollector) -> None:
-        """Take in what another one found on other batches."""
+        """Add the sums of another collector, from other batches."""
         self.found.merge(other.found)
 
     def state(self) -> dict[str, Any]:
-        """What was found."""
+        """The sums, as plain values and tensors."""
         return self.found.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.found.restore(state)
 
 

@@ -1,6 +1,6 @@
-"""The linear maps around a site, as what they are and where they stand: to observe them, and to write new weights.
+"""The linear maps around a site, with their kind and their place, to observe them and to write new weights.
 
-Shape letters: I inputs, C channels, g features per channel (the taps of a spatial consumer), O outputs.
+Shape letters: I inputs, C channels, g features per channel (the kernel positions of a spatial consumer), O outputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Consumer:
 
     @property
     def columns(self) -> slice:
-        """Its columns that read the site's channels: all, but behind a concatenation."""
+        """Its columns for the site's channels: all of them, except behind a concatenation."""
         return slice(self.port.start * self.group, self.port.stop * self.group)
 
     def reads(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Consumer:
 
 
 def matrix(model: nn.Module, port: Port) -> Tensor:
-    """The weight of a map in float64, outputs first and all else flattened: (O, I * g)."""
+    """The weight of a map in float64, outputs first and everything else flattened: (O, I * g)."""
     module: Any = model.get_submodule(port.module)
     weight: Tensor = module.weight.detach().double()
     return (weight.t() if port.transposed else weight).flatten(1)
@@ -98,7 +98,7 @@ def bias_of(model: nn.Module, port: Port, outputs: int) -> Tensor:
 
 @torch.no_grad()
 def write_bias(model: nn.Module, port: Port, value: Tensor) -> None:
-    """Write a bias; a layer that has none gets one, if there is anything to write."""
+    """Write a bias. A layer without a bias gets one if the new bias is not zero."""
     module: Any = model.get_submodule(port.module)
     if module.bias is not None:
         module.bias.copy_(value)
@@ -117,7 +117,7 @@ def consumers_of(model: nn.Module, site: Site) -> tuple[Consumer, ...]:
 
 
 def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
-    """Why the consumers of a site cannot be refitted by least squares; None if they can."""
+    """The reason why the consumers of a site cannot be refitted by least squares; None if they can."""
     if site is None:
         return "it was put in by hand"
     if site.reason is not None or not site.consumers or site.producer is None:
@@ -160,7 +160,7 @@ def _obstacle_between(site: Site) -> str | None:
 
 
 def conv_groups(model: nn.Module, port: Port) -> int:
-    """Groups of a map; 1 of a matrix."""
+    """The number of groups of a map; 1 for a matrix."""
     return int(getattr(model.get_submodule(port.module), "groups", 1))
 
 

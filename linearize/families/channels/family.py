@@ -1,4 +1,4 @@
-"""Channels go: dropped and made up for by a refit of what reads the others, beside a linear skip or without."""
+"""The family "channels": channels are removed and the next layer is refitted, with or without a linear skip."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ChannelPlaces:
     _edits: dict[SiteChoice, Edit] = field(default_factory=dict)
 
     def edit(self, model: nn.Module, choice: SiteChoice, keep: Tensor | None) -> Edit:
-        """The closed form of a choice on the model as it was surveyed; remembered, since trials ask for it again."""
+        """The closed form of a choice for the surveyed model. It is stored, because trials use it again."""
         curve = self.curves[choice.site]
         if keep is not None:
             return curve.edit(model, choice, keep)
@@ -63,14 +63,14 @@ class ChannelPlaces:
 
 
 class Channels(Family):
-    """The first family: its groups hold the sites that all others build upon."""
+    """The first family. Its groups hold the sites that all other families build on."""
 
     name = "channels"
     forms: tuple[Form, ...] = ()
     in_order = True
 
     def find(self, context: Context) -> ChannelPlaces:
-        """All sites that can be refitted, and whose width the code around them lets change."""
+        """Find all sites that can be refitted and can have another width in the code around them."""
         barred = _uncollapsible(context.gated)
         names = [name for name in gates(context.gated) if name not in barred]
         return ChannelPlaces(site_collectors(context.gated, names), barred)
@@ -94,7 +94,7 @@ class Channels(Family):
         return [*groups, *made]
 
     def layers(self, model: nn.Module, places: ChannelPlaces, group: Group, option: Option) -> Layers:
-        """The maps and activations that would be left."""
+        """The maps and activations that would remain."""
         return layers_of(model, group, option)
 
     def apply(
@@ -105,7 +105,7 @@ class Channels(Family):
         choices: Mapping[str, SiteChoice],
         keep: Mapping[str, Tensor],
     ) -> None:
-        """Write the refitted weights, and make linear what goes."""
+        """Write the refitted weights, and make removed channels linear."""
         named = gates(model)
         for name, choice in choices.items():
             if name in places.curves and choice.keep < named[name].channels:
@@ -114,7 +114,7 @@ class Channels(Family):
     def refit(
         self, model: nn.Module, places: ChannelPlaces, choice: SiteChoice, see: Callable[[Sequence[Collector]], None]
     ) -> None:
-        """Refit one site on what reaches it now; which channels stay is decided already."""
+        """Refit one site on its present inputs. The channels that stay are already decided."""
         curve = places.curves.get(choice.site)
         if curve is None or choice.keep >= curve.channels:
             return
@@ -124,7 +124,7 @@ class Channels(Family):
         carry_out(model, again.edit(model, choice, curve.keep(choice)))
 
     def entry(self, site: SitePlan, choice: SiteChoice, gate: ChannelGate) -> SitePlan:
-        """The form chosen, what is dropped, and the rank of the skip."""
+        """Write the chosen form, the dropped channels, and the rank of the skip into the plan."""
         if choice.form not in _FITTED or not site.linear or site.reason:
             return site
         nothing = (gate.slope == 0) & ((gate.intercept == 0) if gate.gated_unit else True)
@@ -132,7 +132,7 @@ class Channels(Family):
         return replace(site, form=choice.form, dropped=dropped, rank=choice.rank)
 
     def replay(self, places: ChannelPlaces, site: SitePlan, gate: ChannelGate | None) -> Replayed | None:
-        """The channels that the plan keeps, refitted on the data at hand."""
+        """Read the kept channels from a plan. They are refitted on the present data."""
         curve = places.curves.get(site.site)
         if curve is not None and site.rank > max(1, curve.largest_rank):
             found = f"found rank {site.rank}, and the largest is {curve.largest_rank}"

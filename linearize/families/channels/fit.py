@@ -1,4 +1,4 @@
-"""What a site loses as channels go: the curve of each kind of replacement, and the edit that carries a choice out.
+"""The loss of a site as a function of the number of removed channels, and the new weights for a choice.
 
 Shape letters: I inputs, C channels, g features per channel, K channels that stay, O outputs, r rank of the skip.
 """
@@ -28,7 +28,7 @@ _RIDGE = 1e-3  # relative to each feature's variance: held-out data prefers it n
 
 @dataclass
 class Curve:
-    """A site's statistics and the weights to refit.
+    """A site's statistics, and the weights to refit.
 
     Attributes:
         observation: what calibration found.
@@ -45,12 +45,12 @@ class Curve:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """C, the number of channels."""
         return self.observation.site.channels
 
     @property
     def largest_rank(self) -> int:
-        """Of a full skip; 0 where none is possible."""
+        """The rank of a full skip; 0 where no skip is possible."""
         return 0 if self.stock else min(self.observation.inputs, len(self.weight))
 
     @cached_property
@@ -65,24 +65,24 @@ class Curve:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """Of (x, h)."""
+        """The covariance of (x, h)."""
         rows = self.observation.rows
         return rows.covariance + rows.mean.outer(rows.mean) if self._unbiased else rows.covariance
 
     @cached_property
     def mean(self) -> Tensor:
-        """Of (x, h)."""
+        """The mean of (x, h)."""
         return self.observation.rows.mean * (0.0 if self._unbiased else 1.0)
 
     @cached_property
     def dropped(self) -> Removal:
-        """The order in which channels go if the others alone stand in for them."""
+        """The order in which channels are removed if only the other channels make up for them."""
         hidden = self.covariance[self.observation.inputs :, self.observation.inputs :]
         return removal_order(hidden, self.root @ self.weight, group=self.observation.group, ridge=self.ridge)
 
     @cached_property
     def skipped(self) -> Removal:
-        """The order in which channels go beside a full skip: by what a linear prediction from x leaves of them."""
+        """The order in which channels are removed beside a full skip: by what x does not explain of them."""
         inputs = self.observation.inputs
         given = torch.arange(inputs, device=self.weight.device)
         of = torch.arange(inputs, len(self.covariance), device=self.weight.device)
@@ -97,7 +97,7 @@ class Curve:
         return choice.rank > 0 and choice.rank == self.largest_rank
 
     def choices(self, widths: list[int], ranks: tuple[int, ...]) -> Iterator[tuple[SiteChoice, float]]:
-        """Every choice worth pricing, with the error of the model's output that it is predicted to cause."""
+        """Every choice worth pricing, with its predicted loss."""
         for width in widths:
             if width:
                 yield (
@@ -126,7 +126,7 @@ class Curve:
                     yield SiteChoice(name, width, rank), least + float(values[rank:].sum())
 
     def edit(self, model: nn.Module, choice: SiteChoice, keep: Tensor | None = None) -> Edit:
-        """The closed form of a choice; `keep` overrides which channels stay."""
+        """The closed form of a choice. `keep` overrides which channels stay."""
         kept = self.keep(choice) if keep is None else keep
         group = self.observation.group
         features = (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
@@ -153,7 +153,7 @@ def curve_of(model: nn.Module, observation: Observation, *, stock: bool = False)
 
 
 def levels(channels: int, round_to: int | None = None) -> list[int]:
-    """Numbers of channels that may stay, fewer than all, falling; 0 for a site that becomes linear as a whole.
+    """Numbers of channels that may stay, less than all, falling; 0 makes the whole site linear.
 
     Args:
         channels: of the site.

@@ -1,4 +1,4 @@
-"""The layers that would stand around sites whose channels went: to time them."""
+"""The layers that remain at a site after channels were removed, to measure their time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["layers_of", "released"]
 
 
 def released(gate: ChannelGate) -> nn.Module:
-    """The activation as it will stand in the collapsed model; the gate is left as it is."""
+    """The activation as it will be in the collapsed model. The gate does not change."""
     return copy.deepcopy(gate).released()
 
 

@@ -1,4 +1,4 @@
-"""What a pass over data found at a site.
+"""What a pass over the data found at a site.
 
 Shape letters: I inputs, C channels, g features per channel, O outputs.
 """
@@ -19,7 +19,7 @@ from linearize.sites.site import Site
 
 @dataclass
 class Observation:
-    """What a pass found at a site.
+    """The statistics of a site.
 
     Attributes:
         site: the site.
@@ -44,12 +44,12 @@ class Observation:
 
     @property
     def outputs(self) -> int:
-        """Outputs of all consumers together."""
+        """Number of outputs of all consumers together."""
         return sum(consumer.outputs for consumer in self.consumers)
 
     @property
     def metric(self) -> Tensor:
-        """What an error in the output costs: `loss = tr(metric Cov(error))`, (O, O); a little in every direction.
+        """The metric (O, O) with `loss = tr(metric Cov(error))`, regularised a little in every direction.
 
         Without any gradient: the identity, per row.
         """
@@ -59,19 +59,19 @@ class Observation:
         return found + torch.eye(len(found), dtype=found.dtype, device=found.device) * found.diagonal().mean() * 1e-3
 
     def state(self) -> dict[str, Any]:
-        """What the pass found, as plain values and tensors: `observe` takes it as `known`."""
+        """The sums, as plain values and tensors. `restore` reads them back."""
         plain = {"inputs": self.inputs, "samples": self.samples, "seen": self.seen, "shape": tuple(self.shape)}
         return {**plain, "rows": self.rows.state(), "sensitivity": self.sensitivity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.rows = Covariance.of(state["rows"], self.rows.mean.device)
         self.sensitivity = state["sensitivity"].to(self.sensitivity)
         self.inputs, self.samples, self.seen = state["inputs"], state["samples"], state["seen"]
         self.shape = state["shape"]
 
     def merge(self, other: Observation) -> None:
-        """Take in what was found on other batches."""
+        """Add the sums of another one, from other batches."""
         if other.inputs != self.inputs:
             self.without_skip()
             other = replace(other)
@@ -83,11 +83,11 @@ class Observation:
         self.shape = self.shape or other.shape
 
     def without_skip(self) -> None:
-        """Go on with the hidden channels alone."""
+        """Continue with the hidden channels alone."""
         self.rows, self.inputs = self.rows.part(self.inputs), 0
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The consumers' weights under one another, (O, C * g), float64."""
+        """The stacked weights of the consumers, (O, C * g), float64."""
         return torch.cat([columns_of(model, consumer) for consumer in self.consumers])
 
     def bias(self, model: nn.Module) -> Tensor:

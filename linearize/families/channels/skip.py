@@ -1,4 +1,4 @@
-"""Where a linear skip around a site can start: at the input of its producer, position by position.
+"""Where a linear skip around a site can start: at the input of its producer, for each position.
 
 Shape letters: I inputs.
 """
@@ -24,7 +24,7 @@ _WIDEST_WITH_SKIP = 1500
 
 @dataclass(frozen=True)
 class Source:
-    """Where a linear skip starts: the input of a map at the very position, or at the middle tap of its kernel.
+    """Where a linear skip starts: the input of a map at the same position, or at the middle of its kernel.
 
     Attributes:
         port: the map.
@@ -39,7 +39,7 @@ class Source:
     steps: tuple[int, ...]
 
     def columns(self) -> Tensor:
-        """Where the middle taps stand in a row of the map's `matrix`, (I,)."""
+        """The columns of the middle kernel position in the map's `matrix`, (I,)."""
         return torch.arange(self.inputs) * self.taps + self.taps // 2
 
     def at_outputs(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Source:
 
 
 def skip_source(model: nn.Module, site: Site) -> Source | None:
-    """The map whose input a linear skip can start from, so that its rows are like the consumers'.
+    """The map from whose input a linear skip can start, so that its rows match those of the consumers.
 
     Of convolutions the middle taps alone: a skip of kernel 1x1 beside channels that look around.
     """

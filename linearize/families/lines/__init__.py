@@ -1,1 +1,1 @@
-"""Channels go to their own line, in place: budgets in nonlinear units."""
+"""The family "lines": channels follow their fitted line, for budgets in nonlinear units."""

@@ -1,4 +1,4 @@
-"""What an error in a channel costs the output: the diagonal of its Gauss-Newton matrix.
+"""The sensitivity of the output to an error in each channel: the diagonal of its Gauss-Newton matrix.
 
 Shape letters: C channels, R rows.
 """
@@ -44,7 +44,7 @@ class UnitCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         return 8.0 * self.gate.channels
 
     def attach(self, now: Moment) -> Iterator[Any]:
@@ -59,7 +59,7 @@ class UnitCollector:
         yield self.gate.register_forward_hook(see)
 
     def take(self, now: Moment) -> None:
-        """Sum up the batch's gradients, and forget them."""
+        """Add the batch's gradients to the sums, and release them."""
         self.samples += now.positions
         for gradient in self._seen:
             g = rows_of(gradient, -self.gate.axis - 1, now.mask(self.name))
@@ -72,30 +72,30 @@ class UnitCollector:
         return bool(self.total.isfinite().all())
 
     def merge(self, other: UnitCollector) -> None:
-        """Take in what another one found on other batches."""
+        """Add the sums of another collector, from other batches."""
         self.total = self.total + other.total
         self.samples += other.samples
 
     def state(self) -> dict[str, Any]:
-        """What was found."""
+        """The sums, as plain values and tensors."""
         return {"total": self.total, "samples": self.samples}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.total, self.samples = state["total"].clone(), state["samples"]
 
 
 def sensitivities(
     model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False
 ) -> dict[str, Tensor]:
-    """For every gate, what an error in each channel costs, summed over rows, per sample: (C,) float64, on the CPU."""
+    """For every gate, the loss per error in each channel, summed over rows, per sample: (C,) float64, on the CPU."""
     collectors = [UnitCollector(name, gate) for name, gate in gates(model).items()]
     run_passes(model, batches, collectors, probe=projection, seed=seed, progress=progress)
     return sensitivities_of(collectors)
 
 
 def sensitivities_of(collectors: Sequence[UnitCollector]) -> dict[str, Tensor]:
-    """What the collectors found, by site name; ones, if no gradient came through anywhere: then all count alike."""
+    """The result of the collectors by site name. All are 1, so that all count alike, if no gradient arrived."""
     if not any(bool((collector.total > 0).any()) for collector in collectors):
         return {collector.name: torch.ones_like(collector.total) for collector in collectors}
     return {collector.name: collector.total / max(1, collector.samples) for collector in collectors}

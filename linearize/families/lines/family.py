@@ -1,4 +1,4 @@
-"""Channels go to their own line, in place: what budgets in nonlinear units ask for."""
+"""The family "lines": channels follow their fitted line, for budgets in nonlinear units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["LinePlaces", "Lines"]
 
 @dataclass
 class LinePlaces:
-    """All gates, if units are what counts.
+    """All gates, if the budget is in nonlinear units.
 
     Attributes:
         collectors: one for each gate.
@@ -37,23 +37,23 @@ def _told(keep: int, rank: int) -> str:
 
 
 class Lines(Family):
-    """Lines in place change no width and no cost but that in units."""
+    """Channels follow their line in place. This changes no width, and no cost except nonlinear units."""
 
     name = "lines"
     forms: tuple[Form, ...] = (Form(LINE, _told, replaces=False),)
 
     def find(self, context: Context) -> LinePlaces:
-        """Every gate."""
+        """Find every gate."""
         if context.measure != "activations":
             return LinePlaces([])
         return LinePlaces([UnitCollector(name, gate) for name, gate in gates(context.gated).items()])
 
     def collectors(self, context: Context, places: LinePlaces) -> Sequence[Collector]:
-        """What an error in each channel costs."""
+        """The sensitivity to an error in each channel."""
         return places.collectors
 
     def options(self, context: Context, places: LinePlaces, groups: Sequence[Group]) -> list[Group]:
-        """So many channels of each site on their lines; none where widths must be equal, or layers stock."""
+        """Options that put a number of channels on their lines. None where widths must be equal, or layers stock."""
         if not places.collectors:
             return list(groups)
         found, named = sensitivities_of(places.collectors), gates(context.gated)
@@ -63,7 +63,7 @@ class Lines(Family):
         return with_lines(groups, unit_groups(context.gated, places.costs), barred=context.tied)
 
     def layers(self, model: nn.Module, places: LinePlaces, group: Group, option: Option) -> Layers:
-        """Never asked for: no latency is counted in units."""
+        """Never called, because no latency is measured for budgets in units."""
         raise ValueError("lines in place have no latency of their own")
 
     def apply(

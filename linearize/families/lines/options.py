@@ -1,8 +1,8 @@
-"""Budgets in nonlinear units: which channels may go to their own line, whether that collapses or not.
+"""Options for budgets in nonlinear units: which channels follow their line, whether they can be collapsed or not.
 
-A channel whose line leaves the residual e_c, mean square, costs the model's output `e_c G_cc`, with G_cc the
-Gauss-Newton sensitivity to an error in that channel. Channels of a site all free equally many units, so that within a
-site they go in the order of that product.
+If the line of a channel has the mean squared residual e_c, the loss of the model's output is `e_c G_cc`. G_cc is the
+Gauss-Newton sensitivity to an error in that channel. All channels of a site save the same number of units. So within a
+site, channels are taken in the order of this product.
 
 Source of the measure: Cho et al., "Selective Network Linearization for Efficient Private Inference", ICML 2022.
 
@@ -28,7 +28,7 @@ _LEVELS = 64  # options of lines per group, at most
 
 
 def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Tensor) -> Tensor:
-    """What each channel costs the output if it goes to its line: (C,) float64.
+    """The loss of the output if a channel follows its line, for each channel: (C,) float64.
 
     A gate that nothing tells anything about costs infinitely much.
     """
@@ -38,7 +38,7 @@ def unit_costs(gate: ChannelGate, calibration: SiteCalibration, sensitivity: Ten
 
 
 def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
-    """A group per gate, with options for how many of its channels stay nonlinear."""
+    """A group per gate, with options for the number of its channels that stay nonlinear."""
     groups = []
     for name, gate in gates(model).items():
         positions = float(gate.site.positions) if gate.site is not None else 1.0
@@ -61,7 +61,7 @@ def unit_groups(model: nn.Module, costs: Mapping[str, Tensor]) -> list[Group]:
 
 
 def with_lines(groups: Sequence[Group], lines: Sequence[Group], *, barred: Collection[str] = ()) -> list[Group]:
-    """The groups with the options of `unit_groups` besides their own: refitted weights here, lines in place there.
+    """The groups with the options of `unit_groups` added to their own: some sites are refitted, others follow lines.
 
     Args:
         groups: of `candidates`; the sites of one may share maps, and get refits together.

@@ -1,1 +1,1 @@
-"""A whole module, such as attention or a residual block, becomes one linear map."""
+"""The family "modules": one linear map replaces a whole module, such as attention or a residual block."""

@@ -1,4 +1,4 @@
-"""Put linear maps in the place of modules."""
+"""Replace modules by linear maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["layer_of", "replace_wholes"]
 
 @torch.no_grad()
 def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
-    """The layer that would stand for a module of a model, in its dtype and on its device."""
+    """The layer that would replace a module of a model, in its dtype and on its device."""
     old = model.get_submodule(whole.path)
     like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
     layer = build(whole.spec, old).to(like.device, like.dtype)
@@ -39,7 +39,7 @@ def _trained(module: nn.Module) -> bool:
 
 
 def replace_wholes(model: nn.Module, chosen: Sequence[tuple[Whole, WholeFit]]) -> None:
-    """Put linear maps in the place of modules of a gated model; sites inside have no gates any more.
+    """Replace modules of a gated model by linear maps. Sites inside have no gates any more.
 
     Maps of which one does nothing but read the other become one.
     """

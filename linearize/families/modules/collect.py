@@ -1,4 +1,4 @@
-"""What data tells about whole modules: the covariance of (input, output), and what an error in the output costs.
+"""Statistics of whole modules: the covariance of (input, output), and the sensitivity to an error in the output.
 
 Shape letters: I inputs and O outputs of the module, R rows (positions).
 """
@@ -24,7 +24,7 @@ __all__ = ["ModuleCollector", "observe_wholes"]
 
 @dataclass
 class ModuleCollector:
-    """Takes rows of a module's input and output as they pass: what comes later may overwrite them."""
+    """Takes rows of a module's input and output as they pass, because later code may overwrite them."""
 
     whole: Whole
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -39,7 +39,7 @@ class ModuleCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """Bytes that the sums take."""
         return 8.0 * ((self.whole.inputs + self.whole.outputs) ** 2 + self.whole.outputs**2)
 
     def attach(self, now: Moment) -> Iterator[Any]:
@@ -92,25 +92,25 @@ class ModuleCollector:
         return rows_of(x, -1 - self.whole.axis, now.mask(self.whole.path))
 
     def take(self, now: Moment) -> None:
-        """Forget the batch."""
+        """Release the batch."""
         self.whole.samples += now.positions
         self._seen = None
 
     @property
     def finite(self) -> bool:
-        """True: a module in which something is no number gets no map, and stops nothing else."""
+        """Always True: a module with NaN in it gets no map, but does not stop the pass."""
         return True
 
     def merge(self, other: ModuleCollector) -> None:
-        """Take in what another one found on other batches."""
+        """Add the sums of another collector, from other batches."""
         self.whole.merge(other.whole)
 
     def state(self) -> dict[str, Any]:
-        """What was found."""
+        """The sums, as plain values and tensors."""
         return self.whole.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.whole.restore(state, self.device)
 
 
@@ -123,6 +123,6 @@ def observe_wholes(
     memory: float = 2e9,
     progress: bool = False,
 ) -> None:
-    """Fill in what data tells about whole modules."""
+    """Gather the statistics of whole modules."""
     collectors = [ModuleCollector(whole, device_of(model)) for whole in wholes]
     run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress)

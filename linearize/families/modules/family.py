@@ -1,4 +1,4 @@
-"""Whole modules, such as attention or a residual block, become one linear map."""
+"""The family "modules": one linear map replaces a whole module, such as attention or a residual block."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def _told(keep: int, rank: int) -> str:
 
 
 class Modules(Family):
-    """Places are modules, by path. Sites inside go with them."""
+    """Its places are modules, by path. Sites inside a module are replaced together with it."""
 
     name = "modules"
     forms: tuple[Form, ...] = (Form(WHOLE, _told),)
 
     def find(self, context: Context) -> dict[str, Whole]:
-        """Modules that make one tensor of one, outermost first."""
+        """Find modules that map one tensor to one tensor, outermost first."""
         context.told += _hooked(context.gated)
         if not context.modules or context.tied or context.measure == "activations":
             return {}
@@ -47,14 +47,14 @@ class Modules(Family):
         return [ModuleCollector(whole, device) for whole in places.values()]
 
     def options(self, context: Context, places: Mapping[str, Whole], groups: Sequence[Group]) -> list[Group]:
-        """A group for each module that encloses those of its sites."""
+        """A group for each module, which encloses the groups of its sites."""
         if not places:
             return list(groups)
         wholes = list(places.values())
         return with_modules(groups, wholes, context.gated, context.some, progress=context.progress)
 
     def layers(self, model: nn.Module, places: Mapping[str, Whole], group: Group, option: Option) -> Layers:
-        """The linear map."""
+        """The linear map that would replace the module."""
         whole = places[group.sites[0]]
         old = model.get_submodule(whole.path)
         like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
@@ -69,12 +69,12 @@ class Modules(Family):
         choices: Mapping[str, SiteChoice],
         keep: Mapping[str, Tensor],
     ) -> None:
-        """Put the maps in; those of which one does nothing but read the other become one."""
+        """Replace modules by their maps. If one map only feeds the next one, the two become one."""
         wholes = [whole for path, whole in places.items() if path in choices and choices[path].rank]
         replace_wholes(model, [(whole, fit) for whole in wholes if (fit := fit_whole(whole)) is not None])
 
     def replay(self, places: Mapping[str, Whole], site: SitePlan, gate: ChannelGate | None) -> Replayed | None:
-        """The map again, fitted on the data at hand; of a site inside, that it goes with its module."""
+        """Read the map of a module from a plan, to fit it again; or that a site is replaced with its module."""
         if gate is None and site.site not in places:
             return None
         return Replayed(SiteChoice(site.site, 0, site.rank, site.form))

@@ -1,4 +1,4 @@
-"""Which modules could become one linear map as a whole: those that make one tensor of another, and nothing else."""
+"""Find the modules that one linear map could replace: they map one tensor to one tensor and do nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Call:
 
 
 def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> list[Whole]:
-    """The modules of a gated model that one linear map could stand for, and would make cheaper, outermost first.
+    """The modules of a gated model that one linear map could replace at less cost, outermost first.
 
     A module qualifies if it is called once, with tensors and plain values only, of which it overwrites none, and gives
     one tensor (and None behind it, perhaps) whose shape differs from that of its input in the channels at most; if it
@@ -169,7 +169,7 @@ def _generates(module: nn.Module) -> bool:
 
 
 def meddled(model: nn.Module) -> dict[str, str]:
-    """By path, the hooks and forwards of their own that modules of a model have, which a layer in their place loses."""
+    """By path, the modules with hooks or forwards of their own, which would be lost if the module is replaced."""
     return {path: found for path, module in model.named_modules() if (found := meddler(module)) is not None}
 
 

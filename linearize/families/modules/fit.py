@@ -1,4 +1,4 @@
-"""The linear map that stands for a module, by least squares.
+"""The linear map that replaces a module, fitted by least squares.
 
 Shape letters: I inputs and O outputs of the module.
 """
@@ -27,7 +27,7 @@ class WholeFit:
 
 
 def fit_whole(whole: Whole, ridge: float = 1e-3) -> WholeFit | None:
-    """Least squares; of the change, where input and output have equal widths, so that the ridge draws to none.
+    """Fit the map by least squares. If input and output have equal widths, the ridge pulls it to the identity.
 
     None if no batch reached the module, or something that is no number.
     """

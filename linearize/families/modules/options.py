@@ -1,4 +1,4 @@
-"""Options of whole modules, and how they go together with those of the sites inside."""
+"""The options of whole modules, and how they combine with options of the sites inside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_modules(
     *,
     progress: bool = False,
 ) -> list[Group]:
-    """The groups of sites, told in which module they are, and a group for each module that may become one linear map.
+    """The groups of sites with the module that they are in, and a group for each module that could be replaced.
 
     What it costs to leave a module as it is, is only what its groups and the modules inside do not count themselves.
 

@@ -1,8 +1,9 @@
-"""Whole modules as one linear map: attention, a residual block, whatever makes one tensor of one, of its shape.
+"""The place of a whole module that one linear map could replace.
 
-A residual block often does little to its input. Its least-squares matrix, applied at every position, then stands for
-all of it: attention, norms and depthwise maps included, where no activation could be collapsed. This is approximate;
-what it loses is predicted like every other option.
+This is attention, a residual block, or any module that maps one tensor to one tensor. A residual block often changes
+its input only a little. A matrix, fitted by least squares and applied at every position, can then replace all of it,
+including attention, norms and depthwise maps, where no activation could be collapsed. The replacement is approximate,
+and its loss is predicted as for every other option.
 
 Source of the idea: Shopkhoev et al., "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
 Linearization", 2025.
@@ -28,7 +29,7 @@ __all__ = ["Whole"]
 
 @dataclass
 class Whole:
-    """A module that one linear map could stand for, and what a pass over data found about it.
+    """A module that one linear map could replace, and its statistics.
 
     Attributes:
         path: of the module.
@@ -65,19 +66,19 @@ class Whole:
     samples: float = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What the pass found, as plain values and tensors; `restore` takes it back."""
+        """The sums, as plain values and tensors. `restore` reads them back."""
         rows = None if self.rows is None else self.rows.state()
         return {"samples": self.samples, "rows": rows, "sensitivity": self.sensitivity}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take what `state` gave."""
+        """Restore the result of `state`."""
         self.rows = None if state["rows"] is None else Covariance.of(state["rows"], device)
         sensitivity: Tensor | None = state["sensitivity"]
         self.sensitivity = None if sensitivity is None else sensitivity.to(device)
         self.samples = state["samples"]
 
     def merge(self, other: Whole) -> None:
-        """Take in what was found on other batches."""
+        """Add the sums of another one, from other batches."""
         if other.rows is not None:
             if self.rows is None:
                 self.rows = other.rows
@@ -90,7 +91,7 @@ class Whole:
 
     @property
     def spec(self) -> Spec:
-        """The layer that would stand for the module."""
+        """The description of the layer that would replace the module."""
         kind, more = ("", {}) if self.alone else ("Only", {"keyword": self.keyword, "nones": self.nones})
         if self.axis == -1:
             sizes = {"in_features": self.inputs, "out_features": self.outputs}

@@ -1,4 +1,4 @@
-"""Latencies of all groups: shares measured inside the model, times ratios of layers measured beside each other."""
+"""Latencies of all groups: shares of time measured inside the model, times measured ratios of layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def timed(
     rounds: int,
     cache: Path | None,
 ) -> list[Group]:
-    """The groups with latencies as shares of the original's.
+    """The groups with latencies, as shares of the original's.
 
     Args:
         original: the model as it came.

@@ -1,4 +1,4 @@
-"""Latencies of places that enclose others, such as whole modules: what is inside counts for itself."""
+"""Latencies of places that contain other places, such as whole modules. The places inside count separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What share of a model's time its parts take, measured inside the model, where caches are as they will be."""
+"""Which share of a model's time its parts take, measured inside the model, where caches behave as in real use."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Clock:
         self.ends: dict[str, list[Any]] = {}
 
     def watch(self, model: nn.Module, paths: set[str]) -> list[Any]:
-        """Hooks on modules; handles to take them off."""
+        """Put hooks on modules, and return their handles."""
         handles: list[Any] = []
         for path in paths:
             module = model.get_submodule(path)

@@ -1,8 +1,8 @@
-"""Measured latencies of options: the real layers in the real shapes, in turns, remembered on disk as ratios.
+"""Measured latencies of options: the real layers in their real shapes, timed in turns, and stored on disk as ratios.
 
-A table entry is the time of an option's layers relative to those that stand there now, at one batch size. The ratio
-is remembered, by device, threads, dtype, library versions and shapes; the share of the model's time that the present
-layers take is measured anew each time, inside the model (`in_place`), so that a slow day does not spoil the table.
+An entry of the table is the time of an option's layers, relative to the present layers, at one batch size. The ratio is
+stored by device, threads, dtype, library versions and shapes. The share of the model's time that the present layers
+take is measured again each time, inside the model (`in_place`). So a slow day does not spoil the table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ratios of latencies, remembered in a file."""
+"""A table of latency ratios, stored in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGEST_FILE = 2**26  # bytes
 
 
 def cache_file() -> Path:
-    """Where ratios are remembered: `$LINEARIZE_CACHE`, or the user's cache folder."""
+    """The file of ratios: `$LINEARIZE_CACHE`, or one in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LINEARIZE_CACHE") or Path(home) / "linearize") / "latency.json"
 
@@ -38,7 +38,7 @@ class LatencyTable:
 
     @classmethod
     def open(cls, path: Path | None) -> LatencyTable:
-        """The table in a file, without entries that are no ratios; an empty one if there is none that can be read."""
+        """Read the table in a file, without invalid entries. It is empty if there is no readable file."""
         try:
             data = schema.parse(atomic.read_file(path, limit=_LARGEST_FILE)) if path is not None else {}
         except (LinearizeError, ValueError):
@@ -47,7 +47,7 @@ class LatencyTable:
         return cls(path, {key: float(value) for key, value in entries if len(key) <= 200 and _is_ratio(value)})
 
     def save(self) -> None:
-        """Write the table, if it has a file and that can be written: a cache must not stop anybody's work."""
+        """Write the table to its file, if possible. A failure is ignored, because a cache must not stop the work."""
         if self.path is None:
             return
         text = json.dumps({key: value for key, value in self.entries.items() if _is_ratio(value)})
