@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import DataError
+from linearize.gating.gate import plain_activations
 from linearize.running.batches import Batch, length_of, padding_mask, read_batches
 from linearize.running.models import watching
 from linearize.running.progress import progress_bar
@@ -209,7 +210,11 @@ def _run(
             yield from collector.attach(now)
 
     count = 0
-    with watching(model, attach, gradients=gradients), progress_bar(label, total, enabled=progress) as advance:
+    with (
+        watching(model, attach, gradients=gradients),
+        plain_activations(model),
+        progress_bar(label, total, enabled=progress) as advance,
+    ):
         for index, batch in enumerate(read_batches(model, batches)):
             now.index = index if numbers is None else numbers[index]
             now.batch = batch
