@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import linearize
+from linearize.algebra.piece import Infeasible
 from linearize.errors import CollapseError
-from linearize.families.option import Option
+from linearize.families.option import Option, SiteChoice
+from linearize.families.price import Pricer
+from linearize.gating.groups import groups_of
 from linearize.planning.carry_out import carry_out, edited, site_choices
 from linearize.planning.knapsack import Choice
 from linearize.planning.search import searched
@@ -111,3 +114,31 @@ def test_the_search_finds_the_plan_of_least_real_loss_among_its_trials(found: Su
     assert len(lines) <= 12 + 1 + len(found.groups)
     worse = replace(found, groups=[replace(g, options=g.options[:1]) for g in found.groups])
     assert searched(worse, budget, IMAGES, trials=3).groups[0].options == worse.groups[0].options
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_a_price_that_is_remembered_is_that_of_the_layers_at_hand(name: str) -> None:
+    """Layers of one shape share their prices, layers that differ in anything do not."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name).eval() if name != "test_convnext" else timm.create_model("test_convnext2").eval()
+    gated = linearize.convert(model, torch.randn(1, 3, 64, 64))
+    named, known = linearize.gates(gated), dict[Any, Any]()
+    asked = 0
+    for sites in groups_of(gated):
+        pricer = Pricer(gated, [named[site] for site in sites], known)
+        for share in (0.25, 0.5, 1.0):
+            for form in ("factored", "merged", "narrowed"):
+                choices = [SiteChoice(s, int(share * named[s].channels), form=form) for s in sites]
+                asked += 1
+                fresh = Pricer(gated, pricer.gates)
+                assert told(lambda p=pricer, c=choices: p.costs(c)) == told(lambda p=fresh, c=choices: p.costs(c))
+    assert 0 < len(known) <= asked
+    assert len(known) < asked or name != "test_vit"  # whose layers are all alike
+
+
+def told(price: Any) -> Any:
+    """A price, or why there is none."""
+    try:
+        return price()
+    except Infeasible as error:
+        return str(error)

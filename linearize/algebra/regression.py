@@ -13,8 +13,9 @@ Shape letters: I inputs, C channels, g features per channel, K channels that sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,14 +33,19 @@ class Fit:
         weight: (O, K * g).
         bias: (O,).
         left, right: (O, r) and (r, I), the skip; r = 0 for none.
-        loss: mean square error in the metric.
+        measure: gives the loss.
     """
 
     weight: Tensor
     bias: Tensor
     left: Tensor
     right: Tensor
-    loss: float
+    measure: Callable[[], float] = field(repr=False, compare=False)
+
+    @cached_property
+    def loss(self) -> float:
+        """Mean square error in the metric. It costs as much as the fit, so it is computed when it is asked for."""
+        return self.measure()
 
 
 def square_root(metric: Tensor) -> Tensor:
@@ -124,7 +130,7 @@ def fit(
         added = _beside_skip(covariance, lost, left @ right, kept, dropped + inputs, inputs, ridge)
     new = weight[:, keep] + added
     shift = weight @ mean[inputs:] - new @ mean[kept] - left @ (right @ mean[:inputs])
-    loss = _loss(covariance, root, lost, added, left @ right, kept, dropped + inputs, inputs)
+    loss = partial(_loss, covariance, root, lost, added, left @ right, kept, dropped + inputs, inputs)
     return Fit(new, bias + shift, left, right, loss)
 
 

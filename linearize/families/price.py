@@ -6,7 +6,9 @@ The pieces are made by the same functions that collapse a model, on the meta dev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,10 +44,53 @@ class Pricer:
     Attributes:
         model: gated; only shapes are read.
         gates: the gates of the group, in order of execution.
+        known: prices by shapes and choices: those of a layer hold for all layers like it. Shared between pricers.
     """
 
     model: nn.Module
     gates: Sequence[ChannelGate]
+    known: dict[Any, tuple[float, float, float] | str] = field(default_factory=dict)
+
+    def costs(self, choices: Sequence[SiteChoice]) -> tuple[float, float, float]:
+        """FLOPs, parameters and units of the group after the choices, one per site.
+
+        Raises:
+            Infeasible: a form cannot express a site.
+        """
+        key = self._shapes, tuple((choice.keep, choice.rank, choice.form) for choice in choices)
+        if key not in self.known:
+            try:
+                price = self.after(choices)
+                self.known[key] = price.flops, price.params, price.activations
+            except Infeasible as error:
+                self.known[key] = str(error)
+        found = self.known[key]
+        if isinstance(found, str):
+            raise Infeasible(found)
+        return found
+
+    @cached_property
+    def _shapes(self) -> str:
+        """All that a price depends on, with numbers in place of names."""
+        sites = self._sites()
+        folds = [fold for site in sites for fold in (*site.folds, *site.up_folds, *site.consumer_folds)]
+        paths = [site.name for site in sites] + [port.module for site in sites for port in ports_of(site)]
+        paths += [fold.module for fold in folds]
+        names = {path: f"<{number}>" for number, path in enumerate(dict.fromkeys(paths))}
+
+        def anonymous(value: Any) -> Any:
+            if isinstance(value, str):
+                parent, _, last = value.rpartition(".")
+                return names.get(value) or (f"{names[parent]}.{last}" if parent in names else value)
+            if is_dataclass(value) and not isinstance(value, type):
+                left_out = ("order", "target", "call")  # where and when it is called
+                return [anonymous(getattr(value, f.name)) for f in fields(value) if f.name not in left_out]
+            return [anonymous(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+        modules = [self.model.get_submodule(path) for path in names]
+        inside = [[(n, tuple(t.shape)) for n, t in (*m.named_parameters(), *m.named_buffers())] for m in modules]
+        own = [(type(module).__name__, module.extra_repr(), held) for module, held in zip(modules, inside, strict=True)]
+        return repr((anonymous(sites), own, [self._fixed(site) for site in sites]))
 
     def before(self) -> Price:
         """The cost of the group as it is."""

@@ -169,13 +169,15 @@ def uniform(groups: Sequence[Group], measure: Measure, budget: float) -> Choice 
 
     A kind is a share of channels that stay, with the same rank of the skip; groups without it stay as they are.
     """
-    kinds = dict.fromkeys(_kind(group, o) for group in groups if not group.encloses for o in group.options)
+    tables: list[dict[object, Option]] = []
+    for group in groups:
+        table: dict[object, Option] = {}
+        for option in () if group.encloses else group.options:
+            table.setdefault(_kind(group, option), option)
+        tables.append(table)
     best: Choice | None = None
-    for kind in kinds:
-        same = [
-            group.stay if group.encloses else next((o for o in group.options if _kind(group, o) == kind), group.stay)
-            for group in groups
-        ]
+    for kind in dict.fromkeys(kind for table in tables for kind in table):
+        same = [table.get(kind, group.stay) for group, table in zip(groups, tables, strict=True)]
         found = _sum(same, measure, reachable=True)
         if found.cost <= budget * (1 + 1e-12) and (best is None or found.loss < best.loss):
             best = found

@@ -11,6 +11,7 @@ Shape letters: I inputs, C channels, g features per channel, K channels that sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,8 +56,13 @@ class Edit:
     source: Tensor | None
     slope: Tensor
     intercept: Tensor
-    loss: float = field(default=0.0)
     before: tuple[Tensor, ...] = ()
+    measure: Callable[[], float] = field(default=lambda: 0.0, repr=False, compare=False)
+
+    @property
+    def loss(self) -> float:
+        """What it costs, as predicted."""
+        return self.measure()
 
     @property
     def memory(self) -> float:
@@ -118,7 +124,7 @@ def edit_for(model: nn.Module, observation: Observation, keep: Tensor, found: Fi
     sizes = [consumer.outputs for consumer in observation.consumers]
     parts = weight.split(sizes), bias.split(sizes)
     before = observation.bias(model).split(sizes)
-    return Edit(site.name, keep, carriers, *parts, source, slope, intercept, found.loss, before)
+    return Edit(site.name, keep, carriers, *parts, source, slope, intercept, before, lambda: found.loss)
 
 
 def _features(channels: Tensor, group: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from torch import nn
 
@@ -45,19 +46,20 @@ def candidates(
         progress: show a bar: wide convolutions take seconds each.
     """
     found = []
+    known: dict[Any, Any] = {}
     together = groups_of(model)
     with progress_bar("options", len(together), enabled=progress) as advance:
         for some in together:
-            found.append(_group(model, some, curves, round_to, barred or {}))
+            pricer = Pricer(model, [gates(model)[name] for name in some], known)
+            found.append(_group(pricer, some, curves, round_to, barred or {}))
             advance(some[-1])
     return found
 
 
 def _group(
-    model: nn.Module, names: list[str], curves: Mapping[str, Curve], round_to: int | None, barred: Mapping[str, str]
+    pricer: Pricer, names: list[str], curves: Mapping[str, Curve], round_to: int | None, barred: Mapping[str, str]
 ) -> Group:
-    named = gates(model)
-    pricer = Pricer(model, [named[name] for name in names])
+    model, named = pricer.model, gates(pricer.model)
     before = pricer.before()
     choices = tuple(SiteChoice(name, named[name].channels, form="unchanged") for name in names)
     stay = Option(choices, 0.0, before.flops, before.params, before.activations)
@@ -73,12 +75,12 @@ def _group(
     for together in _joined(lists):
         some = tuple(sorted((c for choices, _ in together for c in choices), key=lambda c: names.index(c.site)))
         try:
-            price = pricer.after(some)
+            costs = pricer.costs(some)
         except Infeasible as error:
             why = str(error)
             continue
         loss = sum(loss for _, loss in together)
-        options.append(Option(some, loss, price.flops, price.params, price.activations))
+        options.append(Option(some, loss, *costs))
     return Group(tuple(names), tuple(options), None if len(options) > 1 else why, shape=shape)
 
 
