@@ -200,18 +200,24 @@ def test_units_inside_shared_maps_and_without_maps(data: Batches) -> None:
 
 
 def test_more_budget_means_less_loss_and_the_loss_is_real(data: Batches) -> None:
+    """Predicted losses hold the ridge's share, so that they err on the safe side, and by little where losses count."""
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(8, 96), nn.GELU(), nn.Linear(96, 8))
-    x = torch.randn(500, 8)
+    seen, fresh = torch.cat(inputs(data)), torch.randn(4000, 8)
     losses = []
     for fraction in (0.8, 0.5, 0.25, 0.1):
         result = compress(model, inputs(data), flops=fraction, **QUIET)
         with torch.no_grad():
-            real = float((result.model(x) - model(x)).square().sum() / model(x).square().sum())
+            real, other = (
+                float((result.model(x) - model(x)).square().sum() / model(x).square().sum()) for x in (seen, fresh)
+            )
         assert result.report.outcome is not None
-        assert real == pytest.approx(result.report.outcome.loss, rel=0.5, abs=1e-3)
+        predicted = result.report.outcome.loss
+        assert (0.9 if real > 1e-2 else 0.6) < real / predicted < 1.02
+        assert real / 1.02 < other < 2 * real  # on data that nothing was fitted to
         losses.append(real)
     assert losses == sorted(losses)
+    assert losses[-1] > 100 * losses[0]
 
 
 def test_better_than_dropping_channels_by_size(data: Batches) -> None:

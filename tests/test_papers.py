@@ -24,6 +24,7 @@ from benchmarks.papers.pictures import draw_probabilities
 from benchmarks.papers.statistics import mean_interval, trend, wilson
 from benchmarks.papers.training import Task, Trainer, impose, pace
 from benchmarks.runs import Job, Plain, finished, run_all
+from tests.fixtures import values
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def result(experiment: str, seed: int, given: Plain) -> Plain:
     return {**asked, **given, "seconds": 1.0}
 
 
-def test_moments_cores_and_kernel_become_findings_and_pictures(tmp_path: Path) -> None:
+def test_moments_cores_and_kernel_become_findings_and_pictures(tmp_path: Path, drawn: list[Any]) -> None:
     results = [
         result("moments", 0, moments(task(), 8, (0.5, 0.8), ENDS, control=True)),
         result("cores", 0, decay(task(), 8, 6, every=2)),
@@ -67,7 +68,14 @@ def test_moments_cores_and_kernel_become_findings_and_pictures(tmp_path: Path) -
     assert all(finding["verdict"] in ("confirmed", "refuted", "undecided", "mixed") for finding in found)
     pictures = draw_all(results, tmp_path)
     assert len(pictures) == 4
-    assert all(path.stat().st_size > 10_000 for path in pictures.values())
+    moments_, decayed, cores, kernel = drawn
+    scores = {100 * row["accuracy"] for row in results[0]["rows"]}
+    shown = {round(y, 9) for axes in moments_.axes for line in axes.get_lines() for y in values(line)}
+    assert {round(score, 9) for score in scores} <= shown
+    curve = results[1]["curve"]
+    assert any(values(line) == [100 * row["accuracy"] for row in curve] for line in decayed.axes[0].get_lines())
+    assert any(values(line) == [row["distance"] for row in results[2]["curve"]] for line in kernel.axes[0].get_lines())
+    assert all(axes.get_lines() for axes in cores.axes if axes.get_visible())
 
 
 @pytest.mark.parametrize("post_sum", [True, False])
@@ -148,7 +156,7 @@ def test_runs_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert run_all([job(0, 1)], tmp_path, "test")[0]["answer"] == 0
 
 
-def test_hidden_symmetries_of_tiny_networks(tmp_path: Path) -> None:
+def test_hidden_symmetries_of_tiny_networks(tmp_path: Path, drawn: list[Any]) -> None:
     lines = [
         hidden_symmetries.Line("depth", tuple(hidden_symmetries.Shape(3, 2, depth) for depth in (1, 2))),
         hidden_symmetries.Line("width", tuple(hidden_symmetries.Shape(3, width, 1) for width in (1, 2))),
@@ -161,7 +169,10 @@ def test_hidden_symmetries_of_tiny_networks(tmp_path: Path) -> None:
         judged.append(hidden_symmetries.judge(line, rows))
     assert judged[0]["rows"][0]["probability"] == 1  # a single hidden layer, generic weights
     draw_probabilities(judged, tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 10_000
+    (figure,) = drawn
+    for axes, shown in zip(figure.axes, judged, strict=True):
+        assert values(axes.get_lines()[0]) == [row["probability"] for row in shown["rows"]]
+    assert [axes.get_xlabel().split(",")[0] for axes in figure.axes] == ["depth", "width", "input dimension"]
     assert "no hidden symmetry" in hidden_symmetries.table(judged)
 
 

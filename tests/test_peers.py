@@ -7,6 +7,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_removal_takes_the_useless_first() -> None:
     assert late.argsort().tolist() == [2, 0, 1, 3]
 
 
-def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> None:
+def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path, drawn: list[Any]) -> None:
     def broken(_: Subject, budgets: object) -> list[Candidate]:
         return [Candidate(0.6, None, failed="no")]
 
@@ -157,7 +158,16 @@ def test_methods_side_by_side_become_a_table_and_a_picture(tmp_path: Path) -> No
     assert f"| width + refit | {row['flops']:.2f} / 7.00 ± 0.50 / 8.00 ± 0.00 |" in text
     assert "2 seeds" in text
     (picture,) = draw_all([result, {**result, "seed": 1}], tmp_path).values()
-    assert picture.stat().st_size > 10_000
+    (figure,) = drawn
+    assert picture.exists()
+    assert len(figure.axes) == 3  # FLOPs, and the latency at two batch sizes
+    (legend,) = figure.legends
+    named = {text.get_text() for text in legend.get_texts()}
+    assert named == set(methods)
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata())]
+    assert any(
+        float(x) == pytest.approx(rows["width + refit", 0.6]["flops"]) for line in lines for x in line.get_xdata()
+    )
 
 
 def test_fine_tuning_must_help_on_the_held_back_data() -> None:
