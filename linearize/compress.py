@@ -26,6 +26,7 @@ from linearize.running.batches import Reading
 from linearize.running.devices import bring, device_of, staying
 from linearize.running.order import Repeated
 from linearize.running.outputs import Choice
+from linearize.running.processes import place, same_model
 from linearize.running.randomness import randomness_kept, seed_everything
 from linearize.running.steps import Steps
 from linearize.storage.folders import make_folder
@@ -187,7 +188,8 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         with steps("convert"):
             example = batches[0] if request.example_inputs is None else request.example_inputs
             gated = convert(model, example, include=request.include, exclude=request.exclude)
-        notes = _notes(request, gated, reading, steps)
+        same_model(gated)
+        notes = _notes(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files
         if notes.folder is not None:
             make_folder(notes.folder)
             around.enter_context(alone_in(notes.folder, "checkpoint_dir"))

@@ -27,6 +27,7 @@ from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, settle
 from linearize.planning.survey import Survey, descriptions, survey
 from linearize.report.budget import Outcome
+from linearize.running.processes import agreed, from_first
 from linearize.surgery.form_choice import mask_of
 from linearize.training.distance import check_seen, real_loss, some_of
 
@@ -39,7 +40,8 @@ _REMEDY = "Make the plan from this model."
 def to_budget(job: Job, request: Request) -> Made:
     """Compress to a budget, or by a plan that was made before."""
     steps, budget = job.steps, request.budget
-    held = job.notes.decision(job.gated) if budget is not None and not request.dry_run else None
+    ask = budget is not None and not request.dry_run
+    held = from_first(lambda: job.notes.decision(job.gated)) if ask else None
     found = _surveyed(job, request, held)
     if request.plan is not None:
         return _replayed(job, found, request.plan)
@@ -55,6 +57,7 @@ def to_budget(job: Job, request: Request) -> Made:
             steps.say("  the plan of the run that was interrupted")
             decision, goal = held, edited(found, held.by_site)
             small = collapsed(goal, held.plan)
+    agreed(decision.plan.sha256, "plans", "Please report this model.")
     told, choices = decision.told(), decision.by_site
     if not decision.outcome.met:
         _log.warning("%s", decision.outcome)
@@ -114,7 +117,7 @@ def _decided(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Mo
 
     def time_ratio(small: nn.Module) -> float:
         pair = {"original": job.original, "collapsed": small}
-        timed = benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes)
+        timed = from_first(lambda: benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes))
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
     around = _searched(job, found, request)

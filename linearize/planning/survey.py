@@ -26,6 +26,7 @@ from linearize.planning.timing.all import timed
 from linearize.running.batches import read_batches
 from linearize.running.models import evaluating
 from linearize.running.passes import Collector, run_passes
+from linearize.running.processes import from_first
 from linearize.surgery.bake import bake
 from linearize.training.distance import some_of
 from linearize.training.probes import projection
@@ -164,10 +165,10 @@ def survey(
     found = Survey(context, measure, groups, total, before, places)
     if measure == "latency":
         say("measure")
-        found.groups = timed(
+        found.groups = from_first(lambda: timed(
             original, gated, groups, lambda group, option: layers_of(found, group, option), batch, batch_sizes,
             flops=float(before.flops), rounds=rounds, cache=cache,
-        )  # fmt: skip
+        ))  # fmt: skip
     return found
 
 

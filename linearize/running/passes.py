@@ -10,6 +10,7 @@ which collectors share a pass, nor on how the batches are split: the parts merge
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from linearize.errors import DataError
 from linearize.gating.gate import plain_activations
 from linearize.running.batches import Batch, length_of, padding_mask, read_batches
 from linearize.running.models import watching
+from linearize.running.processes import everyone, from_first, place, same_model, share_of, together
 from linearize.running.progress import progress_bar
 
 __all__ = ["Collector", "Moment", "Notebook", "Probe", "in_passes", "run_passes"]
@@ -152,10 +154,16 @@ def run_passes(
             named).
     """
     todo = _unknown(collectors, notes)
-    numbers = None if indices is None else list(indices)
+    same_model(model)
+    batches, number = share_of(batches, None if indices is None else list(indices))
     for some in in_passes(todo, memory):
-        _run(model, batches, numbers, some, probe, seed, label, progress=progress)
-        if notes is not None:
+        with together():
+            count = _run(model, batches, number, some, probe, seed, label, progress=progress and place()[0] == 0)
+        if not sum(everyone(count)):
+            remedy = "Pass at least one (a generator is empty after its first use)."
+            raise DataError("data", "found no batches", remedy)
+        _merge(model, some)
+        if notes is not None and place()[0] == 0:
             for kind in dict.fromkeys(collector.kind for collector in some):
                 notes.write(kind, {c.name: c.state() for c in some if c.kind == kind})
 
@@ -167,13 +175,26 @@ def _unknown(collectors: Sequence[Collector], notes: Notebook | None) -> list[Co
     todo = []
     for kind in dict.fromkeys(collector.kind for collector in collectors):
         same = [collector for collector in collectors if collector.kind == kind]
-        known = notes.some(kind, [collector.name for collector in same])
+        known = from_first(lambda: notes.some(kind, [collector.name for collector in same]))  # noqa: B023 - at once
         for collector in same:
             if collector.name in known:
                 collector.restore(known[collector.name])
             else:
                 todo.append(collector)
     return todo
+
+
+def _merge(model: nn.Module, collectors: Sequence[Collector]) -> None:
+    """Take in what other processes found, in the order of the ranks: all come to the very same sums."""
+    if place()[1] == 1:
+        return
+    first, *others = everyone([collector.state() for collector in collectors])
+    for position, collector in enumerate(collectors):
+        more = [copy.deepcopy(collector, {id(part): part for part in model.modules()}) for _ in others]
+        collector.restore(first[position])
+        for other, states in zip(more, others, strict=True):
+            other.restore(states[position])
+            collector.merge(other)
 
 
 def in_passes(collectors: Iterable[Collector], memory: float) -> Iterator[list[Collector]]:
@@ -192,14 +213,15 @@ def in_passes(collectors: Iterable[Collector], memory: float) -> Iterator[list[C
 def _run(
     model: nn.Module,
     batches: Iterable[Any],
-    numbers: list[int] | None,
+    number: Callable[[int], int],
     collectors: Sequence[Collector],
     probe: Probe | None,
     seed: int,
     label: str,
     *,
     progress: bool,
-) -> None:
+) -> int:
+    """Run the model over the batches, and say how many there were."""
     gradients = any(collector.gradients for collector in collectors)
     now = Moment(model, torch.zeros(()), seed)
     total = length_of(batches)
@@ -216,7 +238,7 @@ def _run(
         progress_bar(label, total, enabled=progress) as advance,
     ):
         for index, batch in enumerate(read_batches(model, batches)):
-            now.index = index if numbers is None else numbers[index]
+            now.index = number(index)
             now.batch = batch
             output = batch.checked(model, now.index)
             if gradients and probe is not None:
@@ -232,5 +254,4 @@ def _run(
                     raise DataError(collector.name, found, remedy)
             count += 1
             advance("")
-    if not count:
-        raise DataError("data", "found no batches", "Pass at least one (a generator is empty after its first use).")
+    return count

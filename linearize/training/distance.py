@@ -13,6 +13,7 @@ from linearize.errors import UsageError
 from linearize.running.batches import count_of, read_batches
 from linearize.running.models import evaluating
 from linearize.running.outputs import tensors_in
+from linearize.running.processes import from_first
 from linearize.running.progress import progress_bar
 from linearize.surgery.specs import replace_module
 from linearize.training.divergence import distillation_loss
@@ -33,6 +34,10 @@ def some_of(data: Iterable[Any], count: int) -> list[Any]:
 
 def real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> float:
     """Mean distance of a model's output to another's: relative squared error, or divergence of classes."""
+    return from_first(lambda: _real_loss(reference, candidate, batches))
+
+
+def _real_loss(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> float:
     total, count = 0.0, 0
     with evaluating(reference, candidate):
         for batch in read_batches(reference, batches):
@@ -79,6 +84,9 @@ class Yardstick:
             candidate: a model.
             best: what another one came to. Where this one falls far behind it, the rest is told as infinite.
         """
+        return from_first(lambda: self._losses(candidate, best))
+
+    def _losses(self, candidate: nn.Module, best: Sequence[float]) -> list[float]:
         found: list[float] = []
         with evaluating(self.reference, candidate):
             for index, batch in enumerate(self.batches):
@@ -153,6 +161,12 @@ def losses_with(
 
     Infinite where the model does not run with it.
     """
+    return from_first(lambda: _losses_with(model, modules, batches, progress=progress))
+
+
+def _losses_with(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], *, progress: bool
+) -> dict[str, float]:
     totals, count = dict.fromkeys(modules, 0.0), 0
     places = {path: model.get_submodule(path) for path in modules}
     with (
