@@ -134,7 +134,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
         CaptureError: the model does not run on these inputs, or its control flow depends on the data.
     """
     try:
-        with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), _silent():
+        with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), silent():
             warnings.simplefilter("ignore")
             program = torch.export.export(_TensorsOnly(model), *copied(inputs), strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
@@ -143,7 +143,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """A failed export logs and prints its whole graph; the error says enough."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from linearize.errors import CaptureError, CheckpointError
 from linearize.zoo.stock_config import described
 
-__all__ = ["check_stock", "expect_stock", "prove_stock", "stock_copy"]
+__all__ = ["check_stock", "expect_stock", "is_ours", "prove_stock", "stock_copy"]
 
 _REMEDY = "Compress with stock=True, which keeps equal widths and adds no bias, or save it with linearize.save."
 # What the same sums in another order may differ by, relative to the largest value.
@@ -105,9 +105,7 @@ def check_stock(model: nn.Module) -> tuple[type[nn.Module], dict[str, Tensor], A
     if not _has_config(model):
         raise CheckpointError(name, "found no transformers config", "Save it with linearize.save instead.")
     config: Any = model.config
-    # A function that a rewritten forward calls as a child is the same function without the rewriting.
-    kinds = {kind for kind in map(type, model.modules()) if kind.__module__.startswith("linearize.")}
-    ours = sorted({kind.__name__ for kind in kinds} - {"Elementwise"})
+    ours = sorted({type(module).__name__ for module in model.modules() if is_ours(module)})
     if ours:
         found = f"found {ours[0]}, which no stock model has"
         raise CheckpointError(name, found, "Compress with stock=True, or save it with linearize.save.")
@@ -118,6 +116,15 @@ def check_stock(model: nn.Module) -> tuple[type[nn.Module], dict[str, Tensor], A
     if found_config is None:
         raise CheckpointError(name, "found no config of its class that gives these shapes", _REMEDY)
     return kind, state, found_config
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether no library but linearize has such a layer.
+
+    A function that a rewritten forward calls as a child is the same function without the rewriting.
+    """
+    kind = type(module)
+    return kind.__module__.startswith("linearize.") and kind.__name__ != "Elementwise"
 
 
 def _written(kind: type[nn.Module]) -> type[nn.Module]:

@@ -1,0 +1,25 @@
+"""All formats, by name."""
+
+from __future__ import annotations
+
+from linearize.export.face import Format
+from linearize.export.onnx import Onnx
+
+__all__ = ["FORMATS", "format_of"]
+
+FORMATS: dict[str, Format] = {made.name: made for made in (Onnx(),)}
+
+
+def format_of(name: str) -> Format:
+    """A format by its name.
+
+    Raises:
+        UsageError: there is none of this name.
+
+    Examples:
+        >>> format_of("onnx").suffix
+        '.onnx'
+    """
+    from linearize import checks
+
+    return FORMATS[checks.choice("format", name, tuple(FORMATS))]
