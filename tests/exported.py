@@ -118,4 +118,4 @@ def elsewhere(code: str, **given: Any) -> dict[str, Tensor]:
 
 def off(a: Tensor, b: Tensor) -> float:
     """Relative error."""
-    return float((a - b).abs().max() / a.abs().max())
+    return float(((a - b).abs().max() / a.abs().max()).detach())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from linearize.export.face import Format
 from linearize.export.onnx import Onnx
+from linearize.export.stock import Stock
 
 __all__ = ["FORMATS", "format_of"]
 
-FORMATS: dict[str, Format] = {made.name: made for made in (Onnx(),)}
+_ALL: tuple[Format, ...] = (Onnx(), Stock())
+FORMATS: dict[str, Format] = {made.name: made for made in _ALL}
 
 
 def format_of(name: str) -> Format:
