@@ -17,7 +17,7 @@ from linearize.cli import run
 from linearize.errors import CaptureError, ExportError, UsageError
 from linearize.export.batches import batches_for
 from linearize.export.compare import distance
-from linearize.export.face import Means, Proof, Refusal, Subject
+from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.registry import FORMATS
 from tests.exported import IDS, llama, vit
 
@@ -25,7 +25,7 @@ from tests.exported import IDS, llama, vit
 class Fake:
     """A format whose runtime computes what it is told to."""
 
-    name, suffix, tolerance = "fake", ".fake", 1e-5
+    name, suffix, tolerances = "fake", ".fake", TOLERANCES
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {"no_such_runtime": "fake"}
     means, options, near = Means(own_layers=False), ("opset",), ("stock", "onnx")

@@ -36,6 +36,9 @@ def export(
     external_data: Annotated[
         bool | None, typer.Option("--external-data/--one-file", help="ONNX: weights in a file beside.")
     ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="GGUF: folder of the tokenizer; without: numbers for words.")
+    ] = None,
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
@@ -64,6 +67,7 @@ def export(
             tolerance=tolerance,
             opset=opset,
             external_data=external_data,
+            tokenizer=tokenizer,
         )
     if json:
         common.print_json(made.to_dict())

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from linearize.graph.capture import Inputs
 
-__all__ = ["Format", "Means", "Proof", "Refusal", "Subject"]
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of runtimes that compute in the types of the parameters. For float64: they compute in float32."""
+
+__all__ = ["TOLERANCES", "Format", "Means", "Proof", "Refusal", "Subject"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Format(Protocol):
         suffix: of the file; "" if the format is a folder.
         writes, runs: modules that writing and checking import, by the extra that brings them.
         means: what a plan may use.
-        tolerance: largest relative error of an exported model.
+        tolerances: largest relative error of an exported model, by the coarsest type of its parameters.
         options: names of arguments of `linearize.export` that it takes.
         near: formats to name where this one cannot hold a model, the nearest first.
     """
@@ -94,7 +98,7 @@ class Format(Protocol):
     writes: Mapping[str, str]
     runs: Mapping[str, str]
     means: Means
-    tolerance: float
+    tolerances: Mapping[torch.dtype, float]
     options: tuple[str, ...]
     near: tuple[str, ...]
 

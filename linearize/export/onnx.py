@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linearize.export.batches import tensors_in
 from linearize.export.compare import distance, expected
-from linearize.export.face import Means, Proof, Refusal, Subject
+from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import Program, program_of
 from linearize.graph.capture import silent
@@ -31,7 +31,7 @@ class Onnx:
     writes: Mapping[str, str] = {"onnx": "onnx", "onnxscript": "onnx"}
     runs: Mapping[str, str] = {"onnxruntime": "onnx"}
     means = Means()
-    tolerance = 1e-5
+    tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ("opset", "external_data")
     near: tuple[str, ...] = ("openvino", "pt2", "remote")
 

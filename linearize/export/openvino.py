@@ -13,7 +13,7 @@ from torch import nn
 
 from linearize.export.batches import tensors_in
 from linearize.export.compare import distance, expected
-from linearize.export.face import Means, Proof, Refusal, Subject
+from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import Flat, input_names, output_names, program_of
 from linearize.graph.capture import Inputs
@@ -30,7 +30,7 @@ class OpenVino:
     writes: Mapping[str, str] = {"openvino": "openvino"}
     runs: Mapping[str, str] = {"openvino": "openvino"}
     means = Means()
-    tolerance = 1e-5
+    tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
     near: tuple[str, ...] = ("onnx", "pt2", "remote")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from linearize.export.face import Format
+from linearize.export.gguf import Gguf
 from linearize.export.onnx import Onnx
 from linearize.export.openvino import OpenVino
 from linearize.export.stock import Stock
 
 __all__ = ["FORMATS", "format_of"]
 
-_ALL: tuple[Format, ...] = (Onnx(), Stock(), OpenVino())
+_ALL: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf())
 FORMATS: dict[str, Format] = {made.name: made for made in _ALL}
 
 

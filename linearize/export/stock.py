@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from linearize.errors import CheckpointError
 from linearize.export.compare import distance, expected
-from linearize.export.face import Means, Proof, Refusal, Subject
+from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.running.models import device_of
 from linearize.zoo.stock import check_stock, check_timm, library_class, stock_copy
 from linearize.zoo.timm_models import is_timm
@@ -26,7 +27,7 @@ class Stock:
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {}
     means = Means(own_layers=False, uniform=True, modules=False)
-    tolerance = 1e-5
+    tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
     near: tuple[str, ...] = ("gguf", "decilm", "remote", "onnx", "pt2")
 

@@ -17,7 +17,7 @@ from linearize import checks
 from linearize.errors import ExportError, LinearizeError, UsageError
 from linearize.export.batches import batches_for
 from linearize.export.face import Format, Proof, Refusal, Subject
-from linearize.export.plain import gated
+from linearize.export.plain import allowance, gated
 from linearize.export.registry import FORMATS, format_of
 from linearize.running.models import evaluating
 from linearize.zoo.inputs import unwrap
@@ -72,6 +72,7 @@ def export(
     tolerance: float | None = None,
     opset: int | None = None,
     external_data: bool | None = None,
+    tokenizer: Any = None,
 ) -> Exported:
     """Write a model for another program's runtime, run it there, and keep the file only if it is the same function.
 
@@ -88,6 +89,7 @@ def export(
         tolerance: the largest relative error that passes; None takes that of the format.
         opset: version of ONNX's operators; None takes that of torch's exporter.
         external_data: ONNX weights in a file beside; None does so where they are too large for one file.
+        tokenizer: of a GGUF file: a fast tokenizer of transformers, or its folder; None writes numbers for words.
 
     Returns:
         An `Exported`: `.path`, `.files`, `.facts`, `.proof`; it prints as a few lines.
@@ -113,7 +115,7 @@ def export(
         checks.boolean(name, value)
     if tolerance is not None:
         checks.number("tolerance", tolerance, least=0)
-    options = _options(chosen, opset=opset, external_data=external_data)
+    options = _options(chosen, opset=opset, external_data=external_data, tokenizer=tokenizer)
     _check_place(target, chosen, overwrite=overwrite)
     model = unwrap(model)
     _check_fit(model, chosen)
@@ -134,7 +136,7 @@ def _written(subject: Subject, chosen: Format, target: Path, *, check: bool, tol
         made = Path(folder) / target.name
         facts = chosen.write(subject, made)
         proof = chosen.check(subject, made) if check else None
-        allowed = chosen.tolerance if tolerance is None else tolerance
+        allowed = allowance(chosen, subject.model) if tolerance is None else tolerance
         if proof is not None and not proof.error <= allowed:
             found = f"in {proof.runtime} it is {proof.error:.1e} off, relative, where {allowed:.0e} is allowed"
             remedy = (
