@@ -6,11 +6,12 @@ from linearize.export.face import Format
 from linearize.export.gguf import Gguf
 from linearize.export.onnx import Onnx
 from linearize.export.openvino import OpenVino
+from linearize.export.remote import Remote
 from linearize.export.stock import Stock
 
 __all__ = ["FORMATS", "format_of"]
 
-_ALL: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf())
+_ALL: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf(), Remote())
 FORMATS: dict[str, Format] = {made.name: made for made in _ALL}
 
 

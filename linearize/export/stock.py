@@ -15,6 +15,7 @@ from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.running.models import device_of
 from linearize.zoo.stock import check_stock, check_timm, library_class, stock_copy
 from linearize.zoo.timm_models import is_timm
+from linearize.zoo.transformers_models import without_bars
 
 __all__ = ["Stock"]
 
@@ -48,7 +49,8 @@ class Stock:
             name, arguments = check_timm(subject.model)
             save_for_hf(made, str(path), model_args=arguments, safe_serialization=True)
             return {"architecture": name, "arguments": arguments}
-        made.save_pretrained(path)
+        with without_bars():
+            made.save_pretrained(path)
         changed = _changed(subject.model, made)
         return {"class": type(made).__name__, **({"config": changed} if changed else {})}
 
@@ -63,7 +65,8 @@ class Stock:
             import transformers
 
             kind: Any = library_class(type(subject.model))
-            made = kind.from_pretrained(path, dtype="auto", local_files_only=True)
+            with without_bars():
+                made = kind.from_pretrained(path, dtype="auto", local_files_only=True)
             runtime = f"transformers {transformers.__version__}"
         twin = Subject(made.eval().to(device_of(subject.model)), subject.batches)
         return Proof(runtime, distance(expected(subject), expected(twin)), len(subject.batches))
