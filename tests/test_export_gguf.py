@@ -13,40 +13,13 @@ import linearize
 from linearize.compress import compress
 from linearize.errors import ExportError, UsageError
 from linearize.export.llamacpp import ask
-from linearize.surgery.only import OnlyLinear
+from tests.decoders import biased, narrow, without_attention
 from tests.exported import llama, off, small, transformer
 from tests.toys import QUIET
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 IDS = torch.randint(3, 60, (60, 10), generator=torch.Generator().manual_seed(1))
-
-
-def biased(model: Any) -> Any:
-    """Biases that do something."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def narrow(model: Any, layer: int, width: int) -> Any:
-    mlp = model.model.layers[layer].mlp
-    mlp.gate_proj, mlp.up_proj = nn.Linear(32, width, bias=False), nn.Linear(32, width, bias=False)
-    mlp.down_proj = nn.Linear(width, 32, bias=False)
-    return model
-
-
-def matrix(*, zero: bool = False) -> OnlyLinear:
-    made = OnlyLinear(32, 32, bias=False, keyword="hidden_states", nones=1)
-    if zero:
-        nn.init.zeros_(made.linear.weight)
-    return made
-
-
-def without_attention(model: Any, layer: int, *, zero: bool) -> Any:
-    model.model.layers[layer].self_attn = matrix(zero=zero)
-    return model
 
 
 def fewer_heads() -> Any:

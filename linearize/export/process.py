@@ -43,7 +43,7 @@ def tensors(nest):
 {load}
 batches = torch.load(place + "/in.pt", weights_only=True)
 with torch.no_grad():
-    out = [[t.clone() for t in tensors(run(args, kwargs))] for args, kwargs in batches]
+    out = [[t.cpu().clone() for t in tensors(run(args, kwargs))] for args, kwargs in batches]
 torch.save(out, place + "/out.pt")
 """
 

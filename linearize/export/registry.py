@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from linearize.export.decilm import DeciLm
 from linearize.export.face import Format
 from linearize.export.gguf import Gguf
 from linearize.export.onnx import Onnx
 from linearize.export.openvino import OpenVino
+from linearize.export.pt2 import Pt2
 from linearize.export.remote import Remote
 from linearize.export.stock import Stock
 
 __all__ = ["FORMATS", "format_of"]
 
-_ALL: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf(), Remote())
+_ALL: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf(), Remote(), Pt2(), DeciLm())
 FORMATS: dict[str, Format] = {made.name: made for made in _ALL}
 
 
