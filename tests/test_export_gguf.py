@@ -110,7 +110,7 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=match):
             linearize.export(model, tmp_path / "a.gguf", format="gguf", example_inputs={"input_ids": IDS[:2]})
 
-    refuse(small("llama")[1], r"layers.0.mlp.down_proj: is a CarryLinear.*gguf cannot hold that.*nearest.*\"onnx\"")
+    refuse(small("llama")[1], r"layers.0.mlp.down_proj: is a CarryLinear.*gguf cannot hold that.*nearest.*\"remote\"")
     trap = llama()
     trap.model.layers[1].mlp = nn.Linear(32, 32, bias=False)
     refuse(trap, "layers.1.mlp: is one linear map, where an FFN")

@@ -79,7 +79,7 @@ def test_what_no_config_says(tmp_path: Path) -> None:
             linearize.export(model, tmp_path / "folder", format="stock")
         assert list(tmp_path.iterdir()) == []
 
-    refuse(small("llama")[1], r"model.layers.0.mlp.*: found \w+, which no stock model has.*nearest .*: \"onnx\"")
+    refuse(small("llama")[1], r"model.layers.0.mlp.*: found \w+, which no stock model has.*nearest .*: \"remote\"")
     refuse(small("vit")[1], r"blocks.0.mlp.\w+: found \w+, which no stock model has")
     uneven: Any = llama()
     uneven.model.layers[1].mlp.gate_proj = nn.Linear(32, 40, bias=False)

@@ -47,6 +47,9 @@ def compress(
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 for the closed form alone.")] = 10,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: show the options and what is chosen.")] = False,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal widths in all sites of equal shape.")] = False,
+    target: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Use only what a format of linearize export can hold.")
+    ] = None,
     stock: Annotated[
         bool,
         typer.Option("--stock", help="Ordinary layers only; a transformers model is also saved as a stock folder."),
@@ -95,7 +98,8 @@ def compress(
     parts = _parts(output)
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules, output=parts,
+            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
+            modules=modules, output=parts,
             search=search,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,

@@ -5,7 +5,6 @@ Shape letters: D hidden size, H heads, G heads of keys and values, W width of an
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linearize.export import decilm_file
 from linearize.export.compare import distance, expected
 from linearize.export.decilm_back import read_back
 from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
@@ -25,6 +23,7 @@ from linearize.zoo.decoders import Decoder, Unlike, read_decoder
 
 __all__ = ["DeciLm"]
 
+_READER = Path(__file__).with_name("decilm_file.py")  # which needs transformers to be imported
 _STEP = 256  # the servers round widths up to multiples of this
 _PLACES = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -63,7 +62,7 @@ class DeciLm:
         path.mkdir()
         config = config_of(decoder, next(subject.model.parameters()).dtype)
         write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(path / "configuration_decilm.py", inspect.getsource(decilm_file))
+        write_text(path / "configuration_decilm.py", _READER.read_text(encoding="utf-8"))
         save_file(_tensors(decoder), path / "model.safetensors", {"format": "pt"})
         generation: Any = getattr(subject.model, "generation_config", None)
         if generation is not None:
@@ -119,7 +118,7 @@ def config_of(decoder: Decoder, dtype: torch.dtype) -> dict[str, Any]:
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
         "architectures": ["DeciLMForCausalLM"],
-        "model_type": decilm_file.DeciLMConfig.model_type,
+        "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         **{name: own.get(name) for name in _KEPT},
         "head_dim": decoder.head_dim,

@@ -14,10 +14,11 @@ from typing import Any
 from torch import nn
 
 from linearize import checks
-from linearize.errors import ExportError, LinearizeError, UsageError
+from linearize.errors import ExportError, UsageError
 from linearize.export.batches import batches_for
-from linearize.export.face import Format, Proof, Refusal, Subject
-from linearize.export.plain import allowance, gated
+from linearize.export.face import Format, Proof, Subject
+from linearize.export.fit import check_fit
+from linearize.export.plain import allowance
 from linearize.export.registry import FORMATS, format_of
 from linearize.running.models import evaluating
 from linearize.zoo.inputs import unwrap
@@ -118,7 +119,7 @@ def export(
     options = _options(chosen, opset=opset, external_data=external_data, tokenizer=tokenizer)
     _check_place(target, chosen, overwrite=overwrite)
     model = unwrap(model)
-    _check_fit(model, chosen)
+    check_fit(model, chosen.name)
     _check_installed(chosen, check=check)
     with evaluating(model):
         subject = Subject(model, batches_for(model, example_inputs), options)
@@ -193,27 +194,6 @@ def _check_place(target: Path, chosen: Format, *, overwrite: bool) -> None:
         raise UsageError("path", f"found the file {target}, and {chosen.name} writes a folder", "Pass another path.")
     if there and not empty and not overwrite:
         raise UsageError("path", f"found {target}, which exists already", "Pass overwrite=True, or another path.")
-
-
-def _check_fit(model: nn.Module, chosen: Format) -> None:
-    refusal = gated(model)
-    if refusal is not None:
-        raise ExportError(refusal.where, refusal.why, "Call linearize.collapse first; it leaves none.")
-    refusal = chosen.can(model)
-    if refusal is not None:
-        raise refused(model, chosen, refusal)
-
-
-def refused(model: nn.Module, chosen: Format, refusal: Refusal) -> LinearizeError:
-    """What is said of a model that a format cannot hold, with the nearest one that can."""
-    others = [FORMATS[name] for name in chosen.near if name in FORMATS]
-    nearest = next((other.name for other in others if other.can(model) is None), None)
-    remedy = 'Plan for it from the start: linearize.compress(..., target="' + chosen.name + '").'
-    if chosen.means.own_layers:
-        remedy = ""
-    if nearest is not None:
-        remedy = f'The nearest format that can: "{nearest}". {remedy}'
-    return ExportError(refusal.where, f"{refusal.why}: {chosen.name} cannot hold that", remedy.strip() or "Use save.")
 
 
 def _check_installed(chosen: Format, *, check: bool) -> None:
