@@ -20,10 +20,12 @@ from linearize.errors import (
     CollapseError,
     ConvertError,
     DataError,
+    ExportError,
     LinearizeError,
     TrainingError,
     UsageError,
 )
+from linearize.export.verb import Exported, export
 from linearize.finetune import FinetuneResult, finetune
 from linearize.gating.gate import ChannelGate, gates
 from linearize.guard import guard_saving as _guard_saving  # noqa: F401 - with it, every record puts a guard on its model
@@ -43,6 +45,8 @@ __all__ = [
     "CollapseError",
     "ConvertError",
     "DataError",
+    "ExportError",
+    "Exported",
     "FinetuneResult",
     "FunctionalDimension",
     "LinearizeError",
@@ -61,6 +65,7 @@ __all__ = [
     "collapse",
     "compress",
     "convert",
+    "export",
     "finetune",
     "functional_dimension",
     "gates",

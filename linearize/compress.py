@@ -14,6 +14,7 @@ from torch import nn
 from linearize.bench import benchmark
 from linearize.convert import UNSELECTED, convert
 from linearize.cost import cost
+from linearize.export.fit import expect_fit, prove_fit
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
@@ -34,7 +35,6 @@ from linearize.storage.lock import alone_in
 from linearize.summary import summary
 from linearize.training.losses import Evaluate, scores_of
 from linearize.verify import verify
-from linearize.zoo.stock import expect_stock, prove_stock
 
 __all__ = ["Result", "compress"]
 
@@ -77,6 +77,7 @@ def compress(
     search: int = 16,
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
+    target: str | None = None,
     modules: bool = True,
     round_to: int | None = None,
     when: When = "cheaper",
@@ -124,6 +125,7 @@ def compress(
         uniform: keep equal widths in all sites of equal shape, as serving runtimes need; or glob patterns of sites.
         stock: take only options that leave ordinary layers: equal widths, no skip, no new bias. A transformers model
             then has a correct config again (`linearize.zoo.stock_copy`).
+        target: a format of `linearize.export`, such as "gguf": take only options that it can hold (docs/deploy.md).
         modules: whole modules, such as attention or a residual block, may become one linear map. Not with `uniform`,
             `stock` or `activations=`, and not if a module holds an activation that `include` or `exclude` leave out.
         round_to: widths are multiples of this; None takes multiples of 8, and smaller ones at narrow sites. It does
@@ -157,8 +159,8 @@ def compress(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
         finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
         exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
-        modules=modules, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds,
-        cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
+        target=target, modules=modules, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes,
+        rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)
     notes.forget()
@@ -172,8 +174,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         LinearizeError: as for `compress`.
     """
     check_inputs(model, data)
-    if request.stock:
-        expect_stock(model)
+    expect_fit(model, stock=request.stock, target=request.target)
     steps, repeated = Steps(progress=request.progress), Repeated(data, request.seed)
     with ExitStack() as around:
         around.enter_context(staying(model))
@@ -203,8 +204,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         seed_everything(request.seed)
         report = _report(models, batches, example, request, steps, made.history)
-        if request.stock:
-            prove_stock(made.small, example)
+        prove_fit(made.small, example, stock=request.stock, target=request.target)
         return _result(made.small, made, report), notes
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "CollapseError",
     "ConvertError",
     "DataError",
+    "ExportError",
     "LinearizeError",
     "TrainingError",
     "UsageError",
@@ -51,6 +52,10 @@ class CollapseError(LinearizeError):
 
 class CheckpointError(LinearizeError):
     """A file cannot be written or read, or its content is not valid."""
+
+
+class ExportError(LinearizeError):
+    """A format cannot hold a model, or its runtime computes something else."""
 
 
 class DataError(LinearizeError):

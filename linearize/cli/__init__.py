@@ -1,4 +1,4 @@
-"""The command line: `linearize inspect | compress | verify | bench`.
+"""The command line: `linearize inspect | compress | verify | bench | export`.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 the two models of
 `verify` differ, 2 bad usage or bad input, 130 interrupted.
@@ -19,6 +19,7 @@ import typer
 from linearize._version import __version__
 from linearize.cli.bench import bench
 from linearize.cli.compress import compress
+from linearize.cli.export import export
 from linearize.cli.inspect import inspect
 from linearize.cli.verify import verify
 from linearize.errors import LinearizeError
@@ -62,6 +63,7 @@ app.command()(inspect)
 app.command()(compress)
 app.command()(verify)
 app.command()(bench)
+app.command()(export)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -122,6 +124,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _told_for_a_shell(error: LinearizeError) -> str:
     """The error's text, with a remedy that can be typed."""
+    if "overwrite=True" in error.remedy:
+        return f"{error.where}: {error.found}. Pass --overwrite, or another --out."
     if "example_inputs=" in error.remedy:
         return f"{error.where}: {error.found}. Pass the shape of one sample, for example --shape 3x224x224."
     return str(error)

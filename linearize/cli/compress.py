@@ -64,6 +64,9 @@ def compress(
         bool, typer.Option("--dry-run", help="Only make a plan: show the options and the choice.")
     ] = False,
     uniform: Annotated[bool, typer.Option("--uniform", help="Keep equal widths in all layers of equal shape.")] = False,
+    target: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Use only what this format of `linearize export` can hold.")
+    ] = None,
     stock: Annotated[
         bool,
         typer.Option(
@@ -117,7 +120,8 @@ def compress(
     parts = _parts(output)
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules, output=parts,
+            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
+            modules=modules, output=parts,
             search=search,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,

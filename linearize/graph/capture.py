@@ -156,7 +156,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
         CaptureError: the model does not run on these inputs, or its control flow depends on the data.
     """
     try:
-        with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), _silent():
+        with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), silent():
             warnings.simplefilter("ignore")
             whole = _TensorsOnly(model)
             program = torch.export.export(whole, *copied(inputs), strict=False)
@@ -168,7 +168,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """A failed export logs and prints its whole graph; the error says enough."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]

@@ -74,7 +74,7 @@ def to_budget(job: Job, request: Request) -> Made:
 
 def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
     """The survey; without latencies if the plan is settled."""
-    steps = job.steps
+    steps, means = job.steps, request.means
     measure = "flops" if request.budget is None else request.budget.measure
     with steps("survey"):
         return survey(
@@ -84,10 +84,10 @@ def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             job.batch,
             measure="flops" if held is not None and measure == "latency" else measure,
             batch_sizes=request.batch_sizes,
-            round_to=request.round_to,
-            uniform=request.uniform,
-            stock=request.stock,
-            modules=request.modules,
+            round_to=means.round_to,
+            uniform=request.uniform or means.uniform,
+            stock=not means.own_layers,
+            modules=means.modules,
             seed=request.seed,
             rounds=min(_rounds(request), 9),
             cache=request.table,

@@ -16,6 +16,8 @@ from torch import nn
 from linearize import checks
 from linearize.convert import unwrapped
 from linearize.errors import DataError, UsageError
+from linearize.export.face import Means
+from linearize.export.registry import FORMATS
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import Budget, read_budget
@@ -69,6 +71,7 @@ class Request:
     search: int = 16
     uniform: bool | Sequence[str] = False
     stock: bool = False
+    target: str | None = None
     modules: bool = True
     output: Choice = None
     round_to: int | None = None
@@ -116,6 +119,11 @@ class Request:
             raise UsageError("compress", found, remedy)
         if self.linear is not None:
             checks.share("linear", self.linear, positive=True)
+        if self.target is not None:
+            checks.choice("target", self.target, tuple(FORMATS))
+            if self.linear is not None and not self.means.own_layers:
+                found = f'found beside linear=, which folds channels into layers that "{self.target}" cannot hold'
+                raise UsageError("target", found, "Pass a budget, such as flops=0.5.")
         plan: Any = self.plan
         if plan is not None and not isinstance(plan, Plan):
             found, remedy = f"found a {type(plan).__name__}", "Pass a Plan; Plan.from_json reads one from text."
@@ -146,6 +154,17 @@ class Request:
             options.setdefault("output", self.output)
         _check_options(options)
         return options
+
+    @property
+    def means(self) -> Means:
+        """What a plan may use: what was asked for, as far as the format that it is for can hold it."""
+        most = Means() if self.target is None else FORMATS[self.target].means
+        return Means(
+            own_layers=most.own_layers and not self.stock,
+            uniform=most.uniform or self.stock,
+            modules=most.modules and self.modules,
+            round_to=most.round_to if self.round_to is None else self.round_to,
+        )
 
     @property
     def table(self) -> Path | None:

@@ -116,7 +116,7 @@ def survey(
         round_to: widths are multiples of this; None decides by site.
         uniform: True keeps equal numbers of channels in all sites of the same shape; or glob patterns of site names,
             each a group of its own.
-        stock: only options that leave ordinary layers, all of one width.
+        stock: only options that leave ordinary layers.
         modules: whether whole modules may become one linear map; not where equal widths are asked for.
         seed: of random projections.
         rounds: measurements of each latency.
@@ -131,7 +131,7 @@ def survey(
     baked = bake(gated)
     if baked:
         say(f"  {len(baked)} computed weights become plain ones, such as that of {baked[0]}")
-    ties = _ties(gated, uniform=uniform or stock)
+    ties = _ties(gated, uniform=uniform)
     context = Context(
         gated,
         batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError, CheckpointError
-from linearize.zoo.stock_config import described
+from linearize.zoo import timm_models, timm_stock
+from linearize.zoo.stock_config import described, misfit, shapes_of
 
-__all__ = ["check_stock", "expect_stock", "prove_stock", "stock_copy"]
+__all__ = [
+    "check_plain",
+    "check_stock",
+    "check_timm",
+    "expect_stock",
+    "is_ours",
+    "library_class",
+    "prove_stock",
+    "stock_copy",
+]
 
 _REMEDY = "Compress with stock=True, which keeps equal widths and adds no bias, or save it with linearize.save."
 # What the same sums in another order may differ by, relative to the largest value.
@@ -26,17 +37,19 @@ def stock_copy(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
     Use this on the result of `linearize.compress(..., stock=True)` for a transformers model. Its FFNs are narrower, all
     of one width, and contain no layers of linearize. The numbers in the config that give their width, such as
-    `intermediate_size`, are found by trying which ones give these shapes. Weights and outputs of both are compared.
+    `intermediate_size`, are found by trying which ones give these shapes. For a timm model these are arguments of its
+    constructor, such as `mlp_ratio`. Weights and outputs of both are compared.
 
     Args:
         model: the compressed model. It is not changed.
         example_inputs: as for `linearize.convert`. The outputs are compared on them.
 
     Returns:
-        A new model, in eval mode. Its `save_pretrained` writes a folder that can be loaded without linearize.
+        A new model, in eval mode. `save_pretrained`, or `timm.models.save_for_hf`, writes a folder that can be loaded
+        without linearize.
 
     Raises:
-        CheckpointError: the model is not from transformers; or no config describes it, because layers have different
+        CheckpointError: the model is from neither library; or no config describes it, because layers have different
             widths, come from linearize, or have a bias where the class has none; or a model of that config computes
             something else.
 
@@ -46,6 +59,12 @@ def stock_copy(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         >>> stock_copy(BertModel(config)).config.intermediate_size
         32
     """
+    if timm_models.is_timm(model):
+        made = timm_stock.filled(check_timm(model), model)
+        difference = _difference(model, made, example_inputs)
+        if difference:
+            raise CheckpointError(type(model).__name__, difference, "Save it with linearize.save instead.")
+        return made
     kind, state, found = check_stock(model)
     reason, equal = "", None
     for config in (found, *_tied_otherwise(found)):
@@ -106,22 +125,55 @@ def check_stock(model: nn.Module) -> tuple[type[nn.Module], dict[str, Tensor], A
     if not _has_config(model):
         raise CheckpointError(name, "found no transformers config", "Save it with linearize.save instead.")
     config: Any = model.config
-    # A function that a rewritten forward calls as a child is the same function without the rewriting.
-    kinds = {kind for kind in map(type, model.modules()) if kind.__module__.startswith("linearize.")}
-    ours = sorted({kind.__name__ for kind in kinds} - {"Elementwise"})
-    if ours:
-        found = f"found {ours[0]}, which no stock model has"
-        raise CheckpointError(name, found, "Compress with stock=True, or save it with linearize.save.")
-    kind = _written(type(model))
+    check_plain(model)
+    kind = library_class(type(model))
     turned = _turned(kind, model, config)
     state = {key: value.t().contiguous() if key in turned else value for key, value in model.state_dict().items()}
     found_config = described(kind, config, {key: tuple(value.shape) for key, value in state.items()})
     if found_config is None:
-        raise CheckpointError(name, "found no config of its class that gives these shapes", _REMEDY)
+        where, why = misfit(shapes_of(kind, config), {key: tuple(value.shape) for key, value in state.items()})
+        raise CheckpointError(where, f"{why}: found no config of {name} that gives these shapes", _REMEDY)
     return kind, state, found_config
 
 
-def _written(kind: type[nn.Module]) -> type[nn.Module]:
+def check_timm(model: nn.Module) -> timm_stock.Arguments:
+    """The arguments with which timm makes a model of these shapes; nothing is computed.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    check_plain(model)
+    found = timm_stock.arguments_of(model)
+    if found is None:
+        before = timm_stock.shapes_before(model)
+        wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        where, why = misfit(before, wanted) if before else (type(model).__name__, "is of no name that timm knows")
+        raise CheckpointError(where, f"{why}: found no arguments of timm.create_model for it", _REMEDY)
+    return found
+
+
+def check_plain(model: nn.Module) -> None:
+    """See that every layer is one of the model's library.
+
+    Raises:
+        CheckpointError: there is one of ours.
+    """
+    for path, module in model.named_modules():
+        if is_ours(module):
+            found = f"found {type(module).__name__}, which no stock model has"
+            raise CheckpointError(path, found, "Compress with stock=True, or save it with linearize.save.")
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether no library but linearize has such a layer.
+
+    A function that a rewritten forward calls as a child is the same function without the rewriting.
+    """
+    kind = type(module)
+    return kind.__module__.startswith("linearize.") and kind.__name__ != "Elementwise"
+
+
+def library_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class as its library defines it, of one that was made from it to hold a rewritten forward."""
     for base in kind.__mro__:
         if getattr(sys.modules.get(base.__module__), base.__qualname__, None) is base:
@@ -196,5 +248,6 @@ def _tensors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        leaves = pytree.tree_leaves(dict(model(*args, **kwargs)))
+        output = model(*args, **kwargs)
+        leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,8 +30,8 @@ def described(kind: type[nn.Module], config: Any, shapes: Shapes) -> Any:
     while now != shapes:
         wanted = {key for key, shape in shapes.items() if now.get(key) != shape}
         refused: list[Change] = []
-        pairs = _pairs(now, shapes)
-        singles = [(place, new) for place, value in _numbers(current) for old, new in pairs if value in {old, None}]
+        sizes = pairs(now, shapes)
+        singles = [(place, new) for place, value in _numbers(current) for old, new in sizes if value in {old, None}]
         for changes in itertools.chain(((one,) for one in singles), _later(refused)):
             trial = _changed(current, changes)
             then = shapes_of(kind, trial) if trial is not None else {}
@@ -71,8 +72,13 @@ def _nearer(now: Shapes, then: Shapes, wanted: Shapes, key: str) -> bool:
     return all(n in {o, g} for o, n, g in zip(old, new, goal, strict=True))
 
 
-def _pairs(now: Shapes, wanted: Shapes) -> list[tuple[int, int]]:
-    """Sizes that differ: (what it is, what it shall be)."""
+def pairs(now: Shapes, wanted: Shapes) -> list[tuple[int, int]]:
+    """Sizes that differ: (what it is, what it shall be).
+
+    Examples:
+        >>> pairs({"weight": (8, 3)}, {"weight": (5, 3)})
+        [(8, 5)]
+    """
     both = [(now[key], shape) for key, shape in wanted.items() if len(now.get(key, ())) == len(shape)]
     return sorted({(o, w) for old, want in both for o, w in zip(old, want, strict=True) if o != w})
 
@@ -107,3 +113,32 @@ def _changed(config: Any, changes: tuple[Change, ...]) -> Any:
     except Exception:  # a config may check what it is given, in whatever way
         return None
     return made
+
+
+def misfit(now: Shapes, wanted: Shapes) -> tuple[str, str]:
+    """The first tensor that keeps any config from describing these shapes, and why, as a part of a sentence.
+
+    Examples:
+        >>> misfit({"0.weight": (8, 3), "1.weight": (8, 3)}, {"0.weight": (5, 3), "1.weight": (4, 3)})
+        ('1.weight', 'is 4 x 3 where 0.weight is 5 x 3, and one number is for both')
+    """
+    for key in wanted:
+        if key not in now:
+            return key, "is no tensor of a stock model"
+    for key in now:
+        if key not in wanted:
+            return key, "is missing, and a stock model has it"
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    for key, shape in wanted.items():
+        other = first.setdefault((re.sub(r"\d+", "", key), now[key]), key)
+        if wanted[other] != shape:
+            return (
+                key,
+                f"is {_told(shape)} where {other} is {_told(wanted[other])}, and one number is for both",
+            )
+    key = next(key for key, shape in wanted.items() if now[key] != shape)
+    return key, f"is {_told(wanted[key])}, and no number gives that"
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"

@@ -6,6 +6,8 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,20 @@ def is_transformers(model: nn.Module) -> bool:
     if "transformers" not in sys.modules:
         return False
     return any(cls.__name__ == "PreTrainedModel" and _root(cls) == "transformers" for cls in type(model).__mro__)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress of reading and writing files."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    try:
+        logging.disable_progress_bar()
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _root(cls: type) -> str:

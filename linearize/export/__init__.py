@@ -1,0 +1,1 @@
+"""One model for other programs' runtimes: an adapter per format, behind one face."""

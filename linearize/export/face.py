@@ -1,0 +1,112 @@
+"""The face of a format: what it can hold, what a plan may use for it, how it is written and run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from linearize.graph.capture import Inputs
+
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of runtimes that compute in the types of the parameters. For float64: they compute in float32."""
+
+__all__ = ["TOLERANCES", "Format", "Means", "Proof", "Refusal", "Subject"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a format cannot hold a model.
+
+    Attributes:
+        where: path of the module, or the name of the class if it is the whole model.
+        why: what was found there, as a part of a sentence.
+    """
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a plan may use if the model shall go into a format afterwards.
+
+    Attributes:
+        own_layers: layers that carry merged terms, and new biases; False asks for ordinary layers that get narrower.
+        uniform: whether all layers of one shape must keep one width.
+        modules: whether whole modules may become one linear map.
+        round_to: widths are multiples of this, where kernels want them; None for no wish.
+    """
+
+    own_layers: bool = True
+    uniform: bool = False
+    modules: bool = True
+    round_to: int | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported, and what it is compared on.
+
+    Attributes:
+        model: the model in eval mode; no format changes it.
+        batches: inputs of several shapes, the one that is traced first.
+        options: what the caller chose for this format, by name.
+    """
+
+    model: nn.Module
+    batches: list[Inputs]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the runtime gave.
+
+    Attributes:
+        runtime: its name and version.
+        error: the largest relative error of any output on any batch.
+        shapes: how many batches of different shapes were compared.
+        told: what else was seen, in a sentence, such as which tokens were generated.
+    """
+
+    runtime: str
+    error: float
+    shapes: int
+    told: str = ""
+
+
+class Format(Protocol):
+    """One format. An object without state; everything that a call needs is in the `Subject`.
+
+    Attributes:
+        name: as users say it.
+        suffix: of the file; "" if the format is a folder.
+        writes, runs: modules that writing and checking import, by the extra that brings them.
+        means: what a plan may use.
+        tolerances: largest relative error of an exported model, by the coarsest type of its parameters.
+        options: names of arguments of `linearize.export` that it takes.
+        near: formats to name where this one cannot hold a model, the nearest first.
+    """
+
+    name: str
+    suffix: str
+    writes: Mapping[str, str]
+    runs: Mapping[str, str]
+    means: Means
+    tolerances: Mapping[torch.dtype, float]
+    options: tuple[str, ...]
+    near: tuple[str, ...]
+
+    def can(self, model: nn.Module) -> Refusal | None:
+        """Why the format cannot hold the model; None if nothing is known to be in the way. Nothing is computed."""
+
+    def write(self, subject: Subject, path: Path) -> Mapping[str, Any]:
+        """Write the model; facts about the file, for its reader."""
+
+    def check(self, subject: Subject, path: Path) -> Proof:
+        """Run the file in the real runtime, and compare."""

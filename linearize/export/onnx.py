@@ -1,0 +1,128 @@
+"""ONNX: by torch's own exporter, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.export.batches import tensors_in
+from linearize.export.compare import distance, expected
+from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.plain import floating_types
+from linearize.export.program import Program, program_of
+from linearize.graph.capture import silent
+
+__all__ = ["Onnx"]
+
+_MOST = 2**31 - 2**20  # bytes in one protobuf message, with some room for what is no weight
+
+
+class Onnx:
+    """One .onnx file, with its weights beside it where they are too large for one."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    writes: Mapping[str, str] = {"onnx": "onnx", "onnxscript": "onnx"}
+    runs: Mapping[str, str] = {"onnxruntime": "onnx"}
+    means = Means()
+    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    options: tuple[str, ...] = ("opset", "external_data")
+    near: tuple[str, ...] = ("openvino", "pt2", "remote")
+
+    def can(self, model: nn.Module) -> Refusal | None:
+        """Anything that torch.export captures, in types that the runtime's CPU kernels have."""
+        wrong = [kind for kind in floating_types(model) if kind not in (torch.float32, torch.float16)]
+        if wrong:
+            where, kind = next((name, p.dtype) for name, p in model.named_parameters() if p.dtype == wrong[0])
+            return Refusal(
+                where, f"is of {kind}, for which ONNX Runtime has no kernels; model.float() makes a copy fit"
+            )
+        return None
+
+    def write(self, subject: Subject, path: Path) -> Mapping[str, Any]:
+        """Capture, translate, save."""
+        program = program_of(subject)
+        size = sum(t.numel() * t.element_size() for t in program.exported.state_dict.values())
+        wanted = subject.options.get("external_data")
+        made = _translated(program, subject.options.get("opset"))
+        outside = size > _MOST if wanted is None else bool(wanted)
+        made.save(path, external_data=outside)
+        opset = {name or "ai.onnx": version for name, version in made.model.opset_imports.items()}
+        return {
+            "opset": opset["ai.onnx"],
+            "inputs": ", ".join(program.inputs),
+            "outputs": ", ".join(program.outputs),
+            "open sizes": program.told,
+            "external data": outside,
+        }
+
+    def check(self, subject: Subject, path: Path) -> Proof:
+        """In a session on the CPU."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+        fixed = [list(entry.shape) for entry in session.get_inputs()]
+        batches = [batch for batch in subject.batches if _fits(_named(subject, batch), names, fixed)]
+        found = []
+        for batch in batches:
+            feed = _named(subject, batch)
+            outputs = session.run(None, {name: feed[name].numpy() for name in names})
+            found.append([torch.from_numpy(output) for output in outputs])
+        if not batches:  # the one that was traced fits, unless the exporter has lost an axis
+            return Proof(f"ONNX Runtime {onnxruntime.__version__}", math.inf, 0)
+        reference = expected(Subject(subject.model, batches))
+        return Proof(f"ONNX Runtime {onnxruntime.__version__}", distance(reference, found), len(batches))
+
+
+def _named(subject: Subject, batch: Any) -> dict[str, Tensor]:
+    from linearize.export.program import input_names
+
+    tensors = [t.detach().cpu().contiguous() for t in tensors_in(batch)]
+    return dict(zip(input_names(subject.model, batch), tensors, strict=True))
+
+
+def _fits(feed: Mapping[str, Tensor], names: list[str], shapes: list[list[Any]]) -> bool:
+    """Whether a batch has the sizes that are fixed."""
+    return all(
+        not isinstance(size, int) or size == have
+        for name, shape in zip(names, shapes, strict=True)
+        for size, have in zip(shape, feed[name].shape, strict=True)
+    )
+
+
+def _translated(program: Program, opset: int | None) -> Any:
+    """The ONNX program, its open sizes named in plain words."""
+    with warnings.catch_warnings(), silent():
+        warnings.simplefilter("ignore")
+        made: Any = torch.onnx.export(
+            program.exported,
+            dynamo=True,
+            input_names=list(program.inputs),
+            output_names=list(program.outputs),
+            opset_version=opset,
+            verbose=False,
+        )
+    names: dict[str, str] = {}
+    for value, axes in zip(made.model.graph.inputs, program.open, strict=True):
+        names |= {str(value.shape[axis]): name for axis, name in axes.items() if name not in names.values()}
+    _rename(made.model.graph, names)
+    return made
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    import onnx_ir
+
+    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+    for value in {id(value): value for value in values}.values():
+        if any(str(size) in names for size in value.shape or ()):
+            value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])

@@ -1,0 +1,119 @@
+"""OpenVINO: a saved intermediate representation, run on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize.export.batches import tensors_in
+from linearize.export.compare import distance, expected
+from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.plain import floating_types
+from linearize.export.program import Flat, input_names, output_names, program_of
+from linearize.graph.capture import Inputs
+from linearize.graph.protect import untouched
+
+__all__ = ["OpenVino"]
+
+
+class OpenVino:
+    """Two files: .xml for the graph, .bin for the weights."""
+
+    name = "openvino"
+    suffix = ".xml"
+    writes: Mapping[str, str] = {"openvino": "openvino"}
+    runs: Mapping[str, str] = {"openvino": "openvino"}
+    means = Means()
+    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    options: tuple[str, ...] = ()
+    near: tuple[str, ...] = ("onnx", "pt2", "remote")
+
+    def can(self, model: nn.Module) -> Refusal | None:
+        """Anything that torch.export captures, in one floating type."""
+        kinds = floating_types(model)
+        if len(kinds) > 1:
+            where = next(name for name, p in model.named_parameters() if p.dtype == kinds[1])
+            return Refusal(
+                where, f"is of {kinds[1]}, and others are of {kinds[0]}; OpenVINO does not mix them by itself"
+            )
+        return None
+
+    def write(self, subject: Subject, path: Path) -> Mapping[str, Any]:
+        """Capture, translate, save; weights as they are."""
+        import openvino
+
+        names = input_names(subject.model, subject.batches[0]), output_names(subject.model, subject.batches[0])
+        made, told = _translated(subject)
+        for ports, words in zip((made.inputs, made.outputs), names, strict=True):
+            for port, name in zip(ports, words, strict=True):
+                port.get_tensor().set_names({name})
+        # Without this the weights are rounded to float16.
+        openvino.save_model(made, str(path), compress_to_fp16=False)
+        return {"inputs": ", ".join(names[0]), "outputs": ", ".join(names[1]), "open sizes": told}
+
+    def check(self, subject: Subject, path: Path) -> Proof:
+        """Compiled for the CPU, in float32: by itself it computes in bfloat16 where a processor has that."""
+        import openvino
+
+        core = openvino.Core()
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        made = core.compile_model(str(path), "CPU", settings)
+        batches = [batch for batch in subject.batches if _fits(made, batch)]
+        found = []
+        for batch in batches:
+            outputs = made([t.detach().cpu().numpy() for t in tensors_in(batch)])
+            found.append([torch.from_numpy(outputs[port].copy()) for port in made.outputs])
+        reference = expected(Subject(subject.model, batches))
+        version = openvino.__version__.partition("-")[0]
+        return Proof(f"OpenVINO {version}", distance(reference, found) if batches else float("inf"), len(batches))
+
+
+def _translated(subject: Subject) -> tuple[Any, str]:
+    """The model in OpenVINO's terms, and which sizes are open.
+
+    By torch.export; by tracing where that has an op that is not known there: timm resizes its position embeddings when
+    it is exported, and not when it is traced.
+    """
+    import openvino
+
+    program = program_of(subject)
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            return openvino.convert_model(program.exported), program.told
+        except openvino.frontend.OpConversionFailure as error:
+            reason = str(error).strip().splitlines()[-1]
+        tensors = tensors_in(subject.batches[0])
+        with untouched(subject.model):
+            made = openvino.convert_model(Flat(subject.model, subject.batches[0]), example_input=tuple(tensors))
+        sizes = [[-1 if axis in axes else size for axis, size in enumerate(t.shape)]
+                 for t, axes in zip(tensors, program.open, strict=True)]  # fmt: skip
+        made.reshape({port: openvino.PartialShape(shape) for port, shape in zip(made.inputs, sizes, strict=True)})
+    return made, f"{program.told} (traced: {reason.removeprefix('-- ')})"
+
+
+def _fits(made: Any, batch: Inputs) -> bool:
+    """Whether a batch has the sizes that are fixed."""
+    import openvino
+
+    return all(
+        port.get_partial_shape().compatible(openvino.PartialShape(list(t.shape)))
+        for port, t in zip(made.inputs, tensors_in(batch), strict=True)
+    )
+
+
+class _quiet:  # noqa: N801 - reads as a statement
+    """The converter logs what it decides."""
+
+    def __enter__(self) -> None:
+        self.before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self.before)
