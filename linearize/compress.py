@@ -77,6 +77,7 @@ def compress(
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
     modules: bool = True,
+    families: Sequence[str] | None = None,
     round_to: int | None = None,
     when: When = "cheaper",
     batch_sizes: Sequence[int] | None = None,
@@ -125,6 +126,8 @@ def compress(
             then has a true config again (`linearize.zoo.stock_copy`).
         modules: whole modules, such as attention or a residual block, may become one linear map; not with `uniform` or
             `stock`, not under `activations=`, and none that holds an activation outside `include` and `exclude`.
+        families: names of the kinds of replacement that may be chosen; None takes all: "channels", "blocks", "lines",
+            "heads", "modules" (docs/compress.md).
         round_to: widths are multiples of this; None takes multiples of 8, finer at narrow sites. Lines in place, under
             `activations=`, change no width.
         when: with `linear`, as for `linearize.collapse`.
@@ -156,8 +159,8 @@ def compress(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
         finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
         exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
-        modules=modules, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds,
-        cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
+        modules=modules, families=families, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes,
+        rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)
     notes.forget()

@@ -36,6 +36,7 @@ class Context:
         tied: sites that must keep equal widths.
         stock: only options that leave ordinary layers.
         modules: whether whole modules may be replaced.
+        families: names of those that offer options; None for all.
         progress: show bars.
         calibration: by site name, the line of each channel and what it leaves; known once the data has been seen.
         warned: what makes results doubtful, such as too little data, by site; families add to it.
@@ -51,10 +52,21 @@ class Context:
     tied: frozenset[str] = frozenset()
     stock: bool = False
     modules: bool = True
+    families: frozenset[str] | None = None
     progress: bool = False
     calibration: Mapping[str, SiteCalibration] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+
+    def takes(self, family: str) -> bool:
+        """Whether a family offers options.
+
+        Examples:
+            >>> context = Context(nn.Identity(), None, [], "flops", families=frozenset(["channels"]))
+            >>> context.takes("channels"), context.takes("heads")
+            (True, False)
+        """
+        return self.families is None or family in self.families
 
 
 @dataclass(frozen=True)

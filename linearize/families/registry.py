@@ -5,13 +5,14 @@ from __future__ import annotations
 from linearize.families.blocks.family import Blocks
 from linearize.families.channels.family import Channels
 from linearize.families.family import Family
+from linearize.families.heads.family import AttentionHeads
 from linearize.families.lines.family import Lines
 from linearize.families.modules.family import Modules
 from linearize.plan import add_forms
 
 __all__ = ["FAMILIES", "family_of", "register"]
 
-FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), Modules()]
+FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules()]
 for _family in FAMILIES:
     add_forms(*_family.forms)
 

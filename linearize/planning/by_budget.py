@@ -85,6 +85,7 @@ def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             uniform=request.uniform,
             stock=request.stock,
             modules=request.modules,
+            families=request.families,
             seed=request.seed,
             rounds=min(_rounds(request), 9),
             cache=request.table,
@@ -186,6 +187,9 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     masks: dict[str, Tensor] = {}
     for site in plan.checked().sites:
         family = family_of(site.form)
+        if family.name not in found.places:
+            remedy = f"Leave families= out, or name {family.name!r} in it, too."
+            raise UsageError(site.site, f"is of the family {family.name!r} in the plan", remedy)
         if site.site in named:
             _check_site(site, named[site.site])
         again = family.replay(found.places[family.name], site, named.get(site.site))

@@ -73,8 +73,12 @@ def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice 
             losses[c.site] = option.loss / len(option.choices)
     named = gates(gated)
     sites = [
-        SitePlan(c.site, c.form, (), rank=c.rank, loss=losses.get(c.site, 0.0)) for c in replaced(choices).values()
-    ]
+        SitePlan(
+            c.site, c.form, c.gone, rank=c.rank, loss=losses.get(c.site, 0.0), dropped=c.gone,
+            channels=c.keep + len(c.gone) if c.gone else 0,
+        )
+        for c in replaced(choices).values()
+    ]  # fmt: skip
     for site in make_plan(gated).sites if named else ():
         chosen = choices.get(site.site)
         if chosen is not None:

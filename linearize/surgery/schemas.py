@@ -67,6 +67,14 @@ def _method(value: Any, where: str) -> None:
         identifier(value, where)
 
 
+def _number_name(value: Any, where: str) -> None:
+    """The name of an attribute, perhaps with a place in a list behind a dot."""
+    name, dot, index = value.partition(".") if type(value) is str else ("", "", "")
+    identifier(name, where)
+    if name.startswith("_") or (dot and not (index.isdecimal() and index.isascii() and len(index) < 4)):
+        raise Unfit(where, value, "the name of a number")
+
+
 # Where the call stands in a source: what does not fit that source is refused there.
 _PLACE = struct(
     {"method": _method, "index": integer(0, 100_000), "callee": text(1000), "reads": text(100)},
@@ -99,6 +107,7 @@ _SPECIAL: dict[str, Check] = {
     "FoldedNorm": struct({"channels": integer(1), "axis": _FIELDS["axis"], "shift": boolean}),
     "Neutral": struct({"values": mapping(identifier, one_of(0, 1, 0.0, 1.0), 100)}),
     "Unfused": struct({}),
+    "Attributes": struct({"values": mapping(_number_name, integer(0), 100)}),
     "Rewrite": struct(
         {"calls": array(_CALL, 1000, 1)},
         {"concrete": optional(mapping(identifier, _constant, 100))},

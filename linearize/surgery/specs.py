@@ -14,7 +14,7 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Step, record_of
-from linearize.surgery import carriers, fused, layers, only
+from linearize.surgery import attributes, carriers, fused, layers, only
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
 from linearize.surgery.schemas import check_options
@@ -23,7 +23,8 @@ from linearize.tensors import held
 
 Spec = dict[str, Any]
 
-IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP)  # they change a module instead of replacing it
+# They change a module instead of replacing it.
+IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES)
 _DEEPEST = 30  # activations inside activations
 _COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -181,6 +182,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Held": hold_function,
     "Kept": lambda current, options: keep_attributes(current, **options),
     fused.STEP: fused.unfuse,
+    attributes.ATTRIBUTES: attributes.attributes_step,
 }
 
 

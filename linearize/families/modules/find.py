@@ -19,6 +19,7 @@ from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, call, eagerly, evaluating
 from linearize.sites.record import record_of
 from linearize.tensors import meddler, oddity
+from linearize.zoo.caches import generates
 
 __all__ = ["meddled", "wholes_of"]
 
@@ -106,7 +107,7 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
     found: dict[str, _Call] = {}
     inner = {path for path, module in model.named_modules() if isinstance(module, ChannelGate)}
 
-    lonely = any(_generates(module) for module in model.modules())
+    lonely = any(generates(module) for module in model.modules())
 
     def begin(seen: _Call) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -160,12 +161,6 @@ def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Any]:
 def _versions(*values: Any) -> tuple[int, ...]:
     """How often each tensor in some arguments has been overwritten."""
     return tuple(leaf._version for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
-
-
-def _generates(module: nn.Module) -> bool:
-    """True if a model of transformers generates text, step by step."""
-    can = getattr(module, "can_generate", None)
-    return callable(can) and bool(can())
 
 
 def meddled(model: nn.Module) -> dict[str, str]:
