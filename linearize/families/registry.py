@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from linearize.families.blocks.family import Blocks
 from linearize.families.channels.family import Channels
+from linearize.families.depth.family import Depth
 from linearize.families.family import Family
 from linearize.families.heads.family import AttentionHeads
 from linearize.families.lines.family import Lines
@@ -12,7 +13,7 @@ from linearize.plan import add_forms
 
 __all__ = ["FAMILIES", "family_of", "register"]
 
-FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules()]
+FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Depth()]
 for _family in FAMILIES:
     add_forms(*_family.forms)
 

@@ -18,6 +18,7 @@ from linearize.planning.survey import Survey
 from linearize.running.copies import duplicate
 from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.form_choice import make_plan
+from linearize.zoo.layers import close_up
 
 __all__ = ["collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
 
@@ -50,6 +51,7 @@ def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
         small = duplicate(gated, CollapseError).eval()
         record = record_of(gated) or Record()
         set_record(small, Record((), record.steps, record.inputs))
+        close_up(small)
         return small
     return collapse(gated, plan=Plan(tuple(site for site in plan.sites if site.site in named))).eval()
 

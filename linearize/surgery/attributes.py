@@ -5,16 +5,17 @@ Only numbers that are there can be changed, and only into numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from linearize.errors import CheckpointError
 
-__all__ = ["ATTRIBUTES", "number_at", "numbers_of", "set_attributes"]
+__all__ = ["ATTRIBUTES", "SETTINGS", "fewer_in", "number_at", "numbers_of", "set_attributes"]
 
 ATTRIBUTES = "Attributes"
+SETTINGS = "Settings"
 
 
 def numbers_of(module: nn.Module) -> dict[str, int]:
@@ -72,4 +73,47 @@ def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
 def attributes_step(current: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Repeat a change when a file is loaded."""
     set_attributes(current, options["values"])
+    return current
+
+
+def fewer_in(
+    module: nn.Module, attribute: str, numbers: Sequence[str], lists: Sequence[str], keep: Sequence[int]
+) -> None:
+    """Tell settings that a module holds that there are fewer layers: how many, and what lists say of each; in place.
+
+    Args:
+        module: that holds them.
+        attribute: under this name.
+        numbers: names of settings that count layers.
+        lists: names of settings with an entry for each layer.
+        keep: which layers stay.
+
+    Raises:
+        CheckpointError: there are no such settings.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> model = nn.Identity()
+        >>> model.config = SimpleNamespace(layers=3, kinds=["a", "b", "c"])
+        >>> fewer_in(model, "config", ["layers"], ["kinds"], [0, 2])
+        >>> model.config
+        namespace(layers=2, kinds=['a', 'c'])
+    """
+    held: Any = vars(module).get(attribute)
+    for name in (*numbers, *lists):
+        value: Any = getattr(held, name, None)
+        fits = type(value) is int if name in numbers else isinstance(value, (list, tuple))
+        if not fits or (name in lists and max(keep, default=-1) >= len(value)):
+            found = f"has no {attribute}.{name:.80} that tells of its layers"
+            raise CheckpointError(type(module).__name__, found, "Load it onto the model that it was made from.")
+    for name in lists:
+        value = getattr(held, name)
+        setattr(held, name, type(value)(value[index] for index in keep))
+    for name in numbers:
+        setattr(held, name, len(keep))
+
+
+def settings_step(current: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Repeat it when a file is loaded."""
+    fewer_in(current, options["attribute"], options["numbers"], options["lists"], options["keep"])
     return current

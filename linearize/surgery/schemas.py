@@ -90,6 +90,8 @@ _CALL = struct(
     },
 )
 _ANY = union(optional(boolean), integer(-(2**24)), number(), identifier, array(integer(-(2**24)), 1000))
+_NAMES = array(identifier, 20)
+_KEPT = array(integer(0, 10_000), 10_000)
 _SPECIAL: dict[str, Check] = {
     "Identity": struct({}),
     "Ones": struct({"width": integer(1)}),
@@ -107,6 +109,12 @@ _SPECIAL: dict[str, Check] = {
     "FoldedNorm": struct({"channels": integer(1), "axis": _FIELDS["axis"], "shift": boolean}),
     "Neutral": struct({"values": mapping(identifier, one_of(0, 1, 0.0, 1.0), 100)}),
     "Unfused": struct({}),
+    "Settings": struct({"attribute": identifier, "numbers": _NAMES, "lists": _NAMES, "keep": _KEPT}),
+    "Shortened": struct({"keep": _KEPT}),
+    "Skipped": struct(
+        {},
+        {"keyword": _FIELDS["keyword"], "nones": _FIELDS["nones"], "rows": boolean, "indices": array(integer(), 100)},
+    ),
     "Attributes": struct({"values": mapping(_number_name, integer(0), 100)}),
     "Rewrite": struct(
         {"calls": array(_CALL, 1000, 1)},

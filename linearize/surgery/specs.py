@@ -14,7 +14,7 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Step, record_of
-from linearize.surgery import attributes, carriers, fused, layers, only
+from linearize.surgery import attributes, carriers, fused, layers, only, skipped
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
 from linearize.surgery.schemas import check_options
@@ -24,7 +24,9 @@ from linearize.tensors import held
 Spec = dict[str, Any]
 
 # They change a module instead of replacing it.
-IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES)
+IN_PLACE = (
+    "Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES, attributes.SETTINGS, skipped.SHORTENED
+)  # fmt: skip
 _DEEPEST = 30  # activations inside activations
 _COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -183,6 +185,9 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Kept": lambda current, options: keep_attributes(current, **options),
     fused.STEP: fused.unfuse,
     attributes.ATTRIBUTES: attributes.attributes_step,
+    attributes.SETTINGS: attributes.settings_step,
+    skipped.SHORTENED: skipped.shortened_step,
+    "Skipped": skipped.skipped,
 }
 
 

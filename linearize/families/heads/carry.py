@@ -2,8 +2,8 @@
 
 Heads are zeroed in a copy of the model, which runs; then they are sliced away, and it runs again. What comes out must
 be the same, for any weights: the copy's attentions get random ones, since a freshly made attention looks everywhere
-alike, and would hide every mistake. Numbers that could count heads are told by their values; where these are ambiguous, one
-reading after the other is tried.
+alike, and would hide every mistake. Numbers that could count heads are told by their values; where these are
+ambiguous, one reading after the other is tried.
 """
 
 from __future__ import annotations

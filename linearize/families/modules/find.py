@@ -10,18 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.convert import UNSELECTED
 from linearize.cost import flops_of_modules
+from linearize.families.enclosing import free, homes_of, is_in, meddled, within
 from linearize.families.modules.place import Whole
-from linearize.gating.gate import ChannelGate, gates
-from linearize.gating.groups import ports_of
+from linearize.gating.gate import ChannelGate
 from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, call, eagerly, evaluating
-from linearize.sites.record import record_of
 from linearize.tensors import meddler, oddity
 from linearize.zoo.caches import generates
 
-__all__ = ["meddled", "wholes_of"]
+__all__ = ["wholes_of"]
 
 _WIDEST = 4000  # features of input and output together
 _PLAIN = (bool, int, float, str)
@@ -60,19 +58,19 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
     """
     calls = _calls(model, batch)
     flops = flops_of_modules(model, batch)
-    homes, hooked = _homes(model, groups), meddled(model)
+    homes, hooked = homes_of(model, groups), meddled(model)
     found: list[Whole] = []
     for path, seen in calls.items():
         module = model.get_submodule(path)
         axis = _axis(module, seen)
         quantised = any(oddity(parameter) for parameter in module.parameters())
-        if axis is None or quantised or not _free(model, path, homes) or any(map(_is_in(path), hooked)):
+        if axis is None or quantised or not free(model, path, homes) or any(map(is_in(path), hooked)):
             continue
         inputs, outputs = seen.before[axis], seen.after[axis]
         least = 2.0 * math.prod(seen.before) * outputs
         if inputs + outputs > _WIDEST or flops.get(path, 0) <= least:
             continue
-        sites = tuple(name for names in groups for name in names if _within(path, homes[name]))
+        sites = tuple(name for names in groups for name in names if within(path, homes[name]))
         gated = sum(gate.alpha.numel() for gate in module.modules() if isinstance(gate, ChannelGate))
         params = float(sum(parameter.numel() for parameter in module.parameters()) - gated)
         costs = float(flops[path]), params
@@ -163,11 +161,6 @@ def _versions(*values: Any) -> tuple[int, ...]:
     return tuple(leaf._version for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def meddled(model: nn.Module) -> dict[str, str]:
-    """By path, the hooks and forwards of their own that modules of a model have, which a layer in their place loses."""
-    return {path: found for path, module in model.named_modules() if (found := meddler(module)) is not None}
-
-
 def _axis(module: nn.Module, seen: _Call) -> int | None:
     """Where the channels are, counted from the end, as the first map inside that reads so many says.
 
@@ -184,44 +177,6 @@ def _axis(module: nn.Module, seen: _Call) -> int | None:
     return None
 
 
-def _homes(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """By site, the paths of all that belongs to its group: gates, maps and folds."""
-    named = gates(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[str, list[str]] = {}
-    for names in groups:
-        parts: list[str] = []
-        for name in names:
-            gate = named[name]
-            parts.append(paths[id(gate)])
-            if gate.site is not None:
-                parts += [port.module for port in ports_of(gate.site)]
-                parts += [f.module for f in (*gate.site.folds, *gate.site.up_folds, *gate.site.consumer_folds)]
-        found |= dict.fromkeys(names, parts)
-    return found
-
-
-def _within(path: str, parts: Sequence[str]) -> bool:
-    return all(part.startswith(f"{path}.") for part in parts)
-
-
-def _is_in(path: str) -> Callable[[str], bool]:
-    return lambda other: other == path or other.startswith(f"{path}.")
-
-
-def _free(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
-    """True if no group of sites is half inside, and the user's choice of sites does not speak against it."""
-    for parts in homes.values():
-        inside = [_is_in(path)(part) for part in parts]
-        if any(inside) and not _within(path, parts):
-            return False
-    record = record_of(model)
-    barred = [site for site in (record.sites if record else ()) if site.ungated in UNSELECTED]
-    if any(_is_in(path)(site.module) for site in barred):
-        return False
-    return not barred or any(_within(path, parts) for parts in homes.values())
-
-
 def _needed(
     found: Sequence[Whole],
     flops: Mapping[str, int],
@@ -234,7 +189,7 @@ def _needed(
         inner = [other for other in found if other.inside == whole.path]
         direct = [
             names for names in groups
-            if _within(whole.path, homes[names[0]]) and not any(_within(o.path, homes[names[0]]) for o in inner)
+            if within(whole.path, homes[names[0]]) and not any(within(o.path, homes[names[0]]) for o in inner)
         ]  # fmt: skip
         own = whole.flops - sum(flops[other.path] for other in inner)
         for names in direct:
