@@ -37,7 +37,9 @@ def spatial(n: int, channels: int = 8) -> tuple[int, ...]:
 # Type in the file -> its numbers, and the shape of an input.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "CarryLinear": (linear(start=0, whole=False), (3, 13)),
-    "OnlyLinear": (linear(keyword="x", nones=0), FEATURES),
+    "OnlyLinear": (linear(keyword="x", nones=0, caches=False), FEATURES),
+    "Skipped": ({"keyword": "x", "nones": 0, "rows": False, "indices": [1]}, FEATURES),
+    "Silent": ({"keyword": "x", "nones": 0}, FEATURES),
     "OnesLinear": (linear(at=2, ones=3), FEATURES),
     "Ones": ({"width": 4}, FEATURES),
     "Elementwise": ({"function": "gelu", "options": {"approximate": "tanh"}}, FEATURES),

@@ -41,6 +41,7 @@ class Context:
         calibration: by site name, the line of each channel and what it leaves; known once the data has been seen.
         warned: what makes results doubtful, such as too little data, by site; families add to it.
         told: what else a reader should know; likewise.
+        memory: what one family has found out that others ask for, too.
     """
 
     gated: nn.Module
@@ -57,6 +58,7 @@ class Context:
     calibration: Mapping[str, SiteCalibration] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def takes(self, family: str) -> bool:
         """Whether a family offers options.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from linearize.families.attention.family import Attentions
 from linearize.families.blocks.family import Blocks
 from linearize.families.channels.family import Channels
 from linearize.families.depth.family import Depth
@@ -13,7 +14,7 @@ from linearize.plan import add_forms
 
 __all__ = ["FAMILIES", "family_of", "register"]
 
-FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Depth()]
+FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Attentions(), Depth()]
 for _family in FAMILIES:
     add_forms(*_family.forms)
 

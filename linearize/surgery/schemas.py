@@ -38,6 +38,7 @@ _FIELDS: dict[str, Check] = {
     "padding": union(one_of("same", "valid"), _SIZES),
     "bias": boolean,
     "whole": boolean,
+    "caches": boolean,
     "nones": integer(0, 64),
     "keyword": union(one_of(""), identifier),
     "axis": integer(-16, -1),
@@ -111,6 +112,7 @@ _SPECIAL: dict[str, Check] = {
     "Unfused": struct({}),
     "Settings": struct({"attribute": identifier, "numbers": _NAMES, "lists": _NAMES, "keep": _KEPT}),
     "Shortened": struct({"keep": _KEPT}),
+    "Silent": struct({}, {"keyword": _FIELDS["keyword"], "nones": _FIELDS["nones"]}),
     "Skipped": struct(
         {},
         {"keyword": _FIELDS["keyword"], "nones": _FIELDS["nones"], "rows": boolean, "indices": array(integer(), 100)},

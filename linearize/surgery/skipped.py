@@ -6,11 +6,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
 
-__all__ = ["SHORTENED", "Skipped", "shorten", "shortened_step", "skipped"]
+__all__ = ["SHORTENED", "Silent", "Skipped", "shorten", "shortened_step", "skipped"]
 
 SHORTENED = "Shortened"
 _PLAIN = (bool, int, float, str)
@@ -39,6 +40,29 @@ class Skipped(nn.Module):
         """The first argument."""
         x: Tensor = args[0] if args else kwargs[self.keyword]
         return (x, *(None,) * self.nones) if self.rows or self.nones else x
+
+
+class Silent(nn.Module):
+    """Gives zeros of the shape of its input: a branch that adds nothing.
+
+    Attributes:
+        keyword: the name by which its input may come.
+        nones: how many None stand behind the result.
+
+    Examples:
+        >>> import torch
+        >>> Silent(nones=1)(torch.ones(2))
+        (tensor([0., 0.]), None)
+    """
+
+    def __init__(self, keyword: str = "", nones: int = 0) -> None:
+        super().__init__()
+        self.keyword, self.nones = keyword, nones
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros."""
+        out = torch.zeros_like(args[0] if args else kwargs[self.keyword])
+        return (out, *(None,) * self.nones) if self.nones else out
 
 
 def skipped(current: nn.Module, options: dict[str, Any]) -> nn.Module:

@@ -36,7 +36,7 @@ _MATRICES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ()),
     "CarryLinear": (carriers.CarryLinear, ("start", "whole")),
     "OnesLinear": (carriers.OnesLinear, ("at", "ones")),
-    "OnlyLinear": (only.OnlyLinear, ("keyword", "nones")),
+    "OnlyLinear": (only.OnlyLinear, ("keyword", "nones", "caches")),
 }
 _CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "CarryConv": (carriers.CarryConv, ("start", "whole")),
@@ -67,6 +67,11 @@ def spec_of(module: nn.Module) -> Spec:
         return _linear_spec(f"{name}{module.dims}d", module, _CONV, _CONVOLUTIONS[name][1])
     if isinstance(module, nn.Identity):
         return {"type": "Identity"}
+    if type(module) is skipped.Skipped:
+        plain = {"keyword": module.keyword, "nones": module.nones, "rows": module.rows}
+        return {"type": "Skipped", **plain, "indices": list(module.indices)}
+    if type(module) is skipped.Silent:
+        return {"type": "Silent", "keyword": module.keyword, "nones": module.nones}
     if isinstance(module, carriers.Ones):
         return {"type": "Ones", "width": module.width}
     if isinstance(module, layers.Elementwise):
@@ -188,6 +193,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     attributes.SETTINGS: attributes.settings_step,
     skipped.SHORTENED: skipped.shortened_step,
     "Skipped": skipped.skipped,
+    "Silent": lambda current, options: skipped.Silent(**options),
 }
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.families.depth.fit import outliers_down
 from linearize.families.depth.place import Chain, Layer, Sums
 from linearize.running.passes import Moment
-from linearize.running.rows import Wanted, rows_of
+from linearize.running.rows import Wanted, outliers_down, rows_of
 
 __all__ = ["DepthCollector"]
 

@@ -57,7 +57,8 @@ class Depth(Family):
         """Lists of layers that read one another, and that may be shorter."""
         if context.tied or context.measure == "activations":
             return DepthPlaces()
-        chains = chains_of(context.gated, context.batch, homes_of(context.gated, groups_of(context.gated)))
+        homes = homes_of(context.gated, groups_of(context.gated))
+        chains = chains_of(context.gated, context.batch, homes, context.memory)
         context.told += _reasons(chains)
         return DepthPlaces(chains)
 

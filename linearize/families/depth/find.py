@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from linearize.cost import flops_of_modules
-from linearize.errors import CaptureError, CollapseError
+from linearize.errors import CollapseError
 from linearize.families.depth.apply import skip_layers
 from linearize.families.depth.place import Chain, Layer
 from linearize.families.enclosing import free, is_in, meddled
+from linearize.families.reading import read
 from linearize.gating.gate import ChannelGate
-from linearize.graph.capture import Capture, Inputs, capture, shape, tensors_of, users
+from linearize.graph.capture import Capture, Inputs, shape, tensors_of, users
 from linearize.graph.dryrun import first_line
 from linearize.graph.ops import op_name
 from linearize.graph.overlap import shared_parameters
@@ -46,13 +47,19 @@ class _Call:
     odd: bool = False
 
 
-def chains_of(model: nn.Module, batch: Any, homes: Mapping[str, Sequence[str]]) -> list[Chain]:
+def chains_of(
+    model: nn.Module,
+    batch: Any,
+    homes: Mapping[str, Sequence[str]],
+    memory: MutableMapping[str, Any] | None = None,
+) -> list[Chain]:
     """Lists of layers that run one after the other, each on what the one before it gave.
 
     Args:
         model: gated.
         batch: one, for which costs are counted.
         homes: by site, the paths of all that belongs to its group.
+        memory: what is known of the model already.
     """
     found = [chain for path, module in model.named_modules() if (chain := _chain(model, path, module, batch))]
     if not found:
@@ -67,7 +74,9 @@ def chains_of(model: nn.Module, batch: Any, homes: Mapping[str, Sequence[str]]) 
             layer.reason = "a module inside has a hook, which would be lost"
         if layer.reason is None and not free(model, layer.path, homes):
             layer.reason = "sites that share maps are half inside, or were excluded"
-    _find_projections(model, batch, found)
+    captured = read(model, batch, memory).captured
+    if captured is not None:
+        _find_projections(model, captured, found)
     for chain in found:
         why = _failure(model, chain, batch) if chain.free else None
         for layer in chain.layers if why is not None else ():
@@ -126,12 +135,8 @@ def _calls(model: nn.Module, modules: Sequence[nn.Module], batch: Any) -> list[_
     return found
 
 
-def _find_projections(model: nn.Module, batch: Any, chains: Sequence[Chain]) -> None:
+def _find_projections(model: nn.Module, captured: Capture, chains: Sequence[Chain]) -> None:
     """The projection that each layer adds last, if a map can be merged into it."""
-    try:
-        captured = capture(model, batches_of(batch)[0])
-    except CaptureError:
-        return
     walker = Walker(model, captured, shared_parameters(model, captured))
     for layer in (layer for chain in chains for layer in chain.layers):
         layer.out = _projection(walker, captured, layer.path)

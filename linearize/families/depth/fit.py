@@ -13,10 +13,9 @@ from torch import Tensor
 from linearize.algebra.removal import regularised
 from linearize.families.depth.place import Sums
 
-__all__ = ["DepthMap", "fit_run", "outliers_down"]
+__all__ = ["DepthMap", "fit_run"]
 
 _RIDGE = 1e-3
-_FAR = 3.0  # times the usual size of a row from which on it counts less
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,6 @@ class DepthMap:
 
     map: Tensor
     shift: Tensor
-
-
-def outliers_down(x: Tensor) -> Tensor:
-    """Weights of rows (R, D): 1, and less for rows that are much longer than most, such as those of first tokens.
-
-    Some tokens of trained decoders are hundreds of times longer than all others; least squares would look at nothing
-    else. A row never counts more than one of three times the usual length.
-
-    Examples:
-        >>> outliers_down(torch.tensor([[1.0], [1.0], [2.0], [30.0]])).tolist()
-        [1.0, 1.0, 1.0, 0.010000000707805157]
-    """
-    size = x.float().square().sum(1).sqrt()
-    usual = _FAR * size.median()
-    return (usual / size.clamp_min(1e-30)).clamp(max=1.0).square()
 
 
 def fit_run(sums: Sums, length: int, *, constant: bool) -> DepthMap | None:

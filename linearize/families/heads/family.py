@@ -62,7 +62,7 @@ class AttentionHeads(Family):
         """Attentions whose heads can be told apart, and whose code takes fewer."""
         if context.tied or context.measure == "activations":
             return HeadPlaces()
-        places, reasons = heads_of(context.gated, context.batch)
+        places, reasons = heads_of(context.gated, context.batch, context.memory)
         context.told += told(reasons)
         return HeadPlaces({place.name: place for place in places})
 

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from linearize.errors import CaptureError
 from linearize.families.heads.carry import carried
 from linearize.families.heads.place import Heads
-from linearize.graph.attention import Attention, attentions_of
-from linearize.graph.capture import Inputs
-from linearize.running.models import batches_of
+from linearize.families.reading import read
+from linearize.graph.attention import Attention
 from linearize.tensors import meddler, oddity
 from linearize.zoo.caches import keeps_keys
 
-__all__ = ["heads_of", "one_sample"]
+__all__ = ["heads_of", "told"]
 
 
-def heads_of(model: nn.Module, batch: Any) -> tuple[list[Heads], dict[str, str]]:
+def heads_of(
+    model: nn.Module, batch: Any, memory: MutableMapping[str, Any] | None = None
+) -> tuple[list[Heads], dict[str, str]]:
     """The attentions of which heads may go, in order of execution; by path, why heads of others stay.
 
     Args:
         model: gated.
-        batch: one, for which costs are counted; the graph is captured for its first sample, which tells the heads'
-            axis from the batch's.
+        batch: one, for which costs are counted.
+        memory: what is known of the model already.
     """
-    whole = batches_of(batch)[0]
-    inputs, times = one_sample(whole)
-    try:
-        found, _ = attentions_of(model, inputs)
-    except CaptureError:
-        if times == 1:
-            return [], {}
-        inputs, times = whole, 1.0
-        try:
-            found, _ = attentions_of(model, inputs)
-        except CaptureError:
-            return [], {}
+    known = read(model, batch, memory)
+    found, inputs, times = known.attentions, known.inputs, known.times
     reasons = {one.owner: one.reason for one in found if one.reason is not None}
     good: dict[str, Heads] = {}
     for one in found:
@@ -54,20 +43,6 @@ def heads_of(model: nn.Module, batch: Any) -> tuple[list[Heads], dict[str, str]]
         good[one.out.module] = Heads(one, batch=times, cached=keeps_keys(model, one.owner))
     places, more = carried(model, list(good.values()), inputs)
     return places, reasons | more
-
-
-def one_sample(batch: Inputs) -> tuple[Inputs, float]:
-    """The first sample of a batch, and how many there are."""
-    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-    size = sizes[0] if sizes else 1
-    if size < 2:
-        return batch, 1.0
-
-    def first(tensor: Tensor) -> Tensor:
-        return tensor[:1] if tensor.dim() and tensor.shape[0] == size else tensor
-
-    cut: Inputs = pytree.tree_map_only(Tensor, first, batch)
-    return cut, float(size)
 
 
 def _obstacle(model: nn.Module, one: Attention) -> str | None:

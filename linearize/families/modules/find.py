@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from linearize.zoo.caches import generates
 
 __all__ = ["wholes_of"]
 
-_WIDEST = 4000  # features of input and output together
+_WIDEST = 15_000  # features of input and output together, whose covariance takes what a pass may hold
 _PLAIN = (bool, int, float, str)
 
 
@@ -40,7 +40,9 @@ class _Call:
     nones: int = 0
 
 
-def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> list[Whole]:
+def wholes_of(
+    model: nn.Module, batch: Any, groups: Sequence[Sequence[str]], keepers: Collection[str] = ()
+) -> list[Whole]:
     """The modules of a gated model that one linear map could stand for, and would make cheaper, outermost first.
 
     A module qualifies if it is called once, with tensors and plain values only, of which it overwrites none, and gives
@@ -55,8 +57,10 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
         model: gated.
         batch: one, for which costs are counted.
         groups: of sites, by name.
+        keepers: paths of modules that may be told anything, such as caches that are known to be theirs alone, and may
+            give anything behind their output.
     """
-    calls = _calls(model, batch)
+    calls = _calls(model, batch, keepers)
     flops = flops_of_modules(model, batch)
     homes, hooked = homes_of(model, groups), meddled(model)
     found: list[Whole] = []
@@ -100,33 +104,35 @@ def _around(path: str, wholes: Sequence[Whole]) -> str:
     return next((whole.path for whole in reversed(wholes) if path.startswith(f"{whole.path}.")), "")
 
 
-def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
+def _calls(model: nn.Module, batch: Any, keepers: Collection[str]) -> dict[str, _Call]:
     """How every module with children was called in one forward, outermost first."""
     found: dict[str, _Call] = {}
     inner = {path for path, module in model.named_modules() if isinstance(module, ChannelGate)}
 
     lonely = any(generates(module) for module in model.modules())
 
-    def begin(seen: _Call) -> Callable[..., None]:
+    def begin(seen: _Call, *, kept: bool) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             seen.keyword, given = _given(args, kwargs)
             rest = pytree.tree_leaves((args[1:], {name: x for name, x in kwargs.items() if name != seen.keyword}))
             seen.times += 1
             seen.alone = len(args) == 1 and not kwargs
-            seen.plain = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor | None) and not lonely) for x in rest)
+            told = (isinstance(x, _PLAIN) or (isinstance(x, Tensor | None) and not lonely) for x in rest)
+            seen.plain = kept or all(told)
             seen.plain &= isinstance(given, Tensor) and given.is_floating_point()
             seen.before = tuple(given.shape) if seen.plain else ()
-            seen.versions = _versions(args, kwargs)
+            seen.versions = _versions(given) if kept else _versions(args, kwargs)
 
         return see
 
-    def end(seen: _Call) -> Callable[..., None]:
+    def end(seen: _Call, *, kept: bool) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            if type(output) is tuple and len(output) > 1 and all(part is None for part in output[1:]):
+            if type(output) is tuple and len(output) > 1 and (kept or all(part is None for part in output[1:])):
                 output, seen.nones, seen.alone = output[0], len(output) - 1, False
             good = seen.plain and type(output) is Tensor and output.is_floating_point()
             same = output is _given(args, kwargs)[1]
-            seen.fits = good and _versions(args, kwargs) == seen.versions and not same
+            now = _versions(_given(args, kwargs)[1]) if kept else _versions(args, kwargs)
+            seen.fits = good and now == seen.versions and not same
             seen.after = tuple(output.shape) if good else ()
 
         return see
@@ -136,8 +142,8 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
             within = any(path == gate or path.startswith(f"{gate}.") for gate in inner)
             if path and not within and any(True for _ in module.children()):
                 seen = found[path] = _Call()
-                yield module.register_forward_pre_hook(begin(seen), with_kwargs=True)
-                yield module.register_forward_hook(end(seen), with_kwargs=True)
+                yield module.register_forward_pre_hook(begin(seen, kept=path in keepers), with_kwargs=True)
+                yield module.register_forward_hook(end(seen, kept=path in keepers), with_kwargs=True)
 
     with eagerly(), evaluating(model), untouched(model):
         handles = list(hooks())
