@@ -126,8 +126,8 @@ def compress(
             then has a true config again (`linearize.zoo.stock_copy`).
         modules: whole modules, such as attention or a residual block, may become one linear map; not with `uniform` or
             `stock`, not under `activations=`, and none that holds an activation outside `include` and `exclude`.
-        families: names of the kinds of replacement that may be chosen; None takes all: "channels", "blocks", "lines",
-            "heads", "modules" (docs/compress.md).
+        families: kinds of replacement that may be chosen; None takes all: "channels", "blocks", "lines", "heads",
+            "modules", "attention", "depth" (docs/compress.md).
         round_to: widths are multiples of this; None takes multiples of 8, finer at narrow sites. Lines in place, under
             `activations=`, change no width.
         when: with `linear`, as for `linearize.collapse`.

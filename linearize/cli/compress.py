@@ -55,6 +55,10 @@ def compress(
         int | None, typer.Option(min=0, help="Epochs of training before; without: 15 for random weights, else 0.")
     ] = None,
     modules: Annotated[bool, typer.Option(help="Whole modules may become one linear map.")] = True,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="Kind of replacement that may be chosen: channels, heads, ...; all without. May come again."),
+    ] = None,
     output: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,8 +99,8 @@ def compress(
     parts = _parts(output)
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules, output=parts,
-            search=search,
+            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, modules=modules,
+            families=family or None, output=parts, search=search,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip

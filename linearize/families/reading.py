@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.errors import CaptureError
 from linearize.graph.attention import Attention, attentions_of
 from linearize.graph.capture import Capture, Inputs
-from linearize.running.models import batches_of
+from linearize.graph.protect import untouched
+from linearize.running.models import batches_of, device_of, eagerly, evaluating, move
 
-__all__ = ["Reading", "one_sample", "read"]
+__all__ = ["Reading", "one_sample", "read", "weighs"]
 
 _NAME = "reading"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def read(model: nn.Module, batch: Any, memory: MutableMapping[str, Any] | None =
         return known
     whole = batches_of(batch)[0]
     found = Reading((), None, whole, 1.0)
-    for inputs, times in (one_sample(whole), (whole, 1.0)):
+    tries = (one_sample(whole), (whole, 1.0)) if weighs(model, batch) else ()
+    for inputs, times in tries:
         try:
             attentions, captured = attentions_of(model, inputs)
         except CaptureError:
@@ -53,6 +58,39 @@ def read(model: nn.Module, batch: Any, memory: MutableMapping[str, Any] | None =
     if memory is not None:
         memory[_NAME] = found
     return found
+
+
+class _Names(TorchDispatchMode):
+    """Notes the names of ops."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def weighs(model: nn.Module, batch: Any) -> bool:
+    """Whether a model takes a softmax of anything, as attention does: seen in a run, which is cheaper than a capture.
+
+    Examples:
+        >>> import torch
+        >>> [weighs(m, torch.ones(2, 3)) for m in (nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2), nn.Softmax(-1)))]
+        [False, True]
+    """
+    inputs, _ = one_sample(batches_of(batch)[0])
+    for some in (inputs, batches_of(batch)[0]):
+        try:
+            with eagerly(), evaluating(model), untouched(model), _Names() as names:
+                args, kwargs = move(some, device_of(model))
+                model(*args, **kwargs)
+        except Exception as error:  # whatever a model has against a single sample
+            _log.debug("no run to see its ops: %s", error)
+            continue
+        return any("softmax" in name or "attention" in name for name in names.seen)
+    return True
 
 
 def one_sample(batch: Inputs) -> tuple[Inputs, float]:

@@ -20,7 +20,7 @@ from linearize.planning.carry_out import collapsed, edited, explained, planned, 
 from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job, Made
-from linearize.planning.knapsack import choose, uniform
+from linearize.planning.knapsack import Choice, choose, uniform
 from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
@@ -143,13 +143,22 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
     outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
-    told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
+    notes = (*found.notes, *_cache(found, choice))
+    told = {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": notes}
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
     outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
-    return {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": tuple(found.notes)}
+    notes = (*found.notes, *_cache(found, settled.choice))
+    return {"outcome": outcome, "options": describe(found.groups, found.measure), "notes": notes}
+
+
+def _cache(found: Survey, choice: Choice) -> list[str]:
+    """What becomes of the keys and values that a model keeps, if it keeps any."""
+    before = sum(group.stay.cache for group in found.groups)
+    after = sum(option.cache for option in choice.options)
+    return [f"keys and values kept of the example batch: {after:.0f} of {before:.0f} bytes"] if before else []
 
 
 def _outcome(

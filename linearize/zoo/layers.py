@@ -49,18 +49,26 @@ def close_up(model: nn.Module) -> None:
 
 
 def indices_in(model: nn.Module, path: str) -> tuple[int, ...]:
-    """The numbers under which a module, and no other one, keeps keys and values."""
+    """The numbers under which a module, and none beside it, keeps keys and values."""
     own, others = set[int](), set[int]()
     for name, module in model.named_modules():
-        if type(vars(module).get(INDEX)) is int:
+        if type(vars(module).get(INDEX)) is int and not path.startswith(f"{name}."):
             (own if f"{name}.".startswith(f"{path}.") else others).add(vars(module)[INDEX])
     return tuple(sorted(own - others))
 
 
-def renumbered(model: nn.Module, lost: Sequence[int]) -> list[Step]:
-    """Close the gaps that some numbers leave, in place; what was done."""
+def renumbered(model: nn.Module, lost: Sequence[int], *, within: Sequence[str] = ()) -> list[Step]:
+    """Close the gaps that some numbers leave, in place; what was done.
+
+    Args:
+        model: of which something that kept keys and values has gone.
+        lost: its numbers.
+        within: paths of what keeps them: the modules around these stay where they are, and so do their numbers.
+    """
     steps: list[Step] = []
     for path, module in model.named_modules():
+        if any(inner.startswith(f"{path}.") for inner in within):
+            continue
         values: dict[str, int] = {}
         if isinstance(module, Skipped):
             values = {f"indices.{i}": _closed(index, lost) for i, index in enumerate(module.indices)}

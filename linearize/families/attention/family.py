@@ -16,6 +16,7 @@ from linearize.families.modules.apply import layer_of
 from linearize.families.modules.fit import WholeFit, fit_whole
 from linearize.families.modules.place import Whole
 from linearize.families.option import Group, Option, SiteChoice
+from linearize.families.reading import read
 from linearize.gating.gate import ChannelGate
 from linearize.gating.groups import groups_of
 from linearize.plan import Form, SitePlan
@@ -31,10 +32,11 @@ __all__ = ["AttentionPlaces", "Attentions"]
 
 @dataclass
 class AttentionPlaces:
-    """Attentions that may go, by path, and the maps that would stand for them."""
+    """Attentions that may go, by path, the maps that would stand for them, and the paths of all there are."""
 
     wholes: Mapping[str, Whole] = field(default_factory=dict)
     fits: dict[str, WholeFit] = field(default_factory=dict)
+    owners: Sequence[str] = ()
 
 
 def _told(keep: int, rank: int) -> str:
@@ -58,7 +60,8 @@ class Attentions(Family):
         for why, paths in grouped.items():
             more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
             context.told.append(f"attention stays in {paths[0]}{more}: {why}")
-        return AttentionPlaces({whole.path: whole for whole in wholes})
+        owners = [one.owner for one in read(context.gated, context.batch, context.memory).attentions]
+        return AttentionPlaces({whole.path: whole for whole in wholes}, owners=owners)
 
     def collectors(self, context: Context, places: AttentionPlaces) -> Sequence[Collector]:
         """Covariances of input and output."""
@@ -111,7 +114,7 @@ class Attentions(Family):
             layer = layer_of(model, whole, places.fits[path]) if choice.rank else build(spec, old)
             replace_module(model, path, layer)
             steps.append({"path": path, "module": spec})
-        steps += renumbered(model, lost)
+        steps += renumbered(model, lost, within=places.owners)
         record = record_of(model) or Record()
         sites = tuple(replace(site, ungated=why.get(site.name, site.ungated)) for site in record.sites)
         set_record(model, Record(sites, [*record.steps, *steps], record.inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from linearize.cost import flops_of_modules
-from linearize.errors import CollapseError
+from linearize.errors import CaptureError, CollapseError
 from linearize.families.depth.apply import skip_layers
 from linearize.families.depth.place import Chain, Layer
 from linearize.families.enclosing import free, is_in, meddled
 from linearize.families.reading import read
 from linearize.gating.gate import ChannelGate
-from linearize.graph.capture import Capture, Inputs, shape, tensors_of, users
+from linearize.graph.capture import Capture, Inputs, capture, shape, tensors_of, users
 from linearize.graph.dryrun import first_line
 from linearize.graph.ops import op_name
 from linearize.graph.overlap import shared_parameters
@@ -75,6 +76,9 @@ def chains_of(
         if layer.reason is None and not free(model, layer.path, homes):
             layer.reason = "sites that share maps are half inside, or were excluded"
     captured = read(model, batch, memory).captured
+    if captured is None:
+        with suppress(CaptureError):
+            captured = capture(model, batches_of(batch)[0])
     if captured is not None:
         _find_projections(model, captured, found)
     for chain in found:
