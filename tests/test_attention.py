@@ -28,6 +28,8 @@ from linearize.gating.groups import groups_of
 from linearize.plan import Plan
 from linearize.running.passes import run_passes
 from linearize.surgery.only import OnlyLinear
+from linearize.surgery.skipped import Silent, Skipped
+from linearize.surgery.specs import build, spec_of
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
 from tests.attentions import bert, cache_bytes, cache_of, generated, images, llama, logits, tokens, vit
@@ -202,3 +204,13 @@ def test_plans_use_the_new_families_where_they_pay(name: str, budget: float, tmp
     assert torch.equal(generated(loaded, cache="static"), generated(result.model))
     assert cache_bytes(cache_of(result.model, batches[0])) <= cache_bytes(cache_of(model, batches[0]))
     assert all(site.form != WHOLE or not site.rank for site in result.plan.sites)
+
+
+def test_what_gives_nothing_is_described_and_exported() -> None:
+    for made in (Silent("x", 1), Skipped("x", 1, rows=True, indices=(2,))):
+        again = build(spec_of(made), nn.Linear(4, 4))
+        assert spec_of(again) == spec_of(made)
+        program = torch.export.export(again, (torch.ones(2, 4),))
+        out = program.module()(torch.full((2, 4), 3.0))
+        assert out[1] is None
+        assert torch.equal(out[0], torch.full((2, 4), 3.0 * isinstance(made, Skipped)))

@@ -118,14 +118,14 @@ class Depth(Family):
 
 
 def _reasons(chains: Sequence[Chain]) -> list[str]:
-    """Why layers stay, and where no map can be merged, each once."""
+    """Why layers stay, and which lists take no map, each once."""
     told: dict[str, list[str]] = {}
     for chain in chains:
         for layer in chain.layers:
             if layer.reason is not None:
                 told.setdefault(f"stays: {layer.reason}", []).append(layer.path)
-            elif layer.out is None:
-                why = "takes no map for layers behind it: what it gives is no plain sum with a projection"
-                told.setdefault(why, []).append(layer.path)
+        if chain.free and not any(layer.out is not None for layer in chain.layers):
+            why = "takes no map for layers that go: what its layers give is no plain sum with a projection"
+            told.setdefault(why, []).append(chain.layers[0].path.rpartition(".")[0])
     more = {why: f" (and {len(paths) - 1} more)" if len(paths) > 1 else "" for why, paths in told.items()}
     return [f"{paths[0]}{more[why]} {why}" for why, paths in told.items()]

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from linearize.convert import UNSELECTED
 from linearize.families.heads.carry import carried
 from linearize.families.heads.place import Heads
 from linearize.families.reading import read
 from linearize.graph.attention import Attention
+from linearize.sites.record import record_of
 from linearize.tensors import meddler, oddity
 from linearize.zoo.caches import keeps_keys
 
@@ -27,7 +29,11 @@ def heads_of(
         batch: one, for which costs are counted.
         memory: what is known of the model already.
     """
+    record = record_of(model)
     known = read(model, batch, memory)
+    if record is not None and any(site.ungated in UNSELECTED for site in record.sites):
+        chosen = "include= or exclude= chooses among activations, and heads belong to none"
+        return [], {one.owner: chosen for one in known.attentions}
     found, inputs, times = known.attentions, known.inputs, known.times
     reasons = {one.owner: one.reason for one in found if one.reason is not None}
     good: dict[str, Heads] = {}
