@@ -23,6 +23,7 @@ from linearize.surgery.difference import difference
 from linearize.surgery.form_choice import make_plan
 from linearize.surgery.fused import fuse_again
 from linearize.surgery.specs import replace_module
+from linearize.zoo.layers import close_up
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ def collapse_telling(
     with ALONE:
         if parts and "" not in parts:
             return _collapse_parts(model, parts, when, plan, tell)
-        return _collapse(model, when, plan, tell)
+        result = _collapse(model, when, plan, tell)
+        close_up(result)
+        return result
 
 
 def _collapse(model: nn.Module, when: When, plan: Plan | None, tell: Callable[[str, str, str], object]) -> nn.Module:

@@ -79,6 +79,7 @@ def compress(
     stock: bool = False,
     target: str | None = None,
     modules: bool = True,
+    families: Sequence[str] | None = None,
     round_to: int | None = None,
     when: When = "cheaper",
     batch_sizes: Sequence[int] | None = None,
@@ -128,6 +129,8 @@ def compress(
         target: a format of `linearize.export`, such as "gguf": take only options that it can hold (docs/deploy.md).
         modules: whole modules, such as attention or a residual block, may become one linear map. Not with `uniform`,
             `stock` or `activations=`, and not if a module holds an activation that `include` or `exclude` leave out.
+        families: the kinds of replacement that may be chosen: "channels", "blocks", "lines", "heads", "modules",
+            "attention", "depth". None takes all.
         round_to: widths are multiples of this; None takes multiples of 8, and smaller ones at narrow sites. It does
             not apply to channels that only follow their line (`activations=`).
         when: with `linear`, as for `linearize.collapse`.
@@ -159,7 +162,8 @@ def compress(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
         finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
         exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
-        target=target, modules=modules, output=output, round_to=round_to, when=when, batch_sizes=batch_sizes,
+        target=target, modules=modules, families=families, output=output, round_to=round_to, when=when,
+        batch_sizes=batch_sizes,
         rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)

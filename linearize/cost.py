@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,14 +84,22 @@ def _counted(model: nn.Module, batch: Inputs) -> Any:
     """The counter of one run."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    # The counter does not know the attention of CPUs.
+    more = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention}
     with evaluating(model), untouched(model), _without_gradients(model):
         try:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=more) as counter:
                 _run_on_meta(model, batch)
         except Exception:  # whatever a model does with the values in its tensors, it can do only for real
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=more) as counter:
                 call("model", model, batch)
     return counter
+
+
+def _of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of an attention, from shapes (B, H, T, D): products of queries and keys, and the weighing of values."""
+    rows = math.prod(query[:-1])
+    return int(2 * rows * key[-2] * (query[-1] + value[-1]))
 
 
 @contextmanager

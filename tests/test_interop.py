@@ -17,8 +17,10 @@ from linearize.surgery.specs import build, spec_of
 
 FEATURES = (3, 8)
 SIZES = {1: (7,), 2: (6, 7), 3: (4, 5, 6)}
-# Types of files that are no layer of ours: stock, or not a layer at all.
-NO_CARRIERS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Identity", "Children", "ChannelGate", *specs.IN_PLACE}
+# Types of files that are no layer of ours: stock, or not a layer at all. A skipped layer goes when a model collapses;
+# a silent one gives zeros, of which there is nothing to differentiate or to quantise.
+STOCK = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Identity", "Children"}
+NO_CARRIERS = {*STOCK, "ChannelGate", "Skipped", "Silent", *specs.IN_PLACE}
 
 
 def linear(**more: Any) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def spatial(n: int, channels: int = 8) -> tuple[int, ...]:
 # Type in the file -> its numbers, and the shape of an input.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "CarryLinear": (linear(start=0, whole=False), (3, 13)),
-    "OnlyLinear": (linear(keyword="x", nones=0), FEATURES),
+    "OnlyLinear": (linear(keyword="x", nones=0, caches=False), FEATURES),
     "OnesLinear": (linear(at=2, ones=3), FEATURES),
     "Ones": ({"width": 4}, FEATURES),
     "Elementwise": ({"function": "gelu", "options": {"approximate": "tanh"}}, FEATURES),

@@ -77,7 +77,7 @@ def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: 
     rest = _Rest(covariance, weight, group, ridge)
     order, losses = list[Tensor](), [torch.zeros(1, dtype=rest.b.dtype, device=rest.b.device)]
     while rest.count:
-        size = max(1, min(_PART, rest.count // _PART))
+        size = _block(rest.count)
         scores = rest.scores()
         chosen = scores.topk(size, largest=False).indices
         share = scores[chosen].clamp(min=0)
@@ -86,6 +86,11 @@ def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: 
         share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / size)
         losses.append(losses[-1][-1] + increment * share.cumsum(0))
     return Removal(torch.cat(order), torch.cat(losses))
+
+
+def _block(count: int) -> int:
+    """How many of the channels left go at once."""
+    return max(1, min(_PART, count // _PART))
 
 
 class _Rest:
@@ -109,7 +114,7 @@ class _Rest:
         """Begin a panel: nothing is waiting to be carried out."""
         size, group = len(self.channels), self.group
         self.gone = torch.zeros(size, dtype=torch.bool, device=self.channels.device)
-        self.waiting = self.inverse.new_empty(_PANEL + _PART * group, len(self.inverse))
+        self.waiting = self.inverse.new_empty(_PANEL + _block(size) * group, len(self.inverse))
         self.filled = 0
         self.blocks = self.inverse.view(size, group, size, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 

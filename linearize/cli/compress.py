@@ -79,6 +79,10 @@ def compress(
         typer.Option(min=0, help="Epochs of training before compressing. Default: 15 for random weights, else 0."),
     ] = None,
     modules: Annotated[bool, typer.Option(help="Whole modules, such as attention, may become one linear map.")] = True,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="A kind of replacement that may be chosen, such as heads. Default: all. Can be repeated."),
+    ] = None,
     output: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,7 +125,7 @@ def compress(
     with common.named_as_typed():
         request = Request(
             **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
-            modules=modules, output=parts,
+            modules=modules, families=family or None, output=parts,
             search=search,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,

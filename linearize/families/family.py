@@ -36,10 +36,12 @@ class Context:
         tied: sites that must keep equal widths.
         stock: only options that leave ordinary layers.
         modules: whether whole modules may be replaced.
+        families: names of those that offer options; None for all.
         progress: show bars.
         calibration: by site name, the line of each channel and its residual; known after the pass over the data.
         warned: texts about doubtful results, such as too little data at a site. Families add to it.
         told: further remarks. Families add to it.
+        memory: what one family has found out that others ask for, too.
     """
 
     gated: nn.Module
@@ -51,10 +53,22 @@ class Context:
     tied: frozenset[str] = frozenset()
     stock: bool = False
     modules: bool = True
+    families: frozenset[str] | None = None
     progress: bool = False
     calibration: Mapping[str, SiteCalibration] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def takes(self, family: str) -> bool:
+        """Whether a family offers options.
+
+        Examples:
+            >>> context = Context(nn.Identity(), None, [], "flops", families=frozenset(["channels"]))
+            >>> context.takes("channels"), context.takes("heads")
+            (True, False)
+        """
+        return self.families is None or family in self.families
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,15 @@ class SiteChoice:
         keep: K, the number of channels that stay nonlinear.
         rank: r of the linear skip; 0 for none.
         form: "unchanged", one of collapsing ("factored", "merged", "vanished", "narrowed"), or one that a family adds.
+        gone: by index, what goes of a place that is no site, such as heads; a site's own channels are its family's
+            business.
     """
 
     site: str
     keep: int
     rank: int = 0
     form: str = "factored"
+    gone: tuple[int, ...] = ()
 
     @property
     def replaces(self) -> bool:
@@ -59,6 +62,7 @@ class Option:
             losses of different groups are added up.
         flops, params, activations: cost of the group's maps and nonlinear units, for the example batch.
         latency: share of the original model's latency, mean over batch sizes; None if not measured.
+        cache: bytes of keys and values that a model which generates keeps, for the example batch.
     """
 
     choices: tuple[SiteChoice, ...]
@@ -67,6 +71,7 @@ class Option:
     params: float
     activations: float
     latency: float | None = None
+    cache: float = 0.0
 
     def cost(self, measure: Measure) -> float:
         """The cost that a budget limits."""
@@ -92,6 +97,7 @@ class Group:
         encloses: True for the group of a module with other groups inside. Its only site is the path of the module. If
             it stays, its cost is that of everything outside other groups. Its other options replace all groups inside.
         shape: of the group's input in the example batch; () if it is not known, so that nothing can be timed.
+        touches: paths of the modules that its options change, where its names do not tell.
     """
 
     sites: tuple[str, ...]
@@ -101,6 +107,7 @@ class Group:
     gone_form: str = ""
     encloses: bool = False
     shape: tuple[int, ...] = ()
+    touches: tuple[str, ...] = ()
 
     @property
     def stay(self) -> Option:
@@ -123,8 +130,12 @@ class Group:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [(str(o), f"{o.loss:.3g}", f"{o.flops:.3g}", f"{o.params:.3g}", _share(o.latency)) for o in self.options]
-        return render((", ".join(self.sites), "loss", "FLOPs", "parameters", "latency share"), rows)
+        head = [", ".join(self.sites), "loss", "FLOPs", "parameters", "latency share"]
+        rows = [[str(o), f"{o.loss:.3g}", f"{o.flops:.3g}", f"{o.params:.3g}", _share(o.latency)] for o in self.options]
+        if any(option.cache for option in self.options):
+            head.append("cache bytes")
+            rows = [[*row, f"{option.cache:.0f}"] for row, option in zip(rows, self.options, strict=True)]
+        return render(head, rows)
 
 
 def frontier(options: tuple[Option, ...], measure: Measure) -> list[Option]:

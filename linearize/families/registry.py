@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from linearize.families.attention.family import Attentions
 from linearize.families.blocks.family import Blocks
 from linearize.families.channels.family import Channels
+from linearize.families.depth.family import Depth
 from linearize.families.family import Family
+from linearize.families.heads.family import AttentionHeads
 from linearize.families.lines.family import Lines
 from linearize.families.modules.family import Modules
 from linearize.plan import add_forms
 
 __all__ = ["FAMILIES", "family_of", "register"]
 
-FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), Modules()]
+FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Attentions(), Depth()]
 for _family in FAMILIES:
     add_forms(*_family.forms)
 

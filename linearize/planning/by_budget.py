@@ -20,7 +20,7 @@ from linearize.planning.carry_out import collapsed, edited, explained, planned, 
 from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job, Made
-from linearize.planning.knapsack import choose, uniform
+from linearize.planning.knapsack import Choice, choose, uniform
 from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
@@ -88,6 +88,7 @@ def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             uniform=request.uniform or means.uniform,
             stock=not means.own_layers,
             modules=means.modules,
+            families=request.families,
             seed=request.seed,
             rounds=min(_rounds(request), 9),
             cache=request.table,
@@ -145,13 +146,22 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
     outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
-    told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": tuple(found.notes)}
+    notes = (*found.notes, *_cache(found, choice))
+    told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
     outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
-    return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": tuple(found.notes)}
+    notes = (*found.notes, *_cache(found, settled.choice))
+    return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
+
+
+def _cache(found: Survey, choice: Choice) -> list[str]:
+    """What becomes of the keys and values that a model keeps, if it keeps any."""
+    before = sum(group.stay.cache for group in found.groups)
+    after = sum(option.cache for option in choice.options)
+    return [f"keys and values kept of the example batch: {after:.0f} of {before:.0f} bytes"] if before else []
 
 
 def _outcome(
@@ -189,6 +199,9 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     masks: dict[str, Tensor] = {}
     for site in plan.checked().sites:
         family = family_of(site.form)
+        if family.name not in found.places:
+            remedy = f"Leave families= out, or name {family.name!r} in it, too."
+            raise UsageError(site.site, f"is of the family {family.name!r} in the plan", remedy)
         if site.site in named:
             _check_site(site, named[site.site])
         again = family.replay(found.places[family.name], site, named.get(site.site))

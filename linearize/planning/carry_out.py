@@ -18,6 +18,7 @@ from linearize.planning.survey import Survey
 from linearize.running.copies import duplicate
 from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.form_choice import make_plan
+from linearize.zoo.layers import close_up
 
 __all__ = ["carry_out", "collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
 
@@ -57,6 +58,7 @@ def collapsed(gated: nn.Module, plan: Plan) -> nn.Module:
         small = duplicate(gated, CollapseError).eval()
         record = record_of(gated) or Record()
         set_record(small, Record((), record.steps, record.inputs))
+        close_up(small)
         return small
     return collapse(gated, plan=Plan(tuple(site for site in plan.sites if site.site in named))).eval()
 
@@ -80,8 +82,12 @@ def planned(gated: nn.Module, choices: Mapping[str, SiteChoice], choice: Choice 
             losses[c.site] = option.loss / len(option.choices)
     named = gates(gated)
     sites = [
-        SitePlan(c.site, c.form, (), rank=c.rank, loss=losses.get(c.site, 0.0)) for c in replaced(choices).values()
-    ]
+        SitePlan(
+            c.site, c.form, c.gone, rank=c.rank, loss=losses.get(c.site, 0.0), dropped=c.gone,
+            channels=c.keep + len(c.gone) if c.gone else 0,
+        )
+        for c in replaced(choices).values()
+    ]  # fmt: skip
     for site in make_plan(gated).sites if named else ():
         chosen = choices.get(site.site)
         if chosen is not None:

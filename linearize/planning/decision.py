@@ -124,10 +124,10 @@ def _damaged(path: Path, found: str) -> CheckpointError:
 
 
 def _choice(entry: Mapping[str, Any]) -> SiteChoice:
-    made = SiteChoice(**entry)
+    made = SiteChoice(**{**entry, "gone": tuple(entry.get("gone", ()))})
     if not isinstance(made.site, str) or not isinstance(made.form, str):
         raise TypeError("no name of a site or of a form")
-    if not all(is_whole(value) and value >= 0 for value in (made.keep, made.rank)):
+    if not all(is_whole(value) and value >= 0 for value in (made.keep, made.rank, *made.gone)):
         raise ValueError("no counts")
     return made
 

@@ -18,6 +18,7 @@ from linearize.convert import unwrapped
 from linearize.errors import DataError, UsageError
 from linearize.export.face import Means
 from linearize.export.registry import FORMATS
+from linearize.families.registry import FAMILIES
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import Budget, read_budget
@@ -73,6 +74,7 @@ class Request:
     stock: bool = False
     target: str | None = None
     modules: bool = True
+    families: Sequence[str] | None = None
     output: Choice = None
     round_to: int | None = None
     when: When = "cheaper"
@@ -100,6 +102,8 @@ class Request:
             self._set("uniform", checks.patterns("uniform", self.uniform, "True, False, or glob patterns of sites"))
         if not isinstance(self.cache, bool):
             self._set("cache", checks.path("cache", self.cache))
+        if self.families is not None:
+            self._set("families", _families(self.families))
         if self.evaluate is not None:
             checks.evaluation("evaluate", self.evaluate)
         if not isinstance(self.progress, bool):
@@ -180,6 +184,16 @@ class Request:
         told["finetune"] = {n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep")}
         told["plan"] = None if self.plan is None else self.plan.to_json()
         return sorted(told.items())
+
+
+def _families(given: Any) -> tuple[str, ...]:
+    """Names of families, each of them known."""
+    known = [family.name for family in FAMILIES]
+    names = tuple(checks.patterns("families", given))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError("families", f"found {unknown[0]!r}", f"Known are {', '.join(known)}.")
+    return names
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

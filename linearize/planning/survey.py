@@ -97,6 +97,7 @@ def survey(
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
     modules: bool = True,
+    families: Sequence[str] | None = None,
     seed: int = 0,
     rounds: int = 9,
     cache: Path | None = None,
@@ -118,6 +119,7 @@ def survey(
             each a group of its own.
         stock: only options that leave ordinary layers.
         modules: whether whole modules may become one linear map; not where equal widths are asked for.
+        families: names of those that may offer options; None takes all.
         seed: of random projections.
         rounds: measurements of each latency.
         cache: file of latencies; None remembers none.
@@ -142,19 +144,22 @@ def survey(
         tied=frozenset(name for names in ties for name in names),
         stock=stock,
         modules=modules,
+        families=None if families is None else frozenset(families),
         progress=progress,
     )
-    places = {family.name: family.find(context) for family in FAMILIES}
+    # The first family's groups hold the sites that all others build upon.
+    asked = [family for family in FAMILIES if family is FAMILIES[0] or context.takes(family.name)]
+    places = {family.name: family.find(context) for family in asked}
     say("observe")
     lines = line_collectors(gated)
     wanted: list[Collector] = [*lines]
-    for family in FAMILIES:
+    for family in asked:
         wanted += family.collectors(context, places[family.name])
     run_passes(gated, data, wanted, probe=projection, seed=seed, progress=progress, notes=notes)
     context.calibration = fit_lines(gated, lines).sites
     say("options")
     groups: list[Group] = []
-    for family in FAMILIES:
+    for family in asked:
         groups = family.options(context, places[family.name], groups)
     for names in ties:
         groups = tied(groups, set(names))

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Wanted", "batched", "gradient_rows", "patches_of", "row_weights", "rows_of"]
+__all__ = ["Wanted", "batched", "gradient_rows", "outliers_down", "patches_of", "row_weights", "rows_of"]
 
 _MANY, _FEW = 64, 8  # positions sampled per image where patches are read: neighbours tell the same
 _PER_FEATURE = 20  # rows that are enough, but for
 _CHEAP = 20_000  # rows that cost next to nothing
+_FAR = 3.0  # times the usual size of a row from which on it counts less
 
 
 def rows_of(x: Tensor, dims: int, mask: Tensor | None) -> Tensor:
@@ -63,6 +64,21 @@ def row_weights(gradient: Tensor | None) -> Tensor | None:
     energy = gradient.double().square().sum(1)
     mean = float(energy.mean())
     return 0.5 + 0.5 * energy / mean if mean > 0 and math.isfinite(mean) else None
+
+
+def outliers_down(x: Tensor) -> Tensor:
+    """Weights of rows (R, D): 1, and less for rows that are much longer than most, such as those of first tokens.
+
+    Some tokens of trained decoders are hundreds of times longer than all others; least squares would look at nothing
+    else. A row never counts more than one of three times the usual length.
+
+    Examples:
+        >>> outliers_down(torch.tensor([[1.0], [1.0], [2.0], [30.0]])).tolist()
+        [1.0, 1.0, 1.0, 0.010000000707805157]
+    """
+    size = x.float().square().sum(1).sqrt()
+    usual = _FAR * size.median()
+    return (usual / size.clamp_min(1e-30)).clamp(max=1.0).square()
 
 
 @dataclass(frozen=True)

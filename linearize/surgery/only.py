@@ -21,6 +21,7 @@ class _Only(nn.Module):
     Attributes:
         keyword: the name by which the first argument may come.
         nones: how many None stand behind the result, as attention gives them where its weights are not asked for.
+        caches: whether it may be told caches of keys and values: they stay as they are.
 
     Raises:
         UsageError: it is told something that is neither a tensor nor plain.
@@ -28,10 +29,11 @@ class _Only(nn.Module):
 
     keyword: str
     nones: int
+    caches: bool = False
     inner: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
+        for value in () if self.caches else (*args, *kwargs.values()):
             if not isinstance(value, _TOLD):  # a cache of keys and values, say, that would stay empty
                 found = f"stands for a module that was told no {type(value).__name__} when it was replaced, and is now"
                 raise UsageError(type(self).__name__, found, "Without caches: pass use_cache=False, or modules=False.")
@@ -43,10 +45,17 @@ class OnlyLinear(_Only, AroundLinear):
     """A matrix in the place of a module with several arguments or results."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, keyword: str = "", nones: int = 0
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        keyword: str = "",
+        nones: int = 0,
+        *,
+        caches: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.keyword, self.nones = keyword, nones
+        self.keyword, self.nones, self.caches = keyword, nones, caches
 
 
 class OnlyConv(_Only, AroundConv):

@@ -38,6 +38,7 @@ _FIELDS: dict[str, Check] = {
     "padding": union(one_of("same", "valid"), _SIZES),
     "bias": boolean,
     "whole": boolean,
+    "caches": boolean,
     "nones": integer(0, 64),
     "keyword": union(one_of(""), identifier),
     "axis": integer(-16, -1),
@@ -67,6 +68,14 @@ def _method(value: Any, where: str) -> None:
         identifier(value, where)
 
 
+def _number_name(value: Any, where: str) -> None:
+    """The name of an attribute, perhaps with a place in a list behind a dot."""
+    name, dot, index = value.partition(".") if type(value) is str else ("", "", "")
+    identifier(name, where)
+    if name.startswith("_") or (dot and not (index.isdecimal() and index.isascii() and len(index) < 4)):
+        raise Unfit(where, value, "the name of a number")
+
+
 # Where the call stands in a source: what does not fit that source is refused there.
 _PLACE = struct(
     {"method": _method, "index": integer(0, 100_000), "callee": text(1000), "reads": text(100)},
@@ -82,6 +91,8 @@ _CALL = struct(
     },
 )
 _ANY = union(optional(boolean), integer(-(2**24)), number(), identifier, array(integer(-(2**24)), 1000))
+_NAMES = array(identifier, 20)
+_KEPT = array(integer(0, 10_000), 10_000)
 _SPECIAL: dict[str, Check] = {
     "Identity": struct({}),
     "Ones": struct({"width": integer(1)}),
@@ -99,6 +110,14 @@ _SPECIAL: dict[str, Check] = {
     "FoldedNorm": struct({"channels": integer(1), "axis": _FIELDS["axis"], "shift": boolean}),
     "Neutral": struct({"values": mapping(identifier, one_of(0, 1, 0.0, 1.0), 100)}),
     "Unfused": struct({}),
+    "Settings": struct({"attribute": identifier, "numbers": _NAMES, "lists": _NAMES, "keep": _KEPT}),
+    "Shortened": struct({"keep": _KEPT}),
+    "Silent": struct({}, {"keyword": _FIELDS["keyword"], "nones": _FIELDS["nones"]}),
+    "Skipped": struct(
+        {},
+        {"keyword": _FIELDS["keyword"], "nones": _FIELDS["nones"], "rows": boolean, "indices": array(integer(), 100)},
+    ),
+    "Attributes": struct({"values": mapping(_number_name, integer(0), 100)}),
     "Rewrite": struct(
         {"calls": array(_CALL, 1000, 1)},
         {"concrete": optional(mapping(identifier, _constant, 100))},

@@ -14,7 +14,7 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Step, record_of
-from linearize.surgery import carriers, fused, layers, only
+from linearize.surgery import attributes, carriers, fused, layers, only, skipped
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
 from linearize.surgery.schemas import check_options
@@ -23,7 +23,10 @@ from linearize.tensors import held
 
 Spec = dict[str, Any]
 
-IN_PLACE = ("Rewrite", "Held", "Kept", "Neutral", fused.STEP)  # they change a module instead of replacing it
+# They change a module instead of replacing it.
+IN_PLACE = (
+    "Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES, attributes.SETTINGS, skipped.SHORTENED
+)  # fmt: skip
 _DEEPEST = 30  # activations inside activations
 _COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -33,7 +36,7 @@ _MATRICES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ()),
     "CarryLinear": (carriers.CarryLinear, ("start", "whole")),
     "OnesLinear": (carriers.OnesLinear, ("at", "ones")),
-    "OnlyLinear": (only.OnlyLinear, ("keyword", "nones")),
+    "OnlyLinear": (only.OnlyLinear, ("keyword", "nones", "caches")),
 }
 _CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "CarryConv": (carriers.CarryConv, ("start", "whole")),
@@ -64,6 +67,11 @@ def spec_of(module: nn.Module) -> Spec:
         return _linear_spec(f"{name}{module.dims}d", module, _CONV, _CONVOLUTIONS[name][1])
     if isinstance(module, nn.Identity):
         return {"type": "Identity"}
+    if type(module) is skipped.Skipped:
+        plain = {"keyword": module.keyword, "nones": module.nones, "rows": module.rows}
+        return {"type": "Skipped", **plain, "indices": list(module.indices)}
+    if type(module) is skipped.Silent:
+        return {"type": "Silent", "keyword": module.keyword, "nones": module.nones}
     if isinstance(module, carriers.Ones):
         return {"type": "Ones", "width": module.width}
     if isinstance(module, layers.Elementwise):
@@ -181,6 +189,11 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Held": hold_function,
     "Kept": lambda current, options: keep_attributes(current, **options),
     fused.STEP: fused.unfuse,
+    attributes.ATTRIBUTES: attributes.attributes_step,
+    attributes.SETTINGS: attributes.settings_step,
+    skipped.SHORTENED: skipped.shortened_step,
+    "Skipped": skipped.skipped,
+    "Silent": lambda current, options: skipped.Silent(**options),
 }
 
 

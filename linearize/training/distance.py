@@ -23,7 +23,7 @@ _PREDICTED = 1e-6  # loss
 
 _BEHIND = 1.25  # times the loss of the best so far on the same batches: no further batch is tried
 
-__all__ = ["Yardstick", "check_seen", "losses_with", "real_loss", "some_of"]
+__all__ = ["Yardstick", "check_seen", "losses_with", "losses_with_all", "real_loss", "some_of"]
 
 
 def some_of(data: Iterable[Any], count: int) -> list[Any]:
@@ -161,29 +161,46 @@ def losses_with(
 
     Infinite where the model does not run with it.
     """
-    return from_first(lambda: _losses_with(model, modules, batches, progress=progress))
+    standing = {path: {path: module} for path, module in modules.items()}
+    return losses_with_all(model, standing, batches, progress=progress)
+
+
+def losses_with_all(
+    model: nn.Module,
+    standing: Mapping[str, Mapping[str, nn.Module]],
+    batches: Sequence[Any],
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
+    """The real loss of a model with other modules in some places, for each set of these by its name; as `losses_with`.
+
+    Of the modules of a set, none lies inside another.
+    """
+    return from_first(lambda: _losses_with(model, standing, batches, progress=progress))
 
 
 def _losses_with(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], *, progress: bool
+    model: nn.Module, standing: Mapping[str, Mapping[str, nn.Module]], batches: Sequence[Any], *, progress: bool
 ) -> dict[str, float]:
-    totals, count = dict.fromkeys(modules, 0.0), 0
-    places = {path: model.get_submodule(path) for path in modules}
+    totals, count = dict.fromkeys(standing, 0.0), 0
+    places = {path: model.get_submodule(path) for modules in standing.values() for path in modules}
     with (
-        evaluating(model, *modules.values()),
-        progress_bar("modules", len(batches) * len(modules), enabled=progress) as advance,
+        evaluating(model, *(module for modules in standing.values() for module in modules.values())),
+        progress_bar("modules", len(batches) * len(standing), enabled=progress) as advance,
     ):
         for batch in read_batches(model, batches):
             taught = batch.run(model)
-            for path, module in modules.items():
+            for name, modules in standing.items():
                 try:
-                    replace_module(model, path, module)
+                    for path, module in modules.items():
+                        replace_module(model, path, module)
                     output = batch.run(model)
-                    totals[path] += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
+                    totals[name] += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
                 except Exception:  # the code around it wants something of the module that only the original has
-                    totals[path] = float("inf")
+                    totals[name] = float("inf")
                 finally:
-                    replace_module(model, path, places[path])
-                advance(path)
+                    for path in modules:
+                        replace_module(model, path, places[path])
+                advance(name)
             count += batch.size
-    return {path: total / max(1, count) for path, total in totals.items()}
+    return {name: total / max(1, count) for name, total in totals.items()}

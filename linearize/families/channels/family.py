@@ -71,6 +71,8 @@ class Channels(Family):
 
     def find(self, context: Context) -> ChannelPlaces:
         """Find all sites that can be refitted and can have another width in the code around them."""
+        if not context.takes(self.name):
+            return ChannelPlaces([], dict.fromkeys(gates(context.gated), "families= leaves channels out"))
         barred = _uncollapsible(context.gated)
         names = [name for name in gates(context.gated) if name not in barred]
         return ChannelPlaces(site_collectors(context.gated, names), barred)

@@ -24,7 +24,7 @@ def layer_of(model: nn.Module, whole: Whole, found: WholeFit) -> nn.Module:
     old = model.get_submodule(whole.path)
     like = next(parameter for parameter in old.parameters() if parameter.is_floating_point())
     layer = build(whole.spec, old).to(like.device, like.dtype)
-    values = {"weight": found.weight, "bias": found.bias}
+    values = {"weight": found.weight, "bias": found.bias}  # of which a layer may have only the first
     for role, (holder, name) in roles_of(layer).items():
         parameter = holder.get_parameter(name)
         parameter.copy_(values[role].view_as(parameter))

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from linearize.families.enclosing import meddled
 from linearize.families.family import Context, Family, Layers, Replayed
 from linearize.families.modules.apply import replace_wholes
 from linearize.families.modules.collect import ModuleCollector
-from linearize.families.modules.find import meddled, wholes_of
+from linearize.families.modules.find import wholes_of
 from linearize.families.modules.fit import fit_whole
 from linearize.families.modules.options import WHOLE, with_modules
 from linearize.families.modules.place import Whole
@@ -75,7 +76,8 @@ class Modules(Family):
 
     def replay(self, places: Mapping[str, Whole], site: SitePlan, gate: ChannelGate | None) -> Replayed | None:
         """Read the map of a module from a plan, to fit it again; or that a site is replaced with its module."""
-        if gate is None and site.site not in places:
+        inside = any(site.site.startswith(f"{path}.") for path in places)
+        if gate is None and site.site not in places and not (inside and not site.rank):
             return None
         return Replayed(SiteChoice(site.site, 0, site.rank, site.form))
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.convert import UNSELECTED
 from linearize.cost import flops_of_modules
+from linearize.families.enclosing import free, homes_of, is_in, meddled, within
 from linearize.families.modules.place import Whole
-from linearize.gating.gate import ChannelGate, gates
-from linearize.gating.groups import ports_of
+from linearize.gating.gate import ChannelGate
 from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, call, eagerly, evaluating
-from linearize.sites.record import record_of
 from linearize.tensors import meddler, oddity
+from linearize.zoo.caches import generates
 
-__all__ = ["meddled", "wholes_of"]
+__all__ = ["wholes_of"]
 
-_WIDEST = 4000  # features of input and output together
+_WIDEST = 15_000  # features of input and output together, whose covariance takes what a pass may hold
 _PLAIN = (bool, int, float, str)
 
 
@@ -41,7 +40,9 @@ class _Call:
     nones: int = 0
 
 
-def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> list[Whole]:
+def wholes_of(
+    model: nn.Module, batch: Any, groups: Sequence[Sequence[str]], keepers: Collection[str] = ()
+) -> list[Whole]:
     """The modules of a gated model that one linear map could replace at less cost, outermost first.
 
     A module qualifies if it is called once, with tensors and plain values only, of which it overwrites none, and gives
@@ -56,22 +57,24 @@ def wholes_of(model: nn.Module, batch: Any, groups: Sequence[Sequence[str]]) -> 
         model: gated.
         batch: one, for which costs are counted.
         groups: of sites, by name.
+        keepers: paths of modules that may be told anything, such as caches that are known to be theirs alone, and may
+            give anything behind their output.
     """
-    calls = _calls(model, batch)
+    calls = _calls(model, batch, keepers)
     flops = flops_of_modules(model, batch)
-    homes, hooked = _homes(model, groups), meddled(model)
+    homes, hooked = homes_of(model, groups), meddled(model)
     found: list[Whole] = []
     for path, seen in calls.items():
         module = model.get_submodule(path)
         axis = _axis(module, seen)
         quantised = any(oddity(parameter) for parameter in module.parameters())
-        if axis is None or quantised or not _free(model, path, homes) or any(map(_is_in(path), hooked)):
+        if axis is None or quantised or not free(model, path, homes) or any(map(is_in(path), hooked)):
             continue
         inputs, outputs = seen.before[axis], seen.after[axis]
         least = 2.0 * math.prod(seen.before) * outputs
         if inputs + outputs > _WIDEST or flops.get(path, 0) <= least:
             continue
-        sites = tuple(name for names in groups for name in names if _within(path, homes[name]))
+        sites = tuple(name for names in groups for name in names if within(path, homes[name]))
         gated = sum(gate.alpha.numel() for gate in module.modules() if isinstance(gate, ChannelGate))
         params = float(sum(parameter.numel() for parameter in module.parameters()) - gated)
         costs = float(flops[path]), params
@@ -101,33 +104,35 @@ def _around(path: str, wholes: Sequence[Whole]) -> str:
     return next((whole.path for whole in reversed(wholes) if path.startswith(f"{whole.path}.")), "")
 
 
-def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
+def _calls(model: nn.Module, batch: Any, keepers: Collection[str]) -> dict[str, _Call]:
     """How every module with children was called in one forward, outermost first."""
     found: dict[str, _Call] = {}
     inner = {path for path, module in model.named_modules() if isinstance(module, ChannelGate)}
 
-    lonely = any(_generates(module) for module in model.modules())
+    lonely = any(generates(module) for module in model.modules())
 
-    def begin(seen: _Call) -> Callable[..., None]:
+    def begin(seen: _Call, *, kept: bool) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             seen.keyword, given = _given(args, kwargs)
             rest = pytree.tree_leaves((args[1:], {name: x for name, x in kwargs.items() if name != seen.keyword}))
             seen.times += 1
             seen.alone = len(args) == 1 and not kwargs
-            seen.plain = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor | None) and not lonely) for x in rest)
+            told = (isinstance(x, _PLAIN) or (isinstance(x, Tensor | None) and not lonely) for x in rest)
+            seen.plain = kept or all(told)
             seen.plain &= isinstance(given, Tensor) and given.is_floating_point()
             seen.before = tuple(given.shape) if seen.plain else ()
-            seen.versions = _versions(args, kwargs)
+            seen.versions = _versions(given) if kept else _versions(args, kwargs)
 
         return see
 
-    def end(seen: _Call) -> Callable[..., None]:
+    def end(seen: _Call, *, kept: bool) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            if type(output) is tuple and len(output) > 1 and all(part is None for part in output[1:]):
+            if type(output) is tuple and len(output) > 1 and (kept or all(part is None for part in output[1:])):
                 output, seen.nones, seen.alone = output[0], len(output) - 1, False
             good = seen.plain and type(output) is Tensor and output.is_floating_point()
             same = output is _given(args, kwargs)[1]
-            seen.fits = good and _versions(args, kwargs) == seen.versions and not same
+            now = _versions(_given(args, kwargs)[1]) if kept else _versions(args, kwargs)
+            seen.fits = good and now == seen.versions and not same
             seen.after = tuple(output.shape) if good else ()
 
         return see
@@ -137,8 +142,8 @@ def _calls(model: nn.Module, batch: Any) -> dict[str, _Call]:
             within = any(path == gate or path.startswith(f"{gate}.") for gate in inner)
             if path and not within and any(True for _ in module.children()):
                 seen = found[path] = _Call()
-                yield module.register_forward_pre_hook(begin(seen), with_kwargs=True)
-                yield module.register_forward_hook(end(seen), with_kwargs=True)
+                yield module.register_forward_pre_hook(begin(seen, kept=path in keepers), with_kwargs=True)
+                yield module.register_forward_hook(end(seen, kept=path in keepers), with_kwargs=True)
 
     with eagerly(), evaluating(model), untouched(model):
         handles = list(hooks())
@@ -162,17 +167,6 @@ def _versions(*values: Any) -> tuple[int, ...]:
     return tuple(leaf._version for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def _generates(module: nn.Module) -> bool:
-    """True if a model of transformers generates text, step by step."""
-    can = getattr(module, "can_generate", None)
-    return callable(can) and bool(can())
-
-
-def meddled(model: nn.Module) -> dict[str, str]:
-    """By path, the modules with hooks or forwards of their own, which would be lost if the module is replaced."""
-    return {path: found for path, module in model.named_modules() if (found := meddler(module)) is not None}
-
-
 def _axis(module: nn.Module, seen: _Call) -> int | None:
     """Where the channels are, counted from the end, as the first map inside that reads so many says.
 
@@ -189,44 +183,6 @@ def _axis(module: nn.Module, seen: _Call) -> int | None:
     return None
 
 
-def _homes(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """By site, the paths of all that belongs to its group: gates, maps and folds."""
-    named = gates(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[str, list[str]] = {}
-    for names in groups:
-        parts: list[str] = []
-        for name in names:
-            gate = named[name]
-            parts.append(paths[id(gate)])
-            if gate.site is not None:
-                parts += [port.module for port in ports_of(gate.site)]
-                parts += [f.module for f in (*gate.site.folds, *gate.site.up_folds, *gate.site.consumer_folds)]
-        found |= dict.fromkeys(names, parts)
-    return found
-
-
-def _within(path: str, parts: Sequence[str]) -> bool:
-    return all(part.startswith(f"{path}.") for part in parts)
-
-
-def _is_in(path: str) -> Callable[[str], bool]:
-    return lambda other: other == path or other.startswith(f"{path}.")
-
-
-def _free(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
-    """True if no group of sites is half inside, and the user's choice of sites does not speak against it."""
-    for parts in homes.values():
-        inside = [_is_in(path)(part) for part in parts]
-        if any(inside) and not _within(path, parts):
-            return False
-    record = record_of(model)
-    barred = [site for site in (record.sites if record else ()) if site.ungated in UNSELECTED]
-    if any(_is_in(path)(site.module) for site in barred):
-        return False
-    return not barred or any(_within(path, parts) for parts in homes.values())
-
-
 def _needed(
     found: Sequence[Whole],
     flops: Mapping[str, int],
@@ -239,7 +195,7 @@ def _needed(
         inner = [other for other in found if other.inside == whole.path]
         direct = [
             names for names in groups
-            if _within(whole.path, homes[names[0]]) and not any(_within(o.path, homes[names[0]]) for o in inner)
+            if within(whole.path, homes[names[0]]) and not any(within(o.path, homes[names[0]]) for o in inner)
         ]  # fmt: skip
         own = whole.flops - sum(flops[other.path] for other in inner)
         for names in direct:

@@ -34,6 +34,8 @@ def fit_whole(whole: Whole, ridge: float = 1e-3) -> WholeFit | None:
     if whole.rows is None or not whole.rows.count or not bool(whole.rows.scatter.isfinite().all()):
         return None
     inputs, covariance, mean = whole.inputs, whole.rows.covariance, whole.rows.mean
+    if not whole.bias:  # moments about zero: no constant may be fitted
+        covariance, mean = covariance + mean.outer(mean), torch.zeros_like(mean)
     ridge = ridge if whole.rows.count > inputs else 0.1 * inputs / whole.rows.count
     kind: dict[str, Any] = {"dtype": mean.dtype, "device": mean.device}
     same = torch.eye(whole.outputs, inputs, **kind) * float(inputs == whole.outputs)

@@ -39,20 +39,20 @@ def with_modules(
         batches: on which a module's loss is measured: how errors at many positions add up cannot be predicted.
         progress: show a bar.
     """
+    parents = {whole.path: whole.inside for whole in wholes}
+    wholes = [whole for whole in wholes if not any(_cuts(whole, group) for group in groups)]
     fits = {whole.path: fit for whole in wholes if (fit := fit_whole(whole)) is not None and fit.loss < _HOPELESS}
     layers = {whole.path: layer_of(model, whole, fits[whole.path]) for whole in wholes if whole.path in fits}
     losses = losses_with(model, layers, batches, progress=progress)
     good = [(whole, losses[whole.path]) for whole in wholes if losses.get(whole.path, _HOPELESS) < _HOPELESS]
     paths = {whole.path for whole, _ in good}
-    parents = {whole.path: whole.inside for whole in wholes}
 
     def around(path: str) -> str:
         while path and path not in paths:
             path = parents[path]
         return path
 
-    home = {name: whole.path for whole in wholes for name in whole.sites}  # the innermost comes last
-    found = [replace(group, inside=around(home.get(group.sites[0], "")), gone_form=WHOLE) for group in groups]
+    found = [replace(group, inside=around(_home(group, wholes)), gone_form=WHOLE) for group in groups]
     for whole, loss in good:
         linear = SiteChoice(whole.path, 0, min(whole.inputs, whole.outputs), WHOLE)
         stay = SiteChoice(whole.path, 0, form="unchanged")
@@ -75,3 +75,17 @@ def with_modules(
             )
         )
     return found
+
+
+def _home(group: Group, wholes: Sequence[Whole]) -> str:
+    """The innermost whole module that holds a group; the innermost comes last."""
+    parts = group.touches
+    if parts:
+        return next((w.path for w in reversed(wholes) if all(part.startswith(f"{w.path}.") for part in parts)), "")
+    return next((whole.path for whole in reversed(wholes) if group.sites[0] in whole.sites), "")
+
+
+def _cuts(whole: Whole, group: Group) -> bool:
+    """True if a group changes modules both inside and outside of a whole one: they exclude each other."""
+    inside = [part.startswith(f"{whole.path}.") for part in group.touches]
+    return any(inside) and not all(inside)

@@ -43,6 +43,8 @@ class Whole:
         behind: path of the module whose output is its input, and goes nowhere else; "" if none is known.
         keyword: by which it is given its input; "" if by position.
         nones: how many None it gives behind its output.
+        bias: whether the map may have one.
+        caches: whether the module is told caches of keys and values, which the map leaves alone.
         rows: covariance of (input, output).
         sensitivity: G of the output, (O, O).
         samples: what the sensitivity is a sum over.
@@ -61,6 +63,8 @@ class Whole:
     behind: str = ""
     keyword: str = ""
     nones: int = 0
+    bias: bool = True
+    caches: bool = False
     rows: Covariance | None = None
     sensitivity: Tensor | None = None
     samples: float = 0.0
@@ -93,9 +97,10 @@ class Whole:
     def spec(self) -> Spec:
         """The description of the layer that would replace the module."""
         kind, more = ("", {}) if self.alone else ("Only", {"keyword": self.keyword, "nones": self.nones})
+        more = {**more, "caches": True} if self.caches else more
         if self.axis == -1:
             sizes = {"in_features": self.inputs, "out_features": self.outputs}
-            return {"type": f"{kind}Linear", **sizes, "bias": True, **more}
+            return {"type": f"{kind}Linear", **sizes, "bias": self.bias, **more}
         n = -1 - self.axis
         channels = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": [1] * n}
         rest = {"stride": [1] * n, "padding": [0] * n, "dilation": [1] * n, "groups": 1, "bias": True}

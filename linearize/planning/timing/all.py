@@ -64,6 +64,8 @@ def _modules_of(gated: nn.Module, group: Group) -> list[str]:
     """The modules of a group: its maps, and the norms between them; or the module that it is."""
     if group.encloses:
         return list(group.sites)
+    if group.touches:
+        return list(group.touches)
     sites = [site for name in group.sites if (site := gates(gated)[name].site) is not None]
     ports = [port.module for site in sites for port in ports_of(site)]
     folds = [f.module for site in sites for f in (*site.folds, *site.up_folds, *site.consumer_folds)]

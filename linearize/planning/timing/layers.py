@@ -111,11 +111,11 @@ def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: Laten
 def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tuple[list[float], float | None]:
     """Time of every option relative to the first, and the seconds of the first; by FLOPs and None if it cannot run."""
     named = gates(bench.model)
-    chain = [named[name] for name in group.sites]
     shape = group.shape
     by_flops = [option.flops / max(group.stay.flops, 1.0) for option in group.options]
-    if not shape or shape[0] % bench.batch:
+    if not shape or shape[0] % bench.batch or not all(name in named for name in group.sites):
         return by_flops, None
+    chain = [named[name] for name in group.sites]
     like = bench.like
     shape = (shape[0] // bench.batch * size, *shape[1:])
     x = torch.randn(shape, dtype=like.dtype, device=like.device)
