@@ -11,20 +11,21 @@ from typing import Any
 
 from torch import nn
 
-from linearize.bench import benchmark
-from linearize.convert import UNSELECTED, convert
+from linearize.compare import kept_sites, report_of
+from linearize.convert import convert
 from linearize.cost import cost
 from linearize.export.fit import expect_fit, prove_fit
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
+from linearize.planning.first_batches import check_inputs, check_output, check_training_data, some_batches
 from linearize.planning.job import Job, Made
-from linearize.planning.request import Request, check_inputs, check_output, check_training_data, some_batches
+from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.running.batches import Reading
-from linearize.running.devices import bring, device_of, staying
+from linearize.running.devices import staying
 from linearize.running.order import Repeated
 from linearize.running.outputs import Choice
 from linearize.running.processes import place, same_model
@@ -33,8 +34,7 @@ from linearize.running.steps import Steps
 from linearize.storage.folders import make_folder
 from linearize.storage.lock import alone_in
 from linearize.summary import summary
-from linearize.training.losses import Evaluate, scores_of
-from linearize.verify import verify
+from linearize.training.losses import Evaluate
 
 __all__ = ["Result", "compress"]
 
@@ -207,14 +207,14 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             return _result(model, made, report), NOTHING
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         seed_everything(request.seed)
-        report = _report(models, batches, example, request, steps, made.history)
+        report = report_of(models, batches, example, request, steps, made.history)
         prove_fit(made.small, example, stock=request.stock, target=request.target)
         return _result(made.small, made, report), notes
 
 
 def _result(model: nn.Module, made: Made, report: Report) -> Result:
     """All of it, with what the plan tells."""
-    told = replace(report, kept=_kept(report, made.plan), plan=made.plan.sha256, **made.told)
+    told = replace(report, kept=kept_sites(report, made.plan), plan=made.plan.sha256, **made.told)
     return Result(model, made.plan, told)
 
 
@@ -257,46 +257,3 @@ def _trainer(data: Repeated, steps: Steps, request: Request, model: nn.Module) -
         return found.history
 
     return run
-
-
-def _report(
-    models: Mapping[str, nn.Module],
-    batches: list[Any],
-    example: Any,
-    request: Request,
-    steps: Steps,
-    history: list[dict[str, float]],
-) -> Report:
-    """Everything measured about the three models, all on the device of the gated one."""
-    before, gated, after = models["before"], models["gated"], models["collapsed"]
-    bring(before, device_of(gated))
-    with steps("verify"):
-        verification = verify(gated, after, batches)
-    quality: dict[str, dict[str, float]] = {}
-    with steps("evaluate"):
-        for stage, model in models.items():
-            for name, value in ({} if request.evaluate is None else scores_of(model, request.evaluate)).items():
-                quality.setdefault(name, {})[stage] = value
-    timing = None
-    if request.rounds:
-        with steps("benchmark"):
-            pair = {"original": before, "collapsed": after}
-            timing = benchmark(
-                pair, example, rounds=request.rounds, batch_sizes=request.batch_sizes, progress=steps.say
-            )
-    costs = [cost(model, example) for model in (before, after)]
-    return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)
-
-
-def _kept(report: Report, plan: Plan) -> dict[str, str]:
-    """The sites that stay for another reason than their loss, in the plan or without a gate."""
-    planned = {site.site for site in plan.sites}
-    found = {site.site: site.reason for site in plan.sites if site.reason}
-    ungated = {site.name: site.reason for site in report.summary.sites if not site.gated and site.reason}
-    found |= {name: why for name, why in ungated.items() if why not in UNSELECTED and not _inside(name, planned)}
-    return found
-
-
-def _inside(name: str, planned: set[str]) -> bool:
-    """True if the site, or a module around it, became something else by the plan."""
-    return any(name == path or name.startswith(f"{path}.") for path in planned)

@@ -30,7 +30,7 @@ from linearize import (
 )
 from linearize.cost import cost
 from linearize.nest import copied, leaves_of, mapped, plain
-from linearize.planning.request import some_batches
+from linearize.planning.first_batches import some_batches
 from linearize.planning.timing.in_place import shares_in_place
 from linearize.running.batches import Reading, count_of, length_of, read_batch
 from linearize.training.distance import real_loss, some_of
