@@ -8,6 +8,7 @@ what the calls left on the modules (features, losses, buffers), and gradients of
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import tempfile
 import warnings
@@ -29,6 +30,7 @@ from tests.random_networks import Network, network
 __all__ = ["Mismatch", "Outcome", "check", "stir"]
 
 CLOSE = 1e-10
+_TORCH = "gradients that torch gets wrong in the model without gates"
 # A gate does not overwrite its input: its result may have another stride along an axis of size 1, and the next
 # convolution then adds up in another order.
 ROUNDING = 1e-13
@@ -221,6 +223,47 @@ def check(seed: int, made: Network | None = None, feature: Callable[..., str] | 
     return outcome
 
 
+def compare_or_excuse(
+    name: str, expected: dict[str, Any], found: dict[str, Any], bound: float, excused: Callable[[], bool] | None
+) -> bool:
+    """As `compare`, unless there is an excuse, of which it tells."""
+    try:
+        compare(name, expected, found, bound)
+    except Mismatch:
+        if excused is None or not excused():
+            raise
+        return True
+    return False
+
+
+def wrong_in_torch(model: nn.Module, gated: nn.Module, batches: list[Tensor], *, train: bool) -> bool:
+    """Whether plain torch layers get the gradients of a model wrong, and the gated model gets its own right."""
+    return gradients_off(model, batches, train=train) > 1 > gradients_off(gated, batches, train=train)
+
+
+def gradients_off(model: nn.Module, batches: list[Tensor], *, train: bool) -> float:
+    """How far a model's derivative by autograd, along a random direction, is from the quotient of differences.
+
+    In units of what the differences themselves may be off by. There are networks (batches of one, channels last) whose
+    gradients torch itself gets wrong.
+    """
+    direction = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3)) for x in batches]
+
+    def total(inputs: list[Tensor]) -> Tensor:
+        torch.manual_seed(7)
+        copied = copy.deepcopy(model).train(train)
+        return torch.stack([t.square().sum() for x in inputs for t in _tensors(copied(x.clone()))]).sum()
+
+    inputs = [x.clone().requires_grad_() for x in batches]
+    slopes = torch.autograd.grad(total(inputs), inputs, allow_unused=True)
+    by_autograd = sum(float((g * v).sum()) for g, v in zip(slopes, direction, strict=True) if g is not None)
+    step = 1e-6
+    with torch.no_grad():
+        ends = [total([x + sign * step * v for x, v in zip(batches, direction, strict=True)]) for sign in (1, -1)]
+    quotient = float(ends[0] - ends[1]) / (2 * step)
+    return abs(by_autograd - quotient) / (1e-4 * (abs(quotient) + 1))
+
+
 def _gated_is_original(
     original: nn.Module, gated: nn.Module, runs: list[list[Tensor]], made: Network, outcome: Outcome
 ) -> None:
@@ -238,7 +281,9 @@ def _gated_is_original(
                     found = run(gated, pair, **how)
                 except Exception as error:
                     raise Mismatch(f"{name}: {type(error).__name__}: {str(error)[:200]}") from error
-                compare(name, expected, found, ROUNDING if in_place or grad or train else 0.0)
+                excused = functools.partial(wrong_in_torch, original, gated, pair, train=train) if grad else None
+                bound = ROUNDING if in_place or grad or train else 0.0
+                outcome.reached.update([_TORCH] * compare_or_excuse(name, expected, found, bound, excused))
                 outcome.reached[name] += 1
                 outcome.reached["other shapes"] += number > 0
     if hasattr(original, "temperature"):
@@ -293,7 +338,8 @@ def _collapsed_is_gated(
                     if grad and not _has_gradients(original, pair):  # its activation's output is overwritten, say
                         continue
                     raise Mismatch(f"{name}: {type(error).__name__}: {str(error)[:200]}") from error
-                compare(name, expected, found, CLOSE)
+                excused = functools.partial(wrong_in_torch, model, gated, pair, train=False) if grad else None
+                outcome.reached.update([_TORCH] * compare_or_excuse(name, expected, found, CLOSE, excused))
                 outcome.reached[name] += 1
 
 
