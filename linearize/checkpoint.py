@@ -106,7 +106,8 @@ def load(
     """
     source = checks.path("path", path)
     with suppress(OSError):  # of a path that no file can have: reading says so
-        source = source / FILE if (source / FILE).is_file() else source
+        if source.is_dir():
+            source = _inside(source)
     if model is not None:
         checks.module("model", model)
     header = tensorfile.read_header(source)
@@ -137,6 +138,22 @@ def load(
     if content.steps or content.sites:
         set_record(loaded, content.record())
     return loaded.to(device).eval()
+
+
+def _inside(folder: Path) -> Path:
+    """Our file in a folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / FILE).is_file():
+        return folder / FILE
+    remedy = (
+        "Pass the path of a .safetensors file, or a folder that save_pretrained of a changed model wrote. A trainer's "
+        "checkpoint holds weights alone: read them into the model that was trained, with load_state_dict, and call "
+        "linearize.save."
+    )
+    raise CheckpointError(str(folder), f"it is a folder without {FILE}", remedy)
 
 
 def _find_recipe(model: nn.Module, content: Manifest) -> Difference:
