@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from linearize.storage import atomic, tensorfile
 from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import copy_without_weights, fill, put_rest, take_plain_weights
+from linearize.storage.trial import check_runs
 from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.building import Limit, parameters_on_meta
@@ -113,14 +114,19 @@ def load(
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
     check_steps(str(path), content)
+    model = None if model is None else zoo.unwrap(model)
+    limit = Limit.of_file(len(header.shapes), header.elements, header.size)
     try:
-        loaded = _skeleton(source, content, model, header)
+        loaded = _skeleton(source, content, model, limit)
         names = names_since(content.version, loaded)
         content, today = renamed(content, names), header.renamed(names)
         if model is not None:
             take_plain_weights(loaded, today.shapes)
         check_fit(str(path), loaded, content, today)
-        check_sites(str(path), loaded)
+        check_sites(str(path), loaded, content)
+        if content.steps:
+            with _doors(model):
+                check_runs(str(path), loaded, content.inputs, lambda: _base(source, content, model, limit), limit)
     except CheckpointError as error:
         if error.where == str(path):
             raise
@@ -223,26 +229,31 @@ def _is_finite(tensor: Tensor) -> bool:
     return not bool(tensor.isnan().any())
 
 
-def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: tensorfile.Header) -> nn.Module:
-    """The model of the file without its weights."""
+def _base(path: Path, content: Manifest, model: nn.Module | None, limit: Limit) -> nn.Module:
+    """The base model of the file without its weights: as the recipe says, or a copy of the one given."""
     if model is None:
-        limit = Limit.of_file(len(header.shapes), header.elements, header.size)
-        base = zoo.skeleton(_known_recipe(path, content), limit)
-        with sealed(), parameters_on_meta(limit):
-            return replay(base, content.steps)
-    model = zoo.unwrap(model)
-    steps = all_steps(model)
-    if steps and steps != content.steps:
-        found = "the model given has been rewritten already, in another way than the file's"
-        raise CheckpointError(str(path), found, "Pass the base model, as it was before linearize.convert.")
+        return zoo.skeleton(_known_recipe(path, content), limit)
     try:
-        base = copy_without_weights(model)
+        return copy_without_weights(model)
     except Exception as error:  # user modules may hold anything, also what cannot be copied
         found = f"the model given cannot be copied: {error}"
         raise CheckpointError(str(path), found, "Pass a model that copy.deepcopy can copy.") from error
-    limit = Limit.of_file(len(header.shapes), header.elements, header.size)
-    with parameters_on_meta(limit):
+
+
+def _skeleton(path: Path, content: Manifest, model: nn.Module | None, limit: Limit) -> nn.Module:
+    """The model of the file without its weights."""
+    steps = [] if model is None else all_steps(model)
+    if steps and steps != content.steps:
+        found = "the model given has been rewritten already, in another way than the file's"
+        raise CheckpointError(str(path), found, "Pass the base model, as it was before linearize.convert.")
+    base = _base(path, content, model, limit)
+    with _doors(model), parameters_on_meta(limit):
         return base if steps else replay(base, content.steps)
+
+
+def _doors(model: nn.Module | None) -> AbstractContextManager[None]:
+    """Shut where all that runs is of a file and of libraries; code of the user's own model may do what it does."""
+    return sealed() if model is None else nullcontext()
 
 
 def _check_same(path: Path, header: tensorfile.Header, tensors: dict[str, Tensor]) -> None:
