@@ -22,7 +22,14 @@ from linearize.sites.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
 from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
-from linearize.storage.restore import copy_without_weights, fill, put_rest, take_plain_weights
+from linearize.storage.restore import (
+    check_values,
+    copy_without_weights,
+    fill,
+    put_attributes,
+    put_extras,
+    take_plain_weights,
+)
 from linearize.storage.trial import check_runs
 from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
@@ -124,7 +131,9 @@ def load(
             take_plain_weights(loaded, today.shapes)
         check_fit(str(path), loaded, content, today)
         check_sites(str(path), loaded, content)
-        if content.steps:
+        put_attributes(str(path), loaded, content)
+        put_extras(str(path), loaded, content, today.empty(key for key, _, _ in content.extras))
+        if content.steps or content.attributes or content.extras:
             with _doors(model):
                 check_runs(str(path), loaded, content.inputs, lambda: _base(source, content, model, limit), limit)
     except CheckpointError as error:
@@ -140,7 +149,8 @@ def load(
     _check_same(source, header, tensors)
     tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
     fill(loaded, content, tensors)
-    put_rest(str(path), loaded, content, tensors)
+    put_extras(str(path), loaded, content, tensors)
+    check_values(str(path), loaded)
     if content.steps or content.sites:
         set_record(loaded, content.record())
     return loaded.to(device).eval()

@@ -31,11 +31,13 @@ class Net(nn.Module):
         self.two, self.norm_two, self.act_two = nn.Conv2d(12, 8, 1), nn.BatchNorm2d(8), nn.GELU()
         self.up, self.act, self.down = nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)
         self.again, self.act_again, self.back = nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)
+        self.parts = 4
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act_two(self.norm_two(self.two(self.act_one(self.norm_one(self.one(x))))))
         x = x.mean((2, 3))
         x = x + self.down(self.act(self.up(x)))
+        x = x.view(len(x), self.parts, -1).flatten(1)
         y: Tensor = x + self.back(self.act_again(self.again(x)))
         return y
 
@@ -62,7 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _forged(source: Path, target: Path, change: Change) -> Path:
     """The file with something else in its metadata."""
     header, data = split(source.read_bytes())
-    told = {name: json.loads(header["__metadata__"][name]) for name in ("steps", "sites", "inputs")}
+    told = {name: json.loads(header["__metadata__"][name]) for name in ("steps", "sites", "inputs", "attributes")}
     before = copy.deepcopy(told)
     change(told)
     assert told != before
@@ -110,6 +112,10 @@ def _gone_from_the_list(told: dict[str, Any]) -> None:
     told["sites"] = [site for site in told["sites"] if site["name"] != "act"]
 
 
+def _attributes(*attributes: Any) -> Change:
+    return lambda told: told["attributes"].extend(attributes)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
@@ -119,6 +125,8 @@ def _gone_from_the_list(told: dict[str, Any]) -> None:
         ("gated", _in_the_list_alone, "not what the list of sites says"),
         ("gated", _gone_from_the_list, "not what the list of sites says"),
         ("gated", _of_another_norm, "are of the sizes"),
+        ("gated", _attributes(["", "parts", 5]), "do not fit each other"),
+        ("gated", _attributes(["", "parts", 2], ["", "parts", 4]), "an attribute is there twice"),
     ],
 )
 def test_what_contradicts_itself(name: str, change: Change, told: str, files: dict[str, Path], tmp_path: Path) -> None:
@@ -128,6 +136,12 @@ def test_what_contradicts_itself(name: str, change: Change, told: str, files: di
 
 def _of_other_images(told: dict[str, Any]) -> None:
     told["inputs"]["__tuple__"][0]["__tuple__"][0]["__tensor__"][0] = [2, 5, 4, 4]
+
+
+def test_an_attribute_of_another_value_may_stand(files: dict[str, Path], tmp_path: Path) -> None:
+    found: Any = linearize.load(_forged(files["gated"], tmp_path / "x", _attributes(["", "parts", 2])), model=Net())
+    assert found.parts == 2
+    assert found(X).shape == (2, 8)
 
 
 def _without_inputs(told: dict[str, Any]) -> None:
