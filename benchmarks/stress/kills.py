@@ -305,4 +305,4 @@ def warm(folder: Path, names: Sequence[str]) -> None:
     for module in json.loads(found.read_text()):
         with contextlib.suppress(Exception):  # some are no modules that can be imported by that name
             importlib.import_module(module)
-    linearize.convert(toys.network(), toys.unlabelled()[0])
+    toys.gated()

@@ -11,7 +11,7 @@ import gc
 import random
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -26,6 +26,9 @@ ALONE = threading.RLock()
 """Held by whoever captures, traces or dry-runs: torch.export keeps global state, and modules change for a while."""
 
 _CONTAINERS = (dict, list, set, deque)
+# Whose own methods are used, whatever a class derived from it makes of them. An OrderedDict keeps its order beside the
+# dict that it is: what a dict's methods take out stays in that order.
+_KINDS: tuple[Any, ...] = (OrderedDict, *_CONTAINERS)
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType)
 _FOREIGN = (FakeTensor, FunctionalTensor, fx.Proxy, fx.Node)
 _MOST = 50_000  # containers looked at, so that a huge structure in an attribute costs no minutes
@@ -175,9 +178,7 @@ def _values(container: Any) -> list[Any]:
 def _put_back(container: Any, content: Any) -> None:
     if _same(container, content):
         return
-    kind: Any = next(base for base in _CONTAINERS if issubclass(type(container), base))
-    kind.clear(container)
-    kind.update(container, content) if kind in (dict, set) else kind.extend(container, content)
+    _refill(container, content)
 
 
 def _weed(container: Any, content: Any) -> None:
@@ -185,14 +186,23 @@ def _weed(container: Any, content: Any) -> None:
     values = _values(container)
     if not any(_is_foreign(value) for value in values):
         return
-    if issubclass(type(container), dict):
-        for key in [key for key, value in dict.items(container) if _is_foreign(value)]:
-            dict.__setitem__(container, key, content[key]) if key in content else dict.__delitem__(container, key)
+    kind = _kind(container)
+    if issubclass(kind, dict):
+        for key in [key for key, value in kind.items(container) if _is_foreign(value)]:
+            kind.__setitem__(container, key, content[key]) if key in content else kind.__delitem__(container, key)
         return
-    kind: Any = next(base for base in _CONTAINERS if issubclass(type(container), base))
     kept = content if len(values) == len(content) else [value for value in values if not _is_foreign(value)]
+    _refill(container, kept)
+
+
+def _kind(container: Any) -> Any:
+    return next(base for base in _KINDS if issubclass(type(container), base))
+
+
+def _refill(container: Any, content: Any) -> None:
+    kind = _kind(container)
     kind.clear(container)
-    kind.update(container, kept) if kind is set else kind.extend(container, kept)
+    kind.extend(container, content) if kind in (list, deque) else kind.update(container, content)
 
 
 def _same(container: Any, content: Any) -> bool:

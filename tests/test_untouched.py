@@ -1,0 +1,80 @@
+"""What a forward does to ordered dicts, hooks among them, is taken back without breaking them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import linearize
+from linearize.graph.protect import untouched
+
+SEEN: OrderedDict[str, Any] = OrderedDict(a=1)
+
+
+class Hooking(nn.Module):
+    """Puts a hook on its child at the first forward, as libraries do that capture outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)
+        self.order: OrderedDict[str, int] = OrderedDict(z=0, a=1)
+        self.hooked = False
+        self.counted: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.hooked = True
+            self.down.register_forward_hook(self._count)
+        self.order["b"] = 2
+        self.order.move_to_end("z")
+        y: Tensor = self.down(self.act(self.up(x)))
+        return y
+
+    def _count(self, *_: Any) -> None:
+        self.counted.append(1)
+
+
+def test_hooks_that_a_forward_registers() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4), Hooking().eval()
+    gated: Any = linearize.convert(model, x)
+    for each in (model, gated):
+        assert not each.down._forward_hooks
+        assert list(each.order.items()) == [("z", 0), ("a", 1)]
+        copy.deepcopy(each)
+        each(x)
+        each(x)
+        assert each.counted == [1, 1]
+        assert list(each.down._forward_hooks.values())
+        assert list(each.order.items()) == [("a", 1), ("b", 2), ("z", 0)]
+
+
+def test_an_ordered_dict_among_globals() -> None:
+    class Leaves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            SEEN["fake"] = x
+            SEEN["a"] = x
+            return x
+
+    with untouched(Leaves()) as _:
+        Leaves()(torch.ones(1, device="meta"))
+    assert list(SEEN.items()) == [("a", 1)]
+    SEEN["b"] = 2
+    assert list(SEEN.items()) == [("a", 1), ("b", 2)]
+
+
+def test_a_transformers_model_that_tells_its_states() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=50,
+        output_hidden_states=True,
+    )  # fmt: skip
+    ids = {"input_ids": torch.arange(8)[None]}
+    model = transformers.BertModel(config).eval()
+    gated: Any = linearize.convert(model, ids)
+    assert len(model(**ids).hidden_states) == len(gated(**ids).hidden_states) == 3
