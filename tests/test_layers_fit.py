@@ -158,6 +158,35 @@ def test_inputs_that_no_model_of_this_kind_takes_prove_nothing(
     torch.testing.assert_close(found(X), linearize.load(files[name], model=Net())(X), rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_forward_keeps_has_no_place_in_a_fresh_model(tmp_path: Path) -> None:
+    """Nor has an activation whose channel axis nobody knows any channels; both are saved and loaded."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.slope = nn.Parameter(torch.full((1,), 0.2))
+            self.kept: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(nn.functional.prelu(x.reshape(-1), self.slope).view_as(x))
+            self.kept.append(h.detach().mean())
+            y: Tensor = self.down(torch.relu(h))
+            return y
+
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 4), Keeps().eval()
+    gated: Any = linearize.convert(model, x)
+    expected = gated(x)
+    assert len(gated.kept) == 1
+    linearize.save(gated, tmp_path / "model")
+    sites = json.loads(split((tmp_path / "model").read_bytes())[0]["__metadata__"]["sites"])
+    assert 0 in [site["channels"] for site in sites]
+    found: Any = linearize.load(tmp_path / "model", model=Keeps())
+    assert found.kept == []
+    torch.testing.assert_close(found(x), expected, rtol=1e-5, atol=1e-6)
+
+
 class Reads(nn.Module):
     """Its forward reads a value, and leaves something on it."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import linearize
+from linearize.errors import CaptureError
 from linearize.graph.protect import untouched
 
 SEEN: OrderedDict[str, Any] = OrderedDict(a=1)
@@ -78,3 +81,38 @@ def test_a_transformers_model_that_tells_its_states() -> None:
     model = transformers.BertModel(config).eval()
     gated: Any = linearize.convert(model, ids)
     assert len(model(**ids).hidden_states) == len(gated(**ids).hidden_states) == 3
+
+
+def test_a_model_that_another_thread_runs_is_not_read() -> None:
+    class Busy(nn.Module):
+        """Has another thread run it in the middle of its forward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if STARTED and threading.current_thread() is threading.main_thread():
+                other = threading.Thread(target=run, args=(self,))
+                other.start()
+                other.join()
+            y: Tensor = self.down(self.act(self.up(x)))
+            return y
+
+    def run(model: nn.Module) -> None:
+        with suppress(Exception):  # a model that is being read runs nowhere else
+            model(torch.randn(2, 4))
+
+    model = Busy().eval()
+    x = torch.randn(2, 4)
+    STARTED.append(1)
+    try:
+        with pytest.raises(CaptureError, match="run by another thread"):
+            linearize.convert(model, x)
+    finally:
+        STARTED.clear()
+    assert not model._forward_pre_hooks
+    assert torch.equal(linearize.convert(model, x)(x), model(x))
+
+
+STARTED: list[int] = []

@@ -14,7 +14,7 @@ from linearize.errors import CheckpointError
 from linearize.running.copies import computed_tensors
 from linearize.storage.manifest import Manifest
 from linearize.tensors import at_rest, computes, is_computed
-from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
+from linearize.zoo.structure import is_taken, plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
 
@@ -117,7 +117,7 @@ def put_extras(path: str, model: nn.Module, content: Manifest, tensors: Mapping[
         # What has no place is left out: the model makes it anew in its forward.
         there = plain_tensors(modules[name]).get(where)
         fits = there is None or there.is_floating_point() == tensors[key].is_floating_point()
-        if not (fits and put_tensor(modules[name], where, tensors[key])) and hasattr(modules[name], where[0]):
+        if not fits or (not put_tensor(modules[name], where, tensors[key]) and is_taken(modules[name], where)):
             found = f"tensor {key!r:.80} would stand in the place of {'.'.join(map(str, (name, *where)))!r:.80}"
             raise CheckpointError(path, found, _REMEDY)
 
