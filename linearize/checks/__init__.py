@@ -4,7 +4,16 @@ Public functions check what they are called with before they do anything. A mess
 found, and what it must be.
 """
 
-from linearize.checks.torch_values import batches, device, dtype, evaluation, module, normal_mode, weights
+from linearize.checks.torch_values import (
+    batches,
+    device,
+    dtype,
+    evaluation,
+    module,
+    normal_mode,
+    weights,
+    with_values,
+)
 from linearize.checks.values import (
     boolean,
     choice,
@@ -46,4 +55,5 @@ __all__ = [
     "weights",
     "whole",
     "wholes",
+    "with_values",
 ]
