@@ -455,7 +455,10 @@ def test_images_by_decoder_not_by_name(tmp_path: Path) -> None:
         + struct.pack(">I", zlib.crc32(whole[12:16] + size + whole[24:29]))
         + whole[33:]
     )
-    for name, data in (("eps", eps), ("truncated", whole[:-30]), ("bomb", bomb), ("empty", b""), ("text", b"hello")):
+    image.new("L", (1, 70_000)).save(tmp_path / "tall.png")
+    tall = (tmp_path / "tall.png").read_bytes()
+    bad = {"eps": eps, "truncated": whole[:-30], "bomb": bomb, "tall": tall, "empty": b"", "text": b"hello"}
+    for name, data in bad.items():
         path = tmp_path / f"{name}.png"
         path.write_bytes(data)
         with pytest.raises(DataError) as caught:

@@ -116,3 +116,19 @@ def test_a_model_that_another_thread_runs_is_not_read() -> None:
 
 
 STARTED: list[int] = []
+
+
+def test_an_interrupt_is_not_taken_for_an_error_of_the_model() -> None:
+    """Where torch leaves its modes for an interrupt it may fail itself, and the interrupt is behind that error."""
+    model = nn.Linear(2, 2)
+
+    def fails(behind: BaseException) -> None:
+        try:
+            raise behind
+        finally:
+            raise AssertionError("Trying to pop empty mode stack")
+
+    with pytest.raises(KeyboardInterrupt), untouched(model):
+        fails(KeyboardInterrupt())
+    with pytest.raises(AssertionError), untouched(model):
+        fails(ValueError())

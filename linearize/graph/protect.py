@@ -65,6 +65,10 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
             for module in modules:
                 module.training = training
             yield
+        except Exception as error:
+            if (stopped := _interrupt_behind(error)) is not None:
+                raise stopped from None
+            raise
         finally:
             for module, mode, attributes in held:
                 module.training = mode  # a scripted module does not keep it among its attributes
@@ -81,6 +85,18 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 for name in [name for name, value in vars(cls).items() if _is_foreign(value)]:
                     setattr(cls, name, attributes[name]) if name in attributes else delattr(cls, name)
             _forget_tensors(memories)
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interrupt that an error has taken the place of: torch's own modes may fail while they are left by one."""
+    seen: set[int] = set()
+    behind: BaseException | None = error
+    while behind is not None and id(behind) not in seen:
+        seen.add(id(behind))
+        if isinstance(behind, KeyboardInterrupt):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 @contextmanager
