@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 
 import linearize
 from linearize.errors import CaptureError
@@ -132,3 +135,22 @@ def test_an_interrupt_is_not_taken_for_an_error_of_the_model() -> None:
         fails(KeyboardInterrupt())
     with pytest.raises(AssertionError), untouched(model):
         fails(ValueError())
+
+
+def test_modes_that_an_interrupt_has_left_on() -> None:
+    class Mode(TorchFunctionMode):
+        pass
+
+    modes: list[Any] = [FakeTensorMode(), Mode()]
+
+    def stopped_on_the_way() -> None:
+        for mode in modes:
+            mode.__enter__()
+        raise KeyboardInterrupt
+
+    with FakeTensorMode() as around:
+        with pytest.raises(KeyboardInterrupt), untouched(nn.Linear(2, 2)):
+            stopped_on_the_way()
+        assert _python_dispatch._get_current_dispatch_mode_stack() == [around]  # no more than was put on inside
+    assert type(torch.ones(1)) is Tensor
+    assert overrides._get_current_function_mode_stack() == []

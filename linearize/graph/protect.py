@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import random
-import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -17,10 +15,11 @@ from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+from linearize.graph.state import interrupt_behind, same_modes, same_random_numbers
 
 ALONE = threading.RLock()
 """Held by whoever captures, traces or dry-runs: torch.export keeps global state, and modules change for a while."""
@@ -51,7 +50,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         >>> layer.training, hasattr(layer, "seen")
         (True, False)
     """
-    with ALONE, _same_random_numbers():
+    with ALONE, same_random_numbers(), same_modes():
         modules = list(model.modules())
         held = [(module, module.training, dict(vars(module))) for module in modules]
         inside = _contents(vars(module) for module in modules)
@@ -66,7 +65,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 module.training = training
             yield
         except Exception as error:
-            if (stopped := _interrupt_behind(error)) is not None:
+            if (stopped := interrupt_behind(error)) is not None:
                 raise stopped from None
             raise
         finally:
@@ -85,32 +84,6 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 for name in [name for name, value in vars(cls).items() if _is_foreign(value)]:
                     setattr(cls, name, attributes[name]) if name in attributes else delattr(cls, name)
             _forget_tensors(memories)
-
-
-def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The interrupt that an error has taken the place of: torch's own modes may fail while they are left by one."""
-    seen: set[int] = set()
-    behind: BaseException | None = error
-    while behind is not None and id(behind) not in seen:
-        seen.add(id(behind))
-        if isinstance(behind, KeyboardInterrupt):
-            return behind
-        behind = behind.__cause__ or behind.__context__
-    return None
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Python's, NumPy's and torch's generators of random numbers stay where they are."""
-    numpy = sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
 
 
 def _functions(places: Iterable[Any]) -> list[FunctionType]:
