@@ -147,7 +147,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
     checks.boolean("progress", progress)
     model = checks.module("model", model)
     model = getattr(model, "_orig_mod", model)  # compiled
-    if isinstance(batches, str | bytes | Mapping | Tensor) or not hasattr(batches, "__iter__"):
+    if isinstance(batches, str | bytes | Mapping) or hasattr(batches, "__array__") or not hasattr(batches, "__iter__"):
         remedy = "Pass an iterable of batches, such as a list of tensors or a DataLoader."
         raise DataError("batches", f"found a {type(batches).__name__}", remedy)
     collectors = line_collectors(model)

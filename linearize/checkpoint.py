@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from linearize.sites.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
 from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
-from linearize.storage.restore import copy_without_weights, fill, put_rest, take_plain_weights
+from linearize.storage.restore import (
+    check_values,
+    copy_without_weights,
+    fill,
+    put_attributes,
+    put_extras,
+    take_plain_weights,
+)
+from linearize.storage.trial import check_runs
 from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.building import Limit, parameters_on_meta
@@ -106,20 +114,28 @@ def load(
     """
     source = checks.path("path", path)
     with suppress(OSError):  # of a path that no file can have: reading says so
-        source = source / FILE if (source / FILE).is_file() else source
+        if source.is_dir():
+            source = _inside(source)
     if model is not None:
         checks.module("model", model)
     header = tensorfile.read_header(source)
     content = Manifest.from_texts(source, header.metadata)
     check_steps(str(path), content)
+    model = None if model is None else zoo.unwrap(model)
+    limit = Limit.of_file(len(header.shapes), header.elements, header.size)
     try:
-        loaded = _skeleton(source, content, model, header)
+        loaded = _skeleton(source, content, model, limit)
         names = names_since(content.version, loaded)
         content, today = renamed(content, names), header.renamed(names)
         if model is not None:
             take_plain_weights(loaded, today.shapes)
         check_fit(str(path), loaded, content, today)
-        check_sites(str(path), loaded)
+        check_sites(str(path), loaded, content)
+        put_attributes(str(path), loaded, content)
+        put_extras(str(path), loaded, content, today.empty(key for key, _, _ in content.extras))
+        if content.steps or content.attributes or content.extras:
+            with _doors(model):
+                check_runs(str(path), loaded, content.inputs, lambda: _base(source, content, model, limit), limit)
     except CheckpointError as error:
         if error.where == str(path):
             raise
@@ -133,10 +149,27 @@ def load(
     _check_same(source, header, tensors)
     tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
     fill(loaded, content, tensors)
-    put_rest(str(path), loaded, content, tensors)
+    put_extras(str(path), loaded, content, tensors)
+    check_values(str(path), loaded)
     if content.steps or content.sites:
         set_record(loaded, content.record())
     return loaded.to(device).eval()
+
+
+def _inside(folder: Path) -> Path:
+    """Our file in a folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / FILE).is_file():
+        return folder / FILE
+    remedy = (
+        "Pass the path of a .safetensors file, or a folder that save_pretrained of a changed model wrote. A trainer's "
+        "checkpoint holds weights alone: read them into the model that was trained, with load_state_dict, and call "
+        "linearize.save."
+    )
+    raise CheckpointError(str(folder), f"it is a folder without {FILE}", remedy)
 
 
 def _find_recipe(model: nn.Module, content: Manifest) -> Difference:
@@ -206,26 +239,31 @@ def _is_finite(tensor: Tensor) -> bool:
     return not bool(tensor.isnan().any())
 
 
-def _skeleton(path: Path, content: Manifest, model: nn.Module | None, header: tensorfile.Header) -> nn.Module:
-    """The model of the file without its weights."""
+def _base(path: Path, content: Manifest, model: nn.Module | None, limit: Limit) -> nn.Module:
+    """The base model of the file without its weights: as the recipe says, or a copy of the one given."""
     if model is None:
-        limit = Limit.of_file(len(header.shapes), header.elements, header.size)
-        base = zoo.skeleton(_known_recipe(path, content), limit)
-        with sealed(), parameters_on_meta(limit):
-            return replay(base, content.steps)
-    model = zoo.unwrap(model)
-    steps = all_steps(model)
-    if steps and steps != content.steps:
-        found = "the model given has been rewritten already, in another way than the file's"
-        raise CheckpointError(str(path), found, "Pass the base model, as it was before linearize.convert.")
+        return zoo.skeleton(_known_recipe(path, content), limit)
     try:
-        base = copy_without_weights(model)
+        return copy_without_weights(model)
     except Exception as error:  # user modules may hold anything, also what cannot be copied
         found = f"the model given cannot be copied: {error}"
         raise CheckpointError(str(path), found, "Pass a model that copy.deepcopy can copy.") from error
-    limit = Limit.of_file(len(header.shapes), header.elements, header.size)
-    with parameters_on_meta(limit):
+
+
+def _skeleton(path: Path, content: Manifest, model: nn.Module | None, limit: Limit) -> nn.Module:
+    """The model of the file without its weights."""
+    steps = [] if model is None else all_steps(model)
+    if steps and steps != content.steps:
+        found = "the model given has been rewritten already, in another way than the file's"
+        raise CheckpointError(str(path), found, "Pass the base model, as it was before linearize.convert.")
+    base = _base(path, content, model, limit)
+    with _doors(model), parameters_on_meta(limit):
         return base if steps else replay(base, content.steps)
+
+
+def _doors(model: nn.Module | None) -> AbstractContextManager[None]:
+    """Shut where all that runs is of a file and of libraries; code of the user's own model may do what it does."""
+    return sealed() if model is None else nullcontext()
 
 
 def _check_same(path: Path, header: tensorfile.Header, tensors: dict[str, Tensor]) -> None:

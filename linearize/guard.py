@@ -26,8 +26,13 @@ __all__ = ["guard_saving"]
 
 _METHOD = "save_pretrained"
 _NOTE = "changed by linearize, to be loaded with linearize.load(folder)"
-# Each of them stops transformers: the first two quote the text, the third is a quantization that has no method.
-_MARKS: dict[str, Any] = {"model_type": _NOTE, "dtype": _NOTE, "quantization_config": {"note": _NOTE}}
+# Each of them stops transformers with an error that quotes the text, whatever else a call overrides.
+_MARKS: dict[str, Any] = {
+    "model_type": _NOTE,
+    "dtype": _NOTE,
+    "attn_implementation": _NOTE,
+    "quantization_config": {"quant_method": "gptq", "bits": _NOTE},
+}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 

@@ -98,8 +98,12 @@ def test_a_trainers_checkpoint_goes_on_and_loads_nowhere_else(given: bool, tmp_p
     model = gated(bert())
     with pytest.warns(UserWarning, match="load_state_dict"):
         model.save_pretrained(tmp_path, state_dict=model.state_dict() if given else None)
-    with pytest.raises(Exception, match="quant_method"):
-        transformers.BertModel.from_pretrained(tmp_path)
+    for overridden in ({}, {"attn_implementation": "eager"}):
+        for loader in (transformers.BertModel, transformers.AutoModel):
+            with pytest.raises(Exception, match=r"linearize\.load"):
+                loader.from_pretrained(tmp_path, **overridden)
+    with pytest.raises(CheckpointError, match=r"folder without linearize.safetensors.*load_state_dict"):
+        linearize.load(tmp_path)
     from safetensors.torch import load_file
 
     other = gated(bert())

@@ -381,6 +381,46 @@ def test_a_size_of_images_that_no_memory_holds(forge: Forge) -> None:
         example_inputs(model)
 
 
+def test_attributes_without_end(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    from linearize.storage import restore
+    from linearize.zoo.structure import plain_attributes
+
+    with pytest.raises(CheckpointError, match="twice"):
+        load(forge(attributes=[["blocks.0.mlp.fc1", "x", 1]] * 2))
+    asked: list[nn.Module] = []
+
+    def counted(module: nn.Module) -> dict[str, Any]:
+        asked.append(module)
+        return plain_attributes(module)
+
+    monkeypatch.setattr(restore, "plain_attributes", counted)
+    load(forge(attributes=[["blocks.0.mlp.fc1", f"x{n}", 1] for n in range(2000)]))  # none of these has a place
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("bros", "dim_bbox", 2**25),
+        ("lxmert", "visual_pos_dim", 2**25),
+        ("vit", "image_size", 2**25),
+        ("siglip2", "patch_size", 0),
+    ],
+)
+def test_settings_that_ask_for_inputs_without_end(kind: str, setting: str, value: int) -> None:
+    from linearize.zoo import example_inputs
+    from linearize.zoo.tiny_models import tiny_models
+
+    _, model = next(tiny_models(kind))
+    config: Any = model.config
+    part = next(part for part in (config, *vars(config).values()) if setting in getattr(part, "__dict__", {}))
+    vars(part)[setting] = value
+    before = _peak(reset=True)
+    with pytest.raises(LinearizeError):
+        example_inputs(model)
+    assert _peak() - before < 1e9
+
+
 def _idx(path: Path, dims: int, shape: tuple[int, ...], data: bytes) -> None:
     with gzip.open(path, "wb") as file:
         file.write(struct.pack(f">{1 + dims}I", 0x0800 + dims, *shape) + data)
@@ -415,7 +455,10 @@ def test_images_by_decoder_not_by_name(tmp_path: Path) -> None:
         + struct.pack(">I", zlib.crc32(whole[12:16] + size + whole[24:29]))
         + whole[33:]
     )
-    for name, data in (("eps", eps), ("truncated", whole[:-30]), ("bomb", bomb), ("empty", b""), ("text", b"hello")):
+    image.new("L", (1, 70_000)).save(tmp_path / "tall.png")
+    tall = (tmp_path / "tall.png").read_bytes()
+    bad = {"eps": eps, "truncated": whole[:-30], "bomb": bomb, "tall": tall, "empty": b"", "text": b"hello"}
+    for name, data in bad.items():
         path = tmp_path / f"{name}.png"
         path.write_bytes(data)
         with pytest.raises(DataError) as caught:

@@ -124,6 +124,8 @@ def _killed(name: str, folder: Path, rng: random.Random) -> tuple[str, str]:
 def _interrupted(rng: random.Random) -> tuple[str, str]:
     for _ in range(50):
         stopped, told = kills.interrupt(rng, 1.2)
+        if told == kills.ABORTED:
+            return "ended by torch", ""
         if stopped:
             return ("another result", told) if told else ("model as it was", "")
     return "never in time", ""

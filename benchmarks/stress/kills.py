@@ -28,10 +28,10 @@ from linearize.planning.timing.table import LatencyTable
 from linearize.storage.digest import take_in
 from linearize.storage.tensorfile import read_tensors
 
-__all__ = ["TARGETS", "Target", "interrupt", "kill", "warm"]
+__all__ = ["ABORTED", "TARGETS", "Target", "interrupt", "kill", "warm"]
 
 # Now and then torch ends a forked process itself ("Invalid thread pool"): that is one kill more.
-_ABORTED = "aborted"
+ABORTED = "aborted"
 _ATTEMPTS = 4
 _ENTRIES = 40  # that each write adds to the latency table
 _CLI = [
@@ -140,7 +140,7 @@ def _judge(job: Callable[[Path], None]) -> Callable[[Path], str]:
         (folder / "told.json").unlink(missing_ok=True)
         for _ in range(_ATTEMPTS):
             status = forked(lambda: job(folder), None)
-            if status != _ABORTED:
+            if status != ABORTED:
                 break
         if status:
             return status
@@ -198,7 +198,7 @@ def forked(work: Callable[[], object], kill_after: float | None) -> str:
     with os.fdopen(reading, "rb") as pipe:
         told = pipe.read().decode(errors="replace")
     if os.WIFSIGNALED(status):
-        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else _ABORTED
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else ABORTED
     return told.strip() or ("" if status == 0 else f"status {status}")
 
 
@@ -221,7 +221,7 @@ def kill(name: str, folder: Path, rng: random.Random) -> tuple[bool, str]:
         _SECONDS[name] = time.perf_counter() - start
         anew()
     status = forked(lambda: target.job(folder), rng.uniform(0, _SECONDS[name]))
-    if status not in ("killed", _ABORTED):
+    if status not in ("killed", ABORTED):
         return False, status
     return True, target.judge(folder)
 
@@ -259,6 +259,8 @@ def interrupt(rng: random.Random, longest: float) -> tuple[bool, str]:
     last = forked(work, None).strip().splitlines()
     if not last:
         return False, ""
+    if last[-1] == ABORTED:  # an interrupt within torch's C++ ends the process: there is no model then
+        return True, ABORTED
     return True, "" if last[-1] == "SystemExit: interrupted" else "\n".join(last[-6:])
 
 
@@ -305,4 +307,4 @@ def warm(folder: Path, names: Sequence[str]) -> None:
     for module in json.loads(found.read_text()):
         with contextlib.suppress(Exception):  # some are no modules that can be imported by that name
             importlib.import_module(module)
-    linearize.convert(toys.network(), toys.unlabelled()[0])
+    toys.gated()

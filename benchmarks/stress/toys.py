@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 import linearize
 from linearize.storage.digest import take_in
 
-__all__ = ["compress_job", "data", "digest", "finetune_job", "network", "report_facts", "unlabelled"]
+__all__ = ["compress_job", "data", "digest", "finetune_job", "gated", "network", "report_facts", "unlabelled"]
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -66,10 +68,22 @@ def report_facts(result: linearize.Result) -> dict[str, Any]:
     return told
 
 
+@functools.cache
+def _gated() -> nn.Module:
+    """The network with gates: converting takes most of a job, and is the same every time."""
+    with torch.random.fork_rng():
+        return linearize.convert(network(), unlabelled()[0])
+
+
+def gated() -> nn.Module:
+    """A network with gates of one's own."""
+    return copy.deepcopy(_gated())
+
+
 def finetune_job(folder: Path, *, epochs: int = 3, **options: Any) -> dict[str, Any]:
     """Fine-tune a gated network with a prior, going on with what the folder holds; what came out, as plain data."""
     torch.manual_seed(1)
-    model = linearize.convert(network(), unlabelled()[0])
+    model = gated()
     prior = linearize.SparsityPrior(model, kind="target", target=0.5, steps=epochs * 12)
     found = linearize.finetune(
         model, data(), epochs=epochs, prior=prior, checkpoint_dir=folder, resume=True, progress=False, **options

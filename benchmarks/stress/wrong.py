@@ -14,15 +14,25 @@ from benchmarks.stress import toys
 
 __all__ = ["calls"]
 
+
+class _Mute:
+    """Something that cannot even be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
 _NAN = float("nan")
+_HUGE = 10**400  # that no float can be
+_MUTE = _Mute()
 _COUNTS: tuple[Any, ...] = ("3", 1.5, -1, 10**30, _NAN, [1], True)
-_SHARES: tuple[Any, ...] = ("x", -0.1, 1.1, _NAN, [0.5], True)
-_NUMBERS: tuple[Any, ...] = ("x", -1, _NAN, float("inf"), [1.0], torch.ones(2))
-_SWITCHES: tuple[Any, ...] = (1, "yes", None, [])
-_WORDS: tuple[Any, ...] = ("nonsense", 3, None, ["no"])
+_SHARES: tuple[Any, ...] = ("x", -0.1, 1.1, _NAN, [0.5], True, _HUGE)
+_NUMBERS: tuple[Any, ...] = ("x", -1, _NAN, float("inf"), [1.0], torch.ones(2), _HUGE, -_HUGE, _MUTE)
+_SWITCHES: tuple[Any, ...] = (1, "yes", None, [], _MUTE)
+_WORDS: tuple[Any, ...] = ("nonsense", 3, None, ["no"], torch.ones(2))
 _MODULES: tuple[Any, ...] = (None, "x", 5, nn.Linear, torch.relu)
 _PATHS: tuple[Any, ...] = (5, None, "a\0b", b"x", ["x"], "")
-_PATTERNS: tuple[Any, ...] = (5, [5], {"a": 1}, b"x")
+_PATTERNS: tuple[Any, ...] = (5, [5], {"a": 1}, b"x", torch.tensor(1.0))
 
 _FINETUNE: dict[str, tuple[Any, ...]] = {
     "epochs": (*_COUNTS, 0, None),
@@ -46,7 +56,7 @@ _FINETUNE: dict[str, tuple[Any, ...]] = {
     "evaluate": (5, "x", torch.ones(2)),
     "on_epoch": (5, "x"),
     "accelerator": (5, "cpu"),
-    "features": (5, "0"),
+    "features": (5, "0", torch.tensor(1.0)),
 }
 _COMPRESS: dict[str, tuple[Any, ...]] = {
     "flops": (*_SHARES, 0, None),
@@ -66,7 +76,7 @@ _COMPRESS: dict[str, tuple[Any, ...]] = {
     "modules": _SWITCHES,
     "round_to": (*_COUNTS, 0),
     "when": _WORDS,
-    "batch_sizes": ("ab", [], [0], ["1"], [1.5], 0, {"a": 1}),
+    "batch_sizes": ("ab", [], [0], ["1"], [1.5], 0, {"a": 1}, torch.tensor(1), torch.ones(2, device="meta")),
     "rounds": _COUNTS,
     "cache": (5, None, ["x"]),
     "checkpoint_dir": (5, __file__, "a\0b", b"x"),
@@ -141,11 +151,12 @@ def _with(function: Callable[..., object], argument: str, value: Any) -> Callabl
 
 
 def _told(name: str, argument: str, value: Any) -> str:
-    return f"{name}({argument}={value!r:.40})".replace("\n", " ")
+    shown = "a thing without words" if value is _MUTE else f"{value!r:.40}"
+    return f"{name}({argument}={shown})".replace("\n", " ")
 
 
-def _gated(x: Tensor) -> nn.Module:
-    return linearize.convert(toys.network(), x)
+def _gated(_: Tensor) -> nn.Module:
+    return toys.gated()
 
 
 def _modules(x: Tensor, folder: Path) -> Iterator[Call]:
@@ -188,7 +199,7 @@ def _rest(x: Tensor) -> Iterator[Call]:
         yield _told("collapse", "when", value), _called(lambda when: linearize.collapse(_half(x), when=when), value)
     for value in (5, "x", {}):
         yield _told("collapse", "plan", value), _called(lambda plan: linearize.collapse(_half(x), plan=plan), value)
-    for value in (5, "x", None, {"a": 1}, x):
+    for value in (5, "x", None, {"a": 1}, x, x.numpy()):
         yield _told("calibrate", "batches", value), _called(lambda data: linearize.calibrate(_gated(x), data), value)
         yield _told("compress", "data", value), _called(_compressed, value)
         yield _told("finetune", "data", value), _called(_finetuned, value)
@@ -197,13 +208,11 @@ def _rest(x: Tensor) -> Iterator[Call]:
             _told("convert", "inplace", value),
             _called(lambda on: linearize.convert(toys.network(), x, inplace=on), value),
         )
-    for value in (-1, _NAN, "x", [1]):
+    for value in (-1, _NAN, "x", [1], _MUTE):
         made = _called(lambda few: linearize.verify(toys.network(), toys.network(), x, tolerance=few), value)
         yield _told("verify", "tolerance", value), made
-    for name in ("alpha", "slope", "frozen"):
-        for shape in ((1,), (32, 1), (31,), ()):
-            for step in (linearize.collapse, linearize.SparsityPrior, linearize.summary):
-                yield f"{step.__name__} with {name} of shape {shape}", _reshaped(step, x, name, shape)
+    yield from _gates(x)
+    yield from _analyses(x)
     yield "compress in inference_mode", lambda: _in_mode(torch.inference_mode())
     yield "compress on the meta device", lambda: _in_mode(torch.device("meta"))
     yield (
@@ -212,6 +221,26 @@ def _rest(x: Tensor) -> Iterator[Call]:
     )
     for models in ((), (toys.network(),), (toys.network(),) * 3, {}, {"a": 5}, 5, "ab"):
         yield _told("benchmark", "models", type(models)), _called(lambda some: linearize.benchmark(some, x), models)
+
+
+def _gates(x: Tensor) -> Iterator[Call]:
+    for name in ("alpha", "slope", "frozen"):
+        for shape in ((1,), (32, 1), (31,), ()):
+            for step in (linearize.collapse, linearize.SparsityPrior, linearize.summary):
+                yield f"{step.__name__} with {name} of shape {shape}", _reshaped(step, x, name, shape)
+
+
+def _analyses(x: Tensor) -> Iterator[Call]:
+    hollow = torch.empty(3, 8, device="meta")
+    for function in (linearize.functional_dimension, linearize.hidden_symmetries):
+        yield f"{function.__name__} of inputs without values", _called(_looked_at(function), hollow)
+    for value in (5, None, ["no"], x, x.numpy()):
+        made = _called(lambda how: linearize.average_path_length(toys.network(), x, weighting=how), value)
+        yield _told("average_path_length", "weighting", value), made
+
+
+def _looked_at(function: Callable[..., object]) -> Callable[[Any], object]:
+    return lambda inputs: function(toys.network(), inputs)
 
 
 def _compressed(data: Any) -> object:

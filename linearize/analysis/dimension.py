@@ -141,7 +141,7 @@ def functional_dimension(
     """
     checks.module("model", model)
     checks.choice("method", method, ("auto", "jacobian", "gram"))
-    checks.number("memory", memory, above=0)
+    memory = checks.number("memory", memory, above=0)
     if tolerance is not None:
         checks.number("tolerance", tolerance, least=0)
     lens = Differentiable.of(model, inputs)

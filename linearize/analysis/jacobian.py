@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
+from linearize import checks
 from linearize.convert import unwrapped
 from linearize.errors import DataError, UsageError
 from linearize.gating.gate import ChannelGate
@@ -54,6 +55,7 @@ class Differentiable:
         Raises:
             UsageError: there is no sample or no parameter, or the model does not run on the inputs.
         """
+        checks.with_values("inputs", inputs)
         twin = copy.deepcopy(unwrapped(model)).double().eval()
         for module in twin.modules():
             if getattr(module, "inplace", False):

@@ -86,6 +86,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
 def _twin(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Inputs]]:
     """A converted copy in float64 and eval mode, and the inputs in float64."""
     model = unwrapped(model)
+    checks.with_values("inputs", inputs)
     twin = copy.deepcopy(model).double().eval()
     batches = [move(batch, device_of(twin), torch.float64) for batch in batches_of(inputs)]
     if not gates(twin):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from linearize.errors import UsageError
+from linearize import checks
 from linearize.gating.gate import ChannelGate
 from linearize.graph.activations import Activation, find_activations
 from linearize.graph.capture import CONSTANT, Capture, Inputs, fake_inputs, normalize_inputs, shape, users
@@ -159,9 +159,7 @@ def check_weighting(weighting: str) -> bool:
     Raises:
         UsageError: it is neither.
     """
-    if weighting not in ("normalized", "unnormalized"):
-        raise UsageError("weighting", f"found {weighting!r}", 'Pass "normalized" or "unnormalized".')
-    return weighting == "normalized"
+    return checks.choice("weighting", weighting, ("normalized", "unnormalized")) == "normalized"
 
 
 def positions_of(unit: Unit) -> int:

@@ -4,7 +4,16 @@ Public functions check their arguments before they do anything. The message name
 what it must be.
 """
 
-from linearize.checks.torch_values import batches, device, dtype, evaluation, module, normal_mode, weights
+from linearize.checks.torch_values import (
+    batches,
+    device,
+    dtype,
+    evaluation,
+    module,
+    normal_mode,
+    weights,
+    with_values,
+)
 from linearize.checks.values import (
     boolean,
     choice,
@@ -46,4 +55,5 @@ __all__ = [
     "weights",
     "whole",
     "wholes",
+    "with_values",
 ]

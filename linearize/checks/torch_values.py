@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from linearize.checks.values import refuse
 from linearize.errors import DataError, UsageError
@@ -64,7 +65,7 @@ def batches(name: str, value: Any) -> Iterable[Any]:
     if isinstance(value, Iterator):
         found = f"found a {type(value).__name__}, which can be read only once"
         raise DataError(name, found, "Pass a list of batches or a DataLoader, for instance list(batches).")
-    if isinstance(value, str | bytes | dict | Tensor) or not hasattr(value, "__iter__"):
+    if isinstance(value, str | bytes | dict) or hasattr(value, "__array__") or not hasattr(value, "__iter__"):
         remedy = "Pass an iterable of batches: tensors, tuples (inputs, labels), or dicts of keyword arguments."
         raise DataError(name, f"found a {type(value).__name__}", remedy)
     batched: Iterable[Any] = value
@@ -92,11 +93,23 @@ def evaluation(name: str, value: Any) -> None:
     """
     if callable(value):
         return
-    if isinstance(value, Iterator | str | bytes | Mapping | Tensor) or not hasattr(value, "__iter__"):
+    plain = isinstance(value, Iterator | str | bytes | Mapping) or hasattr(value, "__array__")
+    if plain or not hasattr(value, "__iter__"):
         found = f"found a {type(value).__name__}"
         raise UsageError(
             name, found, "Pass batches with labels, such as a list or a DataLoader, or a function of a model."
         )
+
+
+def with_values(name: str, nest: Any) -> Any:
+    """Inputs whose tensors have values.
+
+    Raises:
+        UsageError: one of them is on the meta device.
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(nest)):
+        raise UsageError(name, "found tensors without values (meta device)", "Pass real ones.")
+    return nest
 
 
 def weights(name: str, model: nn.Module) -> None:

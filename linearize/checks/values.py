@@ -18,10 +18,19 @@ _LONGEST = 80  # characters of a value in a message
 
 def refuse(name: str, value: Any, expected: str) -> NoReturn:
     """Raise the error of every check: the argument, the value found, what to pass."""
-    told = repr(value)
-    if isinstance(value, Tensor | nn.Module) or len(told) > _LONGEST or " at 0x" in told:
-        told = f"a {type(value).__name__}"
-    raise UsageError(name, f"found {told}", f"Pass {expected}.")
+    raise UsageError(name, f"found {_shown(value)}", f"Pass {expected}.")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; only its type, if it is long, or cannot say what it is."""
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, Tensor | nn.Module):
+        return kind
+    try:
+        told = repr(value)
+    except Exception:  # of a stranger's class, or of a number with too many digits
+        return kind
+    return kind if len(told) > _LONGEST or " at 0x" in told else told
 
 
 def is_number(value: Any) -> bool:
@@ -59,9 +68,11 @@ def wholes(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
     """
     expected = f"a list of whole numbers of at least {least}, such as [1, 32]"
     listed = [values] if is_whole(values) else values
+    if isinstance(listed, Tensor):
+        listed = None if listed.is_meta or listed.dim() != 1 else listed.tolist()
     if isinstance(listed, str | bytes | Mapping) or not isinstance(listed, Iterable):
         refuse(name, values, expected)
-    found = list(listed.tolist() if isinstance(listed, Tensor) and listed.dim() == 1 else listed)
+    found = list(listed)
     if not found or not all(is_whole(value) and value >= least for value in found):
         refuse(name, values, expected)
     return tuple(int(value) for value in found)
@@ -79,11 +90,19 @@ def number(
         >>> number("lr", 1e-3, least=0)
         0.001
     """
-    if not is_number(value) or not math.isfinite(value) or not (least <= value <= most and value > above):
+    if not is_number(value) or not _is_finite(value) or not (least <= value <= most and value > above):
         bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
         bounds += [f"up to {most:g}"] * (most < math.inf)
         refuse(name, value, " ".join(["a finite number", *bounds]))
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a float can be this number."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def share(name: str, value: Any, of: str = "share", *, positive: bool = False) -> float:
@@ -149,7 +168,7 @@ def patterns(name: str, value: Any, expected: str = "a glob pattern, or a list o
         UsageError: otherwise.
     """
     found = (value,) if isinstance(value, str) else value
-    if isinstance(found, bytes | Mapping) or not isinstance(found, Iterable):
+    if isinstance(found, bytes | Mapping | Tensor) or not isinstance(found, Iterable):
         refuse(name, value, expected)
     listed = tuple(found)
     if not all(isinstance(pattern, str) for pattern in listed):

@@ -17,6 +17,7 @@ __all__ = ["looks_like_classes", "read_folder"]
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # By content, whatever the name: others of the library start programs (Ghostscript for EPS).
 _DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_LONGEST_SIDE = 2**16
 _TEST_NAMES = ("test", "val", "validation")
 
 
@@ -104,6 +105,8 @@ def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
             # The library's own bound on pixels, as an error: a small file may unpack to gigabytes.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_DECODERS) as image:
+                if max(image.size) > _LONGEST_SIDE:  # each row of an image takes memory of its own
+                    raise ValueError(f"it has {image.size[0]} times {image.size[1]} pixels")
                 fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         found = f"is no image that can be read ({type(error).__name__}: {str(error).replace(str(path), 'it')[:120]})"

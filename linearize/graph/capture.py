@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -153,18 +154,49 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
         inputs: positional and keyword arguments for its forward.
 
     Raises:
-        CaptureError: the model does not run on these inputs, or its control flow depends on the data.
+        CaptureError: the model does not run on these inputs, its control flow depends on the data, or another thread
+            runs it.
     """
+    others: set[int] = set()
+    failure: Exception | None = None
     try:
-        with untouched(model), warnings.catch_warnings(), torch.no_grad(), opaque_layers(model, inputs), silent():
+        with (
+            untouched(model),
+            _noting_others(model, others),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            opaque_layers(model, inputs),
+            silent(),
+        ):
             warnings.simplefilter("ignore")
             whole = _TensorsOnly(model)
             program = torch.export.export(whole, *copied(inputs), strict=False)
     except Exception as error:  # whatever a model's own forward raises is a fact about the model, told as such
-        raise CaptureError(*_explain(model, inputs, error)) from error
+        failure = error
+    if others:
+        found = "was run by another thread while it was read"
+        raise CaptureError(type(model).__name__, found, "Convert it where nothing else runs it.") from failure
+    if failure is not None:
+        raise CaptureError(*_explain(model, inputs, failure)) from failure
     captured = _index(program, model)
     captured.kept = whole.kept
     return captured
+
+
+@contextmanager
+def _noting_others(model: nn.Module, others: set[int]) -> Iterator[None]:
+    """Note which other threads run a model meanwhile: its modules are not their own then."""
+    own = threading.get_ident()
+
+    def note(*_: object) -> None:
+        if threading.get_ident() != own:
+            others.add(threading.get_ident())
+
+    handle = model.register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -8,26 +8,27 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import random
-import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from linearize.graph.state import interrupt_behind, same_modes, same_random_numbers
 from linearize.tensors import noted_values, write_back
 
 ALONE = threading.RLock()
 """Held by whoever captures, traces or dry-runs: torch.export keeps global state, and modules change for a while."""
 
 _CONTAINERS = (dict, list, set, deque)
+# Whose own methods are used, whatever a class derived from it makes of them. An OrderedDict keeps its order beside the
+# dict that it is: what a dict's methods take out stays in that order.
+_KINDS: tuple[Any, ...] = (OrderedDict, *_CONTAINERS)
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType)
 _FOREIGN = (FakeTensor, FunctionalTensor, fx.Proxy, fx.Node)
 _MOST = 50_000  # containers looked at, so that a huge structure in an attribute costs no minutes
@@ -51,7 +52,7 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         >>> layer.training, hasattr(layer, "seen")
         (True, False)
     """
-    with ALONE, _same_random_numbers():
+    with ALONE, same_random_numbers(), same_modes():
         modules = list(model.modules())
         held = [(module, module.training, dict(vars(module))) for module in modules]
         inside = _contents(vars(module) for module in modules)
@@ -67,6 +68,10 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
             for module in modules:
                 module.training = training
             yield
+        except Exception as error:
+            if (stopped := interrupt_behind(error)) is not None:
+                raise stopped from None
+            raise
         finally:
             for module, mode, attributes in held:
                 module.training = mode  # a scripted module does not keep it among its attributes
@@ -84,20 +89,6 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 for name in [name for name, value in vars(cls).items() if _is_foreign(value)]:
                     setattr(cls, name, attributes[name]) if name in attributes else delattr(cls, name)
             _forget_tensors(memories)
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Python's, NumPy's and torch's generators of random numbers stay where they are."""
-    numpy = sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
 
 
 def _functions(places: Iterable[Any]) -> list[FunctionType]:
@@ -181,9 +172,7 @@ def _values(container: Any) -> list[Any]:
 def _put_back(container: Any, content: Any) -> None:
     if _same(container, content):
         return
-    kind: Any = next(base for base in _CONTAINERS if issubclass(type(container), base))
-    kind.clear(container)
-    kind.update(container, content) if kind in (dict, set) else kind.extend(container, content)
+    _refill(container, content)
 
 
 def _weed(container: Any, content: Any) -> None:
@@ -191,14 +180,23 @@ def _weed(container: Any, content: Any) -> None:
     values = _values(container)
     if not any(_is_foreign(value) for value in values):
         return
-    if issubclass(type(container), dict):
-        for key in [key for key, value in dict.items(container) if _is_foreign(value)]:
-            dict.__setitem__(container, key, content[key]) if key in content else dict.__delitem__(container, key)
+    kind = _kind(container)
+    if issubclass(kind, dict):
+        for key in [key for key, value in kind.items(container) if _is_foreign(value)]:
+            kind.__setitem__(container, key, content[key]) if key in content else kind.__delitem__(container, key)
         return
-    kind: Any = next(base for base in _CONTAINERS if issubclass(type(container), base))
     kept = content if len(values) == len(content) else [value for value in values if not _is_foreign(value)]
+    _refill(container, kept)
+
+
+def _kind(container: Any) -> Any:
+    return next(base for base in _KINDS if issubclass(type(container), base))
+
+
+def _refill(container: Any, content: Any) -> None:
+    kind = _kind(container)
     kind.clear(container)
-    kind.update(container, kept) if kind is set else kind.extend(container, kept)
+    kind.extend(container, content) if kind in (list, deque) else kind.update(container, content)
 
 
 def _same(container: Any, content: Any) -> bool:

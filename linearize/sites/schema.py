@@ -62,7 +62,7 @@ _FOLD = struct(
 )  # fmt: skip
 _SITE = struct(
     {
-        "name": _NAME, "module": path, "activation": _NAME, "channels": integer(1), "axis": integer(-16, -1),
+        "name": _NAME, "module": path, "activation": _NAME, "channels": integer(), "axis": integer(-16, -1),
         "order": integer(), "positions": _POSITIONS,
     },
     {
@@ -79,6 +79,12 @@ _SITE = struct(
 def SITE(value: Any, where: str) -> None:  # noqa: N802 - a schema, as the others
     """A site of a record, or of a gate: types and ranges, and ports that lie within their modules."""
     _SITE(value, where)
+    if not value["channels"]:  # there is none where nobody knows the channel axis
+        for name in ("producer", "up", "consumers"):
+            if value.get(name):
+                raise Unfit(f"{where}.{name}", "of 0 channels", "one of a site with channels")
+        if value.get("ungated") is None:
+            raise Unfit(f"{where}.channels", 0, "that of an activation with a gate")
     for name in ("producer", "up"):
         if value.get(name) is not None:
             _check_port(value[name], value, f"{where}.{name}")

@@ -96,14 +96,19 @@ def check_steps(path: str, content: Manifest) -> None:
             raise CheckpointError(path, f"{found}, {known}", "Copy or save the file again.")
 
 
-def check_sites(path: str, model: nn.Module) -> None:
+def check_sites(path: str, model: nn.Module, content: Manifest) -> None:
     """Check what each gate says about the layers around it against these layers, because `collapse` relies on it.
 
     Raises:
-        CheckpointError: a site is of other channels than its gate, or names a layer of another kind or width.
+        CheckpointError: a site is not the one that the file's list has, of other channels than its gate, or names a
+            layer of another kind or width.
     """
+    known = {site["name"]: Site.from_dict(site) for site in content.sites}
     for name, gate in model.named_modules():
         if isinstance(gate, ChannelGate) and gate.site is not None:
+            if known and known.get(gate.site.name) != gate.site:
+                found = f"what the gate {name!r} says of its site is not what the list of sites says"
+                raise CheckpointError(path, found, "Copy or save the file again.")
             for problem in _problems(model, gate, gate.site):
                 raise CheckpointError(path, f"the site of the gate {name!r} does not fit: {problem}", _REMEDY)
 
@@ -146,10 +151,17 @@ def _fold_problems(model: nn.Module, fold: Fold) -> Iterator[str]:
     for child in fold.children:
         if _module(module, child) is None:
             yield f"{fold.module!r} has no {child!r}"
-    for name in (fold.weight, fold.bias, fold.mean, fold.var, *names_in(fold.scale), *names_in(fold.shift)):
+    sizes: dict[str, int] = {}
+    norm = (fold.weight, fold.bias, fold.mean, fold.var)
+    for name in (*norm, *names_in(fold.scale), *names_in(fold.shift)):
         owner, _, attribute = (name or "").rpartition(".")
-        if name is not None and not isinstance(getattr(_module(model, owner), attribute, None), Tensor):
+        tensor = None if name is None else getattr(_module(model, owner), attribute, None)
+        if name is not None and not isinstance(tensor, Tensor):
             yield f"there is no tensor {name!r}"
+        elif name in norm and isinstance(tensor, Tensor):
+            sizes[str(name)] = tensor.numel()
+    if len(set(sizes.values())) > 1:
+        yield f"the tensors of {fold.module!r} are of the sizes {sizes}"
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -100,6 +100,8 @@ class Manifest:
             )
             if not all(may_hold(value) for _, _, value in found.attributes):
                 raise ValueError("an attribute is not plain")
+            if len({(where, name) for where, name, _ in found.attributes}) < len(found.attributes):
+                raise ValueError("an attribute is there twice")
             # What changes a model in place may change the whole of it.
             if not all(step["path"] or step["module"]["type"] in IN_PLACE for step in found.steps):
                 raise ValueError("a step replaces the whole model")

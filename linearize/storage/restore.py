@@ -14,7 +14,7 @@ from linearize.errors import CheckpointError
 from linearize.running.copies import computed_tensors
 from linearize.storage.manifest import Manifest
 from linearize.tensors import at_rest, computes, is_computed
-from linearize.zoo.structure import plain_attributes, plain_tensors, put_tensor, stored_tensors
+from linearize.zoo.structure import is_taken, plain_attributes, plain_tensors, put_tensor, stored_tensors
 
 _REMEDY = "Load it onto the base model that it was made from, with the library versions that it was made with."
 
@@ -104,26 +104,53 @@ def _alike(old: Any, new: Any) -> bool:
     return type(old) is type(new)
 
 
-def put_rest(path: str, model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Set tensors outside the state dict, and plain attributes. Afterwards every tensor must have memory.
+def put_extras(path: str, model: nn.Module, content: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Set tensors outside the state dict.
 
     Raises:
-        CheckpointError: a tensor of the model got no value.
+        CheckpointError: something else than a tensor of its kind is in the place of one.
     """
     modules = dict(model.named_modules())
     for key, name, where in content.extras:
+        if name not in modules:
+            continue
         # What has no place is left out: the model makes it anew in its forward.
-        if name in modules and not put_tensor(modules[name], where, tensors[key]) and hasattr(modules[name], where[0]):
+        there = plain_tensors(modules[name]).get(where)
+        fits = there is None or there.is_floating_point() == tensors[key].is_floating_point()
+        if not fits or (not put_tensor(modules[name], where, tensors[key]) and is_taken(modules[name], where)):
             found = f"tensor {key!r:.80} would stand in the place of {'.'.join(map(str, (name, *where)))!r:.80}"
             raise CheckpointError(path, found, _REMEDY)
+
+
+def put_attributes(path: str, model: nn.Module, content: Manifest) -> None:
+    """Put plain attributes that differ from those of the rebuilt model.
+
+    Raises:
+        CheckpointError: one is of another kind than the model's.
+    """
+    modules = dict(model.named_modules())
+    own: dict[str, dict[str, Any]] = {}
     for name, attribute, value in content.attributes:
-        if name not in modules or attribute not in (known := plain_attributes(modules[name])):
+        if name not in modules:
+            continue
+        if name not in own:
+            own[name] = plain_attributes(modules[name])
+        known = own[name]
+        if attribute not in known:
             continue
         if not _alike(known[attribute], value):
             found = f"attribute {f'{name}.{attribute}'.strip('.')!r:.80} is {value!r:.80}, the model has another kind"
             raise CheckpointError(path, found, _REMEDY)
         modules[name].__dict__[attribute] = value
-    for name, module in modules.items():
+
+
+def check_values(path: str, model: nn.Module) -> None:
+    """Check that nothing is left without memory.
+
+    Raises:
+        CheckpointError: a tensor of the model got no value.
+    """
+    for name, module in model.named_modules():
         for where, tensor in plain_tensors(module).items():
             if tensor.is_meta:
                 found = f"tensor {'.'.join(map(str, (name, *where)))!r} has no value in the file"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class Header:
         """The same with other names of tensors."""
         shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
         return Header(shapes, self.metadata, {names.get(name, name): dtype for name, dtype in self.dtypes.items()})
+
+    def empty(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors in the place of some of the file's, whatever is in them."""
+        return {name: torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
 
     @property
     def size(self) -> int:

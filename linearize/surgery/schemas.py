@@ -148,6 +148,11 @@ def check_options(kind: str, options: Mapping[str, Any], names: Sequence[str] | 
 
 
 def _check_convolution(kind: str, options: Mapping[str, Any]) -> None:
+    dims = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else 0
+    for name in ("kernel_size", "stride", "dilation", "padding"):
+        value = options.get(name)
+        if dims and isinstance(value, (list, tuple)) and len(value) != dims:
+            raise Unfit(f"{kind}.{name}", f"of {len(value)} numbers", f"of {dims}")
     for name in ("in_channels", "out_channels"):
         if options.get(name, 0) % options.get("groups", 1):
             raise Unfit(f"{kind}.{name}", options[name], f"a multiple of {options['groups']} groups")

@@ -33,7 +33,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> tuple[tuple[Any, ...]
             return transformers_inputs.example_inputs(model, batch=batch, like=like)
         if timm_models.is_timm(model):
             return timm_models.example_inputs(model, batch=batch, like=like)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, MemoryError) as error:
         found = f"its inputs cannot be made from what it says of itself ({type(error).__name__}: {error!s:.120})"
         raise CaptureError(name, found, "Pass example_inputs=.") from error
     found = "it is neither a timm nor a transformers model, so its inputs are not known"

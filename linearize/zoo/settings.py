@@ -48,12 +48,14 @@ class Settings:
                     return value
         return default
 
+    def _affordable(self, *shape: int) -> tuple[int, ...]:
+        return affordable(type(self.model).__name__, *shape)
+
     def _floats(self, *shape: int) -> Tensor:
-        shape = affordable(type(self.model).__name__, *shape)
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
+        return torch.randn(self._affordable(*shape), device=self.device, dtype=self.dtype)
 
     def _ones(self, *shape: int) -> Tensor:
-        return torch.ones(affordable(type(self.model).__name__, *shape), dtype=torch.long, device=self.device)
+        return torch.ones(self._affordable(*shape), dtype=torch.long, device=self.device)
 
     def _ids(self, high: int, *shape: int) -> Tensor:
         """Random indices that are no special tokens."""
@@ -62,6 +64,6 @@ class Settings:
             for name, value in vars(config).items():
                 if _SPECIAL.fullmatch(name):
                     special.update(value if isinstance(value, (list, tuple)) else [value])
-        shape = affordable(type(self.model).__name__, *shape)
+        shape = self._affordable(*shape)
         allowed = [i for i in range(min(high, 1000)) if i not in special and i > 3] or [0]
         return torch.tensor(allowed, device="cpu")[torch.randint(len(allowed), shape)].to(self.device)

@@ -84,6 +84,17 @@ def put_tensor(module: nn.Module, path: TensorPath, tensor: Tensor) -> bool:
     return False
 
 
+def is_taken(module: nn.Module, path: TensorPath) -> bool:
+    """Whether anything stands at a path, a tensor or not; a list that is too short has nothing there."""
+    name, *inner = path
+    found = getattr(module, name, None)
+    for key in inner:
+        if found is not None and not isinstance(found, (list, tuple, dict)):
+            return True
+        found = _item(found, key)
+    return found is not None
+
+
 def _item(container: Any, key: Any) -> Any:
     if isinstance(container, dict):
         return container.get(key)

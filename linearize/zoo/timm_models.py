@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import keyword
-import math
-import re
 import sys
 from typing import Any
 
@@ -15,18 +12,9 @@ from torch import Tensor, nn
 
 from linearize.errors import UsageError
 from linearize.zoo.building import affordable
-from linearize.zoo.plain import IDENTIFIER, SIMPLE, is_plain, pack, unpack
+from linearize.zoo.plain import SIMPLE, is_plain, pack, unpack
 from linearize.zoo.sealed import sealed
-
-# Arguments of timm.create_model that reach for files or addresses; weights come from our own file. Others are the
-# function's own, or would change what a constructor gives back.
-_NEVER = re.compile(
-    r".*pretrained.*|.*checkpoint.*|(.*_)?(path|file|dir|url|hub_id|weights)|device|dtype|name|model_name|self|"
-    r"exportable|scriptable|no_jit|_.*"
-)
-_WORD = re.compile(r"(?!\.)[\w.+\-]{0,100}", re.ASCII)
-_COUNTS = re.compile(r"(.*_)?(depths?|layers|blocks|repeats|stages|heads|groups|num_reg_tokens)")
-_LARGEST, _MOST = 2**24, 10_000
+from linearize.zoo.timm_arguments import NEVER, check_arguments
 
 
 def is_timm(model: nn.Module) -> bool:
@@ -81,7 +69,7 @@ def candidates(model: nn.Module) -> list[dict[str, Any]]:
             now[key] = value
     found = []
     for arguments in (built, now, {key: now[key] for key in ("num_classes",) if key in now}, {}):
-        kwargs = {key: value for key, value in arguments.items() if not _NEVER.fullmatch(key)}
+        kwargs = {key: value for key, value in arguments.items() if not NEVER.fullmatch(key)}
         recipe = {"library": "timm", "name": tagged, "kwargs": pack(kwargs)}
         if is_plain(kwargs, simple=True) and recipe not in found:
             found.append(recipe)
@@ -112,37 +100,6 @@ def build(recipe: dict[str, Any]) -> nn.Module:
         import timm  # noqa: F401 - with all that it imports, before the doors are shut
     with sealed():
         return create(name, pretrained=False, **kwargs)
-
-
-def check_arguments(name: str, kwargs: Any) -> dict[str, Any]:
-    """Check arguments of ``timm.create_model`` from a file: they are plain, and reach nothing outside.
-
-    Raises:
-        UsageError: an argument is not plain, has a name that no recipe may set, or a number out of any range.
-
-    Examples:
-        >>> check_arguments("test_vit", {"num_classes": 10})
-        {'num_classes': 10}
-    """
-    if not isinstance(kwargs, dict) or not is_plain(kwargs, simple=True):
-        raise UsageError(name, "found arguments that are not plain data", "The recipe was not written by linearize.")
-    for key, value in kwargs.items():
-        if _NEVER.fullmatch(key) or not IDENTIFIER.fullmatch(key) or keyword.iskeyword(key):
-            raise UsageError(name, f"found the argument {key!r:.80}", "A recipe may not set it.")
-        if not _in_range(value, _MOST if _COUNTS.fullmatch(key) else _LARGEST):
-            raise UsageError(name, f"found {key}={value!r:.80}", "The recipe was not written by linearize.")
-    return kwargs
-
-
-def _in_range(value: Any, most: int) -> bool:
-    """True for words, and for numbers of any model's size."""
-    if isinstance(value, dict):
-        return all(not _NEVER.fullmatch(key) and _in_range(item, most) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return len(value) <= 1000 and all(_in_range(item, most) for item in value)
-    if isinstance(value, str):
-        return _WORD.fullmatch(value) is not None
-    return value is None or (math.isfinite(value) and abs(value) <= most)
 
 
 def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -62,7 +62,7 @@ class Arguments(Settings):
 
     def bbox(self) -> Tensor:
         """Boxes (B, T, 4), or (B, T, 8) where the type wants four corners."""
-        count = int(self._setting("dim_bbox", default=4))
+        *_, count = self._affordable(self.batch, TOKENS, int(self._setting("dim_bbox", default=4)))
         return torch.tensor([10, 10, 20, 20] * (count // 4), device=self.device).repeat(self.batch, TOKENS, 1)
 
     # Images
@@ -183,9 +183,8 @@ class Arguments(Settings):
 
     def visual_pos(self) -> Tensor:
         """Boxes of these regions (B, T, 4)."""
-        return torch.rand(self.batch, TOKENS, int(self._setting("visual_pos_dim", default=4))).to(
-            self.device, self.dtype
-        )
+        shape = self._affordable(self.batch, TOKENS, int(self._setting("visual_pos_dim", default=4)))
+        return torch.rand(shape).to(self.device, self.dtype)
 
     def states(self) -> Tensor:
         """States of an agent (B, T, state)."""
@@ -221,6 +220,7 @@ class Arguments(Settings):
     def pixel_position_ids(self) -> Tensor:
         """Column and row of each patch (B, P, 2)."""
         rows, columns, _, _ = self.grid()
+        self._affordable(self.batch, rows, columns, 2)
         places = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)).to(self.device)
         return places.repeat(self.batch, 1, 1)
 

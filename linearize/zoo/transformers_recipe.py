@@ -15,6 +15,7 @@ from typing import Any
 
 from linearize.errors import UsageError
 from linearize.zoo.building import NO_LIMIT, Limit
+from linearize.zoo.timm_arguments import check_arguments
 
 __all__ = ["DROPPED", "clean", "clean_generation"]
 
@@ -102,7 +103,10 @@ class _Cleaner:
                 found[key] = self.value(value, key, depth)
                 continue
             self._place(key, name, cls)
-            if name == "backbone" and isinstance(value, str) and _timm_backbone(cls, given) and _in_timm(value):
+            if name == "model_args" and isinstance(value, dict):
+                architecture = given.get("architecture", getattr(cls, "architecture", ""))
+                found[key] = check_arguments(str(architecture)[:100], value)
+            elif name == "backbone" and isinstance(value, str) and _timm_backbone(cls, given) and _in_timm(value):
                 found[key] = value
             elif isinstance(value, dict) and (inner := _class_of(parts.get(name), value)) is not None:
                 found[key] = self.config(value, inner, depth + 1)
@@ -154,9 +158,7 @@ class _Cleaner:
         if (cls := _class_of(None, value)) is not None:
             return self.config(value, cls, depth + 1)
         if place == "model_args":
-            from linearize.zoo.timm_models import check_arguments
-
-            return check_arguments("model_args", value)
+            raise _refused(place, value, "beside an architecture")
         found: dict[str, Any] = {}
         for key, item in self.mapping(value, place).items():
             if place in _LABELS:
