@@ -13,7 +13,7 @@ from linearize.integrations.groups import gates_apart
 
 if TYPE_CHECKING:
     from linearize.integrations.lightning_callback import LightningPrior
-    from linearize.integrations.sentence_module import sentence_module
+    from linearize.integrations.sentences import sentence_module
     from linearize.integrations.trainer import PriorCallback, gated_optimizer, gated_optimizer_groups
 
 __all__ = [
@@ -32,7 +32,7 @@ _AT = {
     "PriorCallback": "trainer",
     "gated_optimizer": "trainer",
     "gated_optimizer_groups": "trainer",
-    "sentence_module": "sentence_module",
+    "sentence_module": "sentences",
 }
 
 

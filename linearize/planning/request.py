@@ -27,7 +27,7 @@ from linearize.running.outputs import Choice
 from linearize.training.arguments import check_numbers
 from linearize.training.kept import check_folder
 from linearize.training.losses import has_loss
-from linearize.training.run import Objective
+from linearize.training.objective import Objective
 
 __all__ = ["Request", "check_inputs", "check_output", "check_training_data", "some_batches"]
 
