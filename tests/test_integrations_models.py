@@ -101,9 +101,8 @@ def unet() -> tuple[nn.Module, dict[str, Tensor]]:
     diffusers = pytest.importorskip("diffusers", reason=LARGE)
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
     )  # fmt: skip
     return model.eval(), {"sample": torch.randn(4, 3, 8, 8), "timestep": torch.tensor([3, 7, 1, 9])}
 

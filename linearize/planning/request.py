@@ -158,7 +158,9 @@ class Request:
     def key(self) -> list[tuple[str, Any]]:
         """All that the plan and the weights depend on, by name, besides model and data: every option but a few."""
         told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
-        told["finetune"] = {n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep")}
+        told["finetune"] = {
+            n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep", "on_step")
+        }
         told["plan"] = None if self.plan is None else self.plan.to_json()
         return sorted(told.items())
 
