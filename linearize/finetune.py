@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,16 +18,17 @@ from linearize.running.batches import length_of
 from linearize.running.devices import bring
 from linearize.running.order import set_epoch
 from linearize.running.outputs import Choice, Meaning
-from linearize.running.progress import progress_bar
 from linearize.running.randomness import seed_everything
-from linearize.tensors import same_values
+from linearize.training.accelerators import accelerator_for, accumulation, on_main, tell_of_whole_data
 from linearize.training.arguments import check_numbers, check_training
+from linearize.training.around import judged, ready, tell_of_epoch, teller, wrapped
 from linearize.training.features import Features
 from linearize.training.kept import checkpoints_in
-from linearize.training.losses import Evaluate, scores_of
+from linearize.training.losses import Evaluate
+from linearize.training.objective import Loss, Objective
 from linearize.training.path import PlannedPath
 from linearize.training.priors import SparsityPrior, param_groups
-from linearize.training.run import Loss, Objective, Run
+from linearize.training.run import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,13 +75,17 @@ def finetune(
     weight_decay: float = 0.05,
     warmup: float = 0.1,
     clip: float | None = 1.0,
-    mixed_precision: Precision = "no",
+    mixed_precision: Precision | None = None,
+    accumulate: int | None = None,
+    keep_norms: bool = False,
+    torch_compile: bool | Mapping[str, Any] = False,
     steps_per_epoch: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     keep: int = 2,
     resume: bool = False,
     seed: int | None = None,
     progress: bool = True,
+    on_step: Callable[[dict[str, float]], None] | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     accelerator: Accelerator | None = None,
 ) -> FinetuneResult:
@@ -102,14 +108,20 @@ def finetune(
         feature_weight: factor of that term, the squared error relative to the teacher's mean square.
         output: the parts of the output that the teacher's are compared with, such as "logits" or ["boxes*"], or a dict
             of these with weights, or with kinds ("classes", "multilabel", "values"); None takes all, equally weighted.
-        evaluate: after each epoch: a function of the model that gives a number or a dict of numbers, or batches
-            on which `evaluate_batches` runs.
+        evaluate: after each epoch, in the main process: a function of the model that gives a number or a dict of
+            numbers, or batches on which `evaluate_batches` runs.
         lr: learning rate of everything except the gates, at the end of the warm-up.
         gate_lr: learning rate of the gates' alpha.
         weight_decay: of parameters with two or more dimensions; see `param_groups`.
         warmup: share of all steps over which the learning rate rises; then it falls to 0 along a cosine.
         clip: largest norm of the gradients of everything except the gates, above 0; None does not clip.
-        mixed_precision: "no", "bf16" or "fp16", by autocast; the gates' alpha stays float32.
+        mixed_precision: "no", "bf16" or "fp16", by autocast; the gates' alpha stays float32. None leaves it to
+            `accelerator`, or to accelerate: what its launcher or an accelerator of yours has set, else "no".
+        accumulate: batches whose gradients make one step of the optimizer, each in equal parts; fewer at the end of an
+            epoch. The prior counts once for them. None takes the accelerator's `gradient_accumulation_steps`.
+        keep_norms: batch norms use and keep the statistics they have, and learn scale and shift only: what few or small
+            batches need.
+        torch_compile: train the model compiled; or options of `torch.compile`. It is not compiled afterwards.
         steps_per_epoch: ends each epoch early; needed if the data has no length.
         checkpoint_dir: folder that gets a checkpoint after each epoch. A checkpoint is complete or not there. No
             other process can use the folder during the run.
@@ -119,8 +131,11 @@ def finetune(
             the log, and its epoch is trained again.
         seed: if given, all global random generators are seeded with it at the start.
         progress: show a bar, if standard error is a terminal.
-        on_epoch: a function that is called with the record of each epoch.
-        accelerator: an Accelerator of your own; by default one is made with `mixed_precision`.
+        on_step: called in the main process with the record of each optimizer step: "step", "loss" and its parts there,
+            "lr" and "share".
+        on_epoch: called in the main process with the record of each epoch.
+        accelerator: your own; by default one is made for this run alone. Its trackers get every record, those of epochs
+            with "epoch/" before each name.
 
     Returns:
         The model and the history of its training.
@@ -141,80 +156,73 @@ def finetune(
     """
     check_training(
         model, data, loss=loss, prior=prior, teacher=teacher, evaluate=evaluate, on_epoch=on_epoch,
-        accelerator=accelerator, features=features,
+        on_step=on_step, torch_compile=torch_compile, accelerator=accelerator, features=features,
     )  # fmt: skip
     check_numbers(
         epochs=epochs, distill_weight=distill_weight, temperature=temperature, feature_weight=feature_weight, lr=lr,
         gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup, clip=clip, mixed_precision=mixed_precision,
-        steps_per_epoch=steps_per_epoch, keep=keep, resume=resume, seed=seed, progress=progress,
+        accumulate=accumulate, keep_norms=keep_norms, steps_per_epoch=steps_per_epoch, keep=keep, resume=resume,
+        seed=seed, progress=progress,
     )  # fmt: skip
-    length = _length(data, steps_per_epoch)
     options: dict[str, Any] = {
-        "epochs": epochs, "steps per epoch": length, "lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay,
-        "warmup": warmup, "clip": clip, "distill_weight": distill_weight, "temperature": temperature,
-        "mixed_precision": mixed_precision,
+        "epochs": epochs, "lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay, "warmup": warmup, "clip": clip,
+        "distill_weight": distill_weight, "temperature": temperature,
     }  # fmt: skip
-    options = {name: checks.plain(value) for name, value in options.items()}
     inside = None if features is None or teacher is None else Features(model, teacher, features)
-    if output is not None:
-        options |= {"output": repr(output)}
+    for name, value in {
+        "output": output,
+        "torch_compile": torch_compile or None,
+        "keep_norms": keep_norms or None,
+    }.items():
+        options |= {} if value is None else {name: repr(value)}
     if inside is not None:
-        options |= {"features": list(inside.paths), "feature_weight": checks.plain(feature_weight)}
-    _check_prior(prior, model, epochs * length)
-    accelerator = accelerator or _accelerator(mixed_precision)
-    main = accelerator.is_main_process
-    with checkpoints_in(checkpoint_dir, options, keep=keep, resume=resume, main=main) as kept:
-        if seed is not None:
-            seed_everything(seed)
-        groups = param_groups(model, lr, gate_lr, weight_decay)
-        groups = [group for group in groups if prior is not None or group["name"] != "gates"]
-        bring(model, accelerator.device)
-        run = Run(
-            model=model,
-            wrapped=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
-            optimizer=accelerator.prepare_optimizer(torch.optim.AdamW(groups)),
-            accelerator=accelerator,
-            objective=Objective(loss, teacher, distill_weight, temperature, prior, inside, feature_weight),
-            total=epochs * length,
-            warmup=round(warmup * epochs * length),
-            clip=clip,
-            meaning=Meaning.of(model, output),
-        )
-        kept.restore(lambda state: run.load_state_dict(state, data))
-        done = len(run.history)
-        watching = nullcontext() if inside is None else inside.watching()
-        bar = progress_bar("fine-tune", run.total, enabled=progress)
-        with (
-            _modes_kept(model, teacher),
-            same_values(*(m for m in (teacher,) if m is not None)),
-            watching,
-            bar as advance,
-        ):
-            for _ in range(run.step):
-                advance("")
-            if teacher is not None:
-                bring(teacher, accelerator.device)
-                teacher.eval()
-            while len(run.history) < epochs:
-                record = run.epoch(data, length, advance)
-                record |= {"share": run.share} | _evaluated(run, evaluate)
-                run.history.append(record)
-                if checkpoint_dir is not None:
-                    accelerator.wait_for_everyone()
-                    if main:
-                        kept.write(run.state_dict(data), len(run.history))
-                if on_epoch is not None:
-                    on_epoch(record)
+        options |= {"features": list(inside.paths), "feature_weight": feature_weight}
+    length = _length(data, steps_per_epoch)
+    objective = Objective(loss, teacher, distill_weight, temperature, prior, inside, feature_weight)
+    with accelerator_for(accelerator, mixed_precision) as chosen:
+        together = accumulation(chosen, accumulate)
+        steps = math.ceil(length / together)
+        _check_prior(prior, model, epochs * steps)
+        tell_of_whole_data(data, chosen)
+        options |= {"steps per epoch": steps, "mixed_precision": str(chosen.mixed_precision)}
+        options |= {"accumulate": together} if together > 1 else {}
+        options = {name: checks.plain(value) for name, value in options.items()}
+        with checkpoints_in(checkpoint_dir, options, keep=keep, resume=resume, main=chosen.is_main_process) as kept:
+            if seed is not None:
+                seed_everything(seed)
+            groups = param_groups(model, lr, gate_lr, weight_decay)
+            groups = [group for group in groups if prior is not None or group["name"] != "gates"]
+            bring(model, chosen.device)
+            run = Run(
+                model=model,
+                wrapped=wrapped(model, chosen, torch_compile),
+                optimizer=chosen.prepare_optimizer(torch.optim.AdamW(groups)),
+                accelerator=chosen,
+                objective=objective,
+                total=epochs * steps,
+                warmup=round(warmup * epochs * steps),
+                clip=clip,
+                meaning=Meaning.of(model, output),
+                accumulate=together,
+                keep_norms=keep_norms,
+                on_step=teller(chosen, on_step),
+            )
+            kept.restore(lambda state: run.load_state_dict(state, data))
+            done = len(run.history)
+            with ready(run, epochs * length, progress=progress) as advance:
+                for _ in range(done * length):
+                    advance("")
+                while len(run.history) < epochs:
+                    record = run.epoch(data, length, advance)
+                    run.history.append(on_main(chosen, partial(judged, run, record, evaluate)))
+                    if checkpoint_dir is not None:
+                        chosen.wait_for_everyone()
+                        if chosen.is_main_process:
+                            kept.write(run.state_dict(data), len(run.history))
+                    on_main(chosen, partial(tell_of_epoch, run, on_epoch))
         set_epoch(data, epochs)  # where a run that was not interrupted leaves it
     model.zero_grad()  # leave no gradients behind: they take as much memory as the weights
     return FinetuneResult(model, run.history, run.step, done)
-
-
-def _evaluated(run: Run, evaluate: Evaluate | None) -> dict[str, float]:
-    if evaluate is None:
-        return {}
-    with run.accelerator.autocast():
-        return scores_of(run.model, evaluate)
 
 
 def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, total: int) -> None:
@@ -238,29 +246,3 @@ def _length(data: Iterable[Any], steps_per_epoch: int | None) -> int:
     if not length:
         raise DataError("data", "found no batches", "Pass at least one.")
     return length
-
-
-def _accelerator(mixed_precision: Precision) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise UsageError("finetune", "found no accelerate", "Run: pip install 'linearize[train]'") from error
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        # accelerate remembers the precision of the first run in a process, and refuses any other.
-        AcceleratorState._reset_state()
-    try:
-        return Accelerator(mixed_precision=mixed_precision)
-    except ValueError as error:  # fp16 on a CPU, for one
-        raise UsageError("finetune", f"accelerate says: {error}", "Pass another mixed_precision.") from error
-
-
-@contextmanager
-def _modes_kept(*models: nn.Module | None) -> Iterator[None]:
-    """Afterwards every module is in the mode (train or eval) it was in."""
-    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

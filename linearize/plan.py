@@ -13,9 +13,11 @@ from typing import Any, Literal
 from linearize.algebra.forms import FORMS
 from linearize.errors import UsageError
 from linearize.schema import LARGEST, array, integer, number, optional, parse, struct, text
-from linearize.text_table import render
+from linearize.text_table import render, render_html
 
 When = Literal["cheaper", "always"]
+
+_HEADERS = ("site", "form", "nonlinear", "linear", "rank", "loss", "why not")
 
 UNCHANGED = "unchanged"  # no channel is linear: the activation comes back as it was
 NARROWED = "narrowed"  # channels leave all maps of a chain through a depthwise one
@@ -139,12 +141,17 @@ class Plan:
         return next(site for site in self.sites if site.site == name)
 
     def __str__(self) -> str:
-        rows = [
+        return render(_HEADERS, self._rows())
+
+    def _repr_html_(self) -> str:
+        return render_html(_HEADERS, self._rows())
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        return [
             (s.site, s.form, s.channels - len(s.linear) if s.channels else None, len(s.linear), s.rank or None,
              f"{s.loss:.3g}" if s.loss else None, s.reason or "")
             for s in self.sites
         ]  # fmt: skip
-        return render(("site", "form", "nonlinear", "linear", "rank", "loss", "why not"), rows)
 
 
 # Which forms and channels make sense together is for `checked` to say, with the name of the site.

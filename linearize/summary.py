@@ -15,7 +15,9 @@ from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
 from linearize.sites.record import Record, converted_parts, record_of
 from linearize.sites.site import Site
 from linearize.surgery.form_choice import make_plan, masks_of
-from linearize.text_table import render
+from linearize.text_table import render, render_html
+
+_HEADERS = ("site", "activation", "channels", "linear", "collapses to")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Summary:
         return {"sites": [asdict(site) for site in self.sites], **totals}
 
     def __str__(self) -> str:
+        return render(_HEADERS, self._rows())
+
+    def _repr_html_(self) -> str:
+        return render_html(_HEADERS, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows = [
             (
                 site.name,
@@ -78,7 +86,7 @@ class Summary:
             for site in self.sites
         ]
         total = (f"{len(self.sites)} sites", "", str(self.channels), str(self.linear), f"{self.share:.1%} linear")
-        return render(("site", "activation", "channels", "linear", "collapses to"), [*rows, total])
+        return [*rows, total]
 
 
 def _outcome(site: SiteSummary) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
-__all__ = ["render", "render_markdown"]
+__all__ = ["render", "render_html", "render_markdown"]
 
 _NUMERIC = set("0123456789.+-%xe, naif±[]–")
 
@@ -53,6 +54,39 @@ def render_markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) ->
     rule = "|" + "|".join("--:" if at_right else ":--" for at_right in right) + "|"
     lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells]
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def render_html(headers: Sequence[str], rows: Iterable[Sequence[object]], notes: Iterable[str] = ()) -> str:
+    """The same table for a notebook: every text escaped, colours and fonts left to the notebook.
+
+    Args:
+        headers: a title for each column.
+        rows: cells.
+        notes: lines below the table.
+
+    Examples:
+        >>> print(render_html(["name", "share"], [["<first>", 0.5]], ["one row"]))
+        <table>
+        <thead><tr><th style="text-align: left">name</th><th style="text-align: right">share</th></tr></thead>
+        <tbody>
+        <tr><td style="text-align: left">&lt;first&gt;</td><td style="text-align: right">0.5</td></tr>
+        </tbody>
+        </table>
+        <p>one row</p>
+    """
+    cells, right = _prepare(headers, rows)
+    sides = ["right" if at_right else "left" for at_right in right]
+
+    def line(row: Sequence[str], tag: str) -> str:
+        inner = (
+            f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>' for text, side in zip(row, sides, strict=True)
+        )
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = [line(row, "td") for row in cells[1:]]
+    below = [f"<p>{escape(note)}</p>" for note in notes]
+    head = f"<thead>{line(cells[0], 'th')}</thead>"
+    return "\n".join(["<table>", head, "<tbody>", *body, "</tbody>", "</table>", *below])
 
 
 def _prepare(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> tuple[list[list[str]], list[bool]]:

@@ -43,7 +43,11 @@ _FINETUNE: dict[str, tuple[Any, ...]] = {
     "weight_decay": _NUMBERS,
     "warmup": _SHARES,
     "clip": (*_NUMBERS, 0),
-    "mixed_precision": _WORDS,
+    "mixed_precision": ("nonsense", 3, ["no"]),  # None is accelerate's
+    "accumulate": (*_COUNTS, 0),
+    "keep_norms": _SWITCHES,
+    "torch_compile": ("inductor", 1, None),
+    "on_step": (5, "x"),
     "steps_per_epoch": (*_COUNTS, 0),
     "checkpoint_dir": (5, "a\0b", b"x", __file__, f"{__file__}/x"),
     "keep": (*_COUNTS[:5], 0),

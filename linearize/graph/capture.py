@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
-from linearize.graph.opaque import opaque_layers, packed_modules
+from linearize.graph.explain import explain
+from linearize.graph.opaque import opaque_layers
 from linearize.graph.protect import untouched
 from linearize.graph.stacks import WRAPPED, Call, call_of, stack_of
 from linearize.nest import copied, plain
-from linearize.tensors import QUANTISE_LATER
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -177,7 +177,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Capture:
         found = "was run by another thread while it was read"
         raise CaptureError(type(model).__name__, found, "Convert it where nothing else runs it.") from failure
     if failure is not None:
-        raise CaptureError(*_explain(model, inputs, failure)) from failure
+        raise CaptureError(*explain(model, inputs, failure)) from failure
     captured = _index(program, model)
     captured.kept = whole.kept
     return captured
@@ -212,57 +212,6 @@ def silent() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _explain(model: nn.Module, inputs: Inputs, error: Exception) -> tuple[str, str, str]:
-    """Whether the inputs, the capture or our own machinery failed: only a plain run can tell."""
-    name = type(model).__name__
-    scripted = next((path for path, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
-    if scripted is not None:
-        return scripted or name, "is a scripted module, which has no Python left to rewrite", "Put the eager one there."
-    why = f"{type(error).__name__}: {_line(error) or type(error).__name__}"
-    try:
-        with untouched(model), torch.no_grad():
-            args, kwargs = copied(inputs)
-            model(*args, **kwargs)
-    except Exception as failure:  # of the model, or of what protects it
-        if not _runs(model, inputs):
-            shapes = [tuple(t.shape) for t in tensors_of([inputs[0], inputs[1]])]
-            found = (
-                f"does not run on the example inputs of shapes {shapes} ({type(failure).__name__}: {_line(failure)})"
-            )
-            return name, found, "Pass example_inputs= that the model's forward takes."
-        why = f"{type(failure).__name__}: {_line(failure)}"
-        remedy = "Please report this model; convert the submodule that holds the activations until then."
-        return name, f"runs by itself, but not where linearize watches it ({why})", remedy
-    packed = next(iter(packed_modules(model)), None)
-    if packed is not None:
-        found = f"runs, but torch.export cannot capture it with quantised or packed layers such as {packed}"
-        return name, found, f"{QUANTISE_LATER.capitalize()}."
-    return (
-        name,
-        f"runs, but torch.export cannot capture it ({why})",
-        "Make the control flow independent of the data, or convert the submodule that holds the activations.",
-    )
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), "")
-
-
-def _runs(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a model runs without any of our protection, but for its modes and what it keeps on its modules."""
-    held = [(module, dict(vars(module))) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()(*inputs[0], **inputs[1])
-    except Exception:  # whatever the model's own code raises
-        return False
-    finally:
-        for module, attributes in held:
-            vars(module).clear()
-            vars(module).update(attributes)
-    return True
 
 
 def _index(program: torch.export.ExportedProgram, model: nn.Module) -> Capture:

@@ -17,7 +17,7 @@ from linearize.running.batches import Batch, labels_are_inputs, read_batch, to_d
 from linearize.running.devices import check_whole
 from linearize.running.models import device_of, evaluating
 from linearize.training.losses import has_loss
-from linearize.training.run import Objective
+from linearize.training.objective import Objective
 
 __all__ = ["check_inputs", "check_output", "check_training_data", "some_batches"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Job:
             return 0
         length = self.options.get("steps_per_epoch")
         length = len(self.data) if length is None else length
-        return int(self.options["epochs"]) * int(length)
+        return int(self.options["epochs"]) * math.ceil(int(length) / (self.options.get("accumulate") or 1))
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,9 @@ class Request:
     def key(self) -> list[tuple[str, Any]]:
         """Everything by name that plan and weights depend on, besides model and data."""
         told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
-        told["finetune"] = {n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep")}
+        told["finetune"] = {
+            n: v for n, v in self.training.items() if n not in ("checkpoint_dir", "resume", "keep", "on_step")
+        }
         told["plan"] = None if self.plan is None else self.plan.to_json()
         return sorted(told.items())
 

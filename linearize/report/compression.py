@@ -12,7 +12,7 @@ from linearize.report.budget import Outcome
 from linearize.report.timing import BenchmarkResult, write_json
 from linearize.report.verification import Verification
 from linearize.summary import Summary
-from linearize.text_table import render, render_markdown
+from linearize.text_table import render, render_html, render_markdown
 
 __all__ = ["Report", "outcome_table"]
 
@@ -83,8 +83,13 @@ class Report:
         write_json(path, self.to_dict())
 
     def __str__(self) -> str:
-        lines = [outcome_table({"": self}), *(f"note: {note}" for note in self.notes), *_kept(self.kept)]
-        return "\n".join(lines)
+        return "\n".join([outcome_table({"": self}), *self._below()])
+
+    def _repr_html_(self) -> str:
+        return render_html(["", "value"], list(_figures(self).items()), self._below())
+
+    def _below(self) -> list[str]:
+        return [*(f"note: {note}" for note in self.notes), *_kept(self.kept)]
 
 
 def _kept(kept: Mapping[str, str]) -> list[str]:

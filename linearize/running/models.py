@@ -15,7 +15,7 @@ from linearize.nest import copied, leaves_of, mapped
 from linearize.running.devices import device_of
 from linearize.tensors import same_values
 
-__all__ = ["batches_of", "call", "device_of", "eagerly", "evaluating", "move", "watching"]
+__all__ = ["batches_of", "call", "device_of", "eagerly", "evaluating", "hold_norms", "move", "watching"]
 
 
 def batches_of(inputs: Any) -> list[Inputs]:
@@ -136,3 +136,17 @@ def watching(
             handle.remove()
         for module, training in modes:
             module.training = training
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Put norms that keep statistics of batches into eval mode: they use what they have, and learn scale and shift.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        >>> hold_norms(net)
+        >>> [module.training for module in net]
+        [True, False]
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            module.training = False  # not .eval(), which would reach what stands inside, such as dropout

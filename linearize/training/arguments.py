@@ -26,7 +26,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "weight_decay": lambda value: checks.number("weight_decay", value, least=0),
     "warmup": lambda value: checks.share("warmup", value, "share of the steps"),
     "clip": lambda value: value is None or checks.number("clip", value, above=0),
-    "mixed_precision": lambda value: checks.choice("mixed_precision", value, PRECISIONS),
+    "mixed_precision": lambda value: value is None or checks.choice("mixed_precision", value, PRECISIONS),
+    "accumulate": lambda value: value is None or checks.whole("accumulate", value, 1),
+    "keep_norms": lambda value: checks.boolean("keep_norms", value),
     "steps_per_epoch": lambda value: value is None or checks.whole("steps_per_epoch", value, 1),
     "keep": lambda value: checks.whole("keep", value, 1),
     "resume": lambda value: checks.boolean("resume", value),
@@ -58,7 +60,9 @@ def check_training(
     prior: Any,
     teacher: Any,
     evaluate: Any,
+    on_step: Any,
     on_epoch: Any,
+    torch_compile: Any,
     accelerator: Any,
     features: Any,
 ) -> None:
@@ -77,8 +81,11 @@ def check_training(
         checks.weights("teacher", checks.module("teacher", teacher))
     if loss is not None:
         checks.function("loss", loss, "a function of (output, labels)")
-    if on_epoch is not None:
-        checks.function("on_epoch", on_epoch, "a function of a record")
+    for name, hook in (("on_step", on_step), ("on_epoch", on_epoch)):
+        if hook is not None:
+            checks.function(name, hook, "a function of a record")
+    if not isinstance(torch_compile, bool | Mapping):
+        checks.refuse("torch_compile", torch_compile, "True, False, or a dict of options of torch.compile")
     if evaluate is not None:
         checks.evaluation("evaluate", evaluate)
     if prior is not None and not (callable(prior) and hasattr(prior, "gates") and hasattr(prior, "step")):

@@ -26,6 +26,7 @@ from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import groups_of
 from linearize.training.compete import SCHEDULES, Competition, channel_costs
+from linearize.training.told import Counted, tell_of_frozen
 
 if TYPE_CHECKING:
     from linearize.calibrate import Calibration
@@ -119,6 +120,7 @@ class SparsityPrior:
         self.kind, self.weight, self.p, self.tolerance = kind, float(weight), float(p), float(tolerance)
         self.gates = list(named.values())
         self.steps_taken = 0
+        self._counted, self._begun = Counted(), False
         self._tied: list[list[ChannelGate]] = []
         if together != "channels":
             groups = groups_of(model) if together == "blocks" else [[name] for name in named]
@@ -157,7 +159,11 @@ class SparsityPrior:
 
         The slope of `|1 - alpha| ** p` is infinite at 1 for p < 1, so the distance is kept from falling
         below the tolerance; a channel that comes so close is frozen by `step` and leaves the sum.
+
+        Warns:
+            UserWarning: gates are not trained, which is told once.
         """
+        self._begin()
         total = torch.zeros((), dtype=torch.float32, device=self.gates[0].alpha.device)
         if self.weight == 0:
             return total
@@ -169,14 +175,26 @@ class SparsityPrior:
             if self._weights is not None:
                 distance = distance * self._weights[index].to(distance)
             total = total + distance.masked_fill(gate.frozen, 0).sum().to(total)
-        return self.weight * total
+        penalty = self.weight * total
+        self._counted.watch(penalty)
+        return penalty
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            tell_of_frozen(self.gates)
 
     @torch.no_grad()
     def step(self) -> None:
         """Call this after the optimizer's step. It clips alpha to [0, 1] and freezes the channels that reached 1.
 
         With "target" it also chooses channels by the schedule, and moves them on.
+
+        Warns:
+            UserWarning: since the last step the penalty counted more than once in the gradients.
         """
+        self._begin()
+        self._counted.settle()
         self.steps_taken += 1
         if self.competition is not None:
             self.competition.advance(self.steps_taken)

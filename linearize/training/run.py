@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,54 +16,19 @@ from torch import Tensor, nn
 from linearize.errors import DataError, LinearizeError, TrainingError
 from linearize.gating.gate import gates
 from linearize.running.batches import Batch, read_batch, to_device
+from linearize.running.models import hold_norms
 from linearize.running.order import generators_of, set_epoch
 from linearize.running.outputs import Meaning
 from linearize.running.randomness import random_state, set_random_state
-from linearize.training.divergence import distillation_loss
-from linearize.training.features import Features
-from linearize.training.losses import task_loss
-from linearize.training.path import PlannedPath
-from linearize.training.priors import SparsityPrior
+from linearize.training.accelerators import mean_over_processes
+from linearize.training.objective import WHOLE, Objective, Part
 from linearize.training.schema import fits_optimizer, flaw_in_run
 from linearize.training.state import Damaged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Objective", "Run"]
-
-Loss = Callable[[Any, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The loss: (1 - distill_weight) * task + distill_weight * distillation + features + prior."""
-
-    loss: Loss | None = None
-    teacher: nn.Module | None = None
-    distill_weight: float = 0.0
-    temperature: float = 2.0
-    prior: SparsityPrior | PlannedPath | None = None
-    features: Features | None = None
-    feature_weight: float = 1.0
-
-    def __call__(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """The terms that are used, by name, each with its weight."""
-        terms = {}
-        weight = self.distill_weight if self.teacher is not None else 0.0
-        if weight < 1:
-            loss = self.loss(output, batch.labels) if self.loss else task_loss(output, batch.labels, batch.meaning)
-            terms["task"] = (1 - weight) * _scalar(loss)
-        if self.teacher is not None and (weight > 0 or self.features is not None):
-            with torch.no_grad():
-                taught = batch.run(self.teacher)
-            if weight > 0:
-                terms["distill"] = weight * distillation_loss(output, taught, batch, self.temperature)
-        if self.features is not None:
-            terms["features"] = self.feature_weight * self.features.loss(batch)
-        if self.prior is not None:
-            terms["prior"] = self.prior()
-        return terms
+__all__ = ["Run"]
 
 
 @dataclass
@@ -78,6 +44,9 @@ class Run:
     warmup: int
     clip: float | None
     meaning: Meaning | None = None
+    accumulate: int = 1  # batches of one step
+    keep_norms: bool = False
+    on_step: Callable[[dict[str, float]], None] | None = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -87,7 +56,7 @@ class Run:
         self._clipped = [p for group in groups if group["name"] != "gates" for p in group["params"]]
 
     def epoch(self, data: Iterable[Any], length: int, advance: Callable[[str], None]) -> dict[str, float]:
-        """Train on `length` batches and return the means of the loss and of its terms.
+        """Train on `length` batches and return the means of the loss and of its terms, over all processes.
 
         Raises:
             DataError: there are fewer batches.
@@ -96,36 +65,55 @@ class Run:
         number, start = len(self.history), time.perf_counter()
         set_epoch(data, number)
         self.model.train()
+        if self.keep_norms:
+            hold_norms(self.model)
         sums: dict[str, float] = {"loss": 0.0}
+        together: dict[str, float] = {}
         count = 0
         for raw in islice(data, length):
             batch = read_batch(self.model, raw, self.meaning)
-            terms = self.update(to_device(batch, self.accelerator.device), count)
+            place = count % self.accumulate
+            part = Part(place, min(self.accumulate, length - count + place))
+            terms = self.update(to_device(batch, self.accelerator.device), count, part)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
+                together[name] = together.get(name, 0.0) + value / part.of
             count += 1
+            if part.last:
+                self._tell(together)
+                together = {}
             advance(f"epoch {number + 1}, loss {terms['loss']:.4f}")
         if count < length:
             remedy = "Pass data that can be iterated once per epoch, such as a DataLoader or a list."
             raise DataError("data", f"found {count} batches in epoch {number + 1} instead of {length}", remedy)
-        record = {"epoch": float(number + 1)} | {name: value / count for name, value in sums.items()}
-        return record | {"lr": self._rates[0] * self._pace(self.step - 1), "seconds": time.perf_counter() - start}
+        means = mean_over_processes(self.accelerator, {name: value / count for name, value in sums.items()})
+        return {"epoch": float(number + 1)} | means | {"lr": self._rate(), "seconds": time.perf_counter() - start}
 
-    def update(self, batch: Batch, index: int = 0) -> dict[str, float]:
-        """One optimizer step.
+    def update(self, batch: Batch, index: int = 0, part: Part = WHOLE) -> dict[str, float]:
+        """The gradients of one batch, and one step of the optimizer if it is the last of its step.
 
         Raises:
             TrainingError: the loss is not a scalar, not finite, or depends on nothing that is trained. The weights
                 are then those of the step before.
         """
-        self.model.zero_grad()
-        with self.accelerator.autocast():
-            terms = self.objective(batch.checked(self.wrapped, index), batch)
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
-        names = ["loss", *terms]
-        values = dict(zip(names, torch.stack([loss.detach(), *map(_plain, terms.values())]).tolist(), strict=True))
-        self._check(loss, values)
-        self.accelerator.backward(loss)
+        if not part.place:
+            self.model.zero_grad()
+        with nullcontext() if part.last else self.accelerator.no_sync(self.wrapped):
+            with self.accelerator.autocast():
+                terms = self.objective(batch.checked(self.wrapped, index), batch, part)
+            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            names = ["loss", *terms]
+            values = dict(zip(names, torch.stack([loss.detach(), *map(_plain, terms.values())]).tolist(), strict=True))
+            self._check(loss, values)
+            # accelerate divides by its own number of batches, also where fewer are left at the end of an epoch.
+            share = self.accelerator.gradient_accumulation_steps / part.of
+            self.accelerator.backward(loss if share == 1 else share * loss)
+        if part.last:
+            self._take_step()
+        return values
+
+    def _take_step(self) -> None:
+        self.accelerator.gradient_state._set_sync_gradients(True)  # else accelerate's optimizer waits
         if self.clip is not None:
             norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
             if self.accelerator.scaler is None and not math.isfinite(float(norm)):
@@ -136,7 +124,15 @@ class Run:
         if self.objective.prior is not None:
             self.objective.prior.step()
         self.step += 1
-        return values
+
+    def _tell(self, terms: dict[str, float]) -> None:
+        """Tell of a step that was taken."""
+        if self.on_step is not None:
+            self.on_step({"step": float(self.step)} | terms | {"lr": self._rate(), "share": self.share})
+
+    def _rate(self) -> float:
+        """The rate of the last step."""
+        return self._rates[0] * self._pace(self.step - 1)
 
     def _pace(self, step: int) -> float:
         """Factor on the learning rates: a straight rise, then half a cosine down to 0."""
@@ -238,13 +234,6 @@ class Run:
         """Share of the model's channels that are linear now; 0 without gates."""
         linear = [gate.linear for gate in gates(self.model).values()]
         return sum(float(mask.sum()) for mask in linear) / max(1, sum(len(mask) for mask in linear))
-
-
-def _scalar(loss: Any) -> Tensor:
-    if isinstance(loss, Tensor) and loss.dim() == 0:
-        return loss
-    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-    raise TrainingError("loss", f"found {found}", "Return a tensor without axes, for instance loss.mean().")
 
 
 def _plain(term: Tensor) -> Tensor:
