@@ -15,6 +15,7 @@ from linearize.bench import benchmark
 from linearize.convert import UNSELECTED, convert
 from linearize.cost import cost
 from linearize.finetune import finetune as train
+from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
@@ -53,6 +54,7 @@ class Result:
     report: Report
 
 
+@same_modes()
 def compress(
     model: nn.Module,
     data: Iterable[Any],
