@@ -16,6 +16,7 @@ from linearize.convert import convert
 from linearize.cost import cost
 from linearize.export.fit import expect_fit, prove_fit
 from linearize.finetune import finetune as train
+from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
@@ -54,6 +55,7 @@ class Result:
     report: Report
 
 
+@same_modes()
 def compress(
     model: nn.Module,
     data: Iterable[Any],

@@ -22,6 +22,7 @@ from linearize.graph.capture import Inputs, fake_inputs, normalize_inputs
 from linearize.graph.discover import discover
 from linearize.graph.parts import discover_parts
 from linearize.graph.protect import ALONE
+from linearize.graph.state import same_modes
 from linearize.nest import copied
 from linearize.running.copies import duplicate
 from linearize.running.devices import check_whole
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 UNSELECTED = ("not in include=", "in exclude=")  # why a site has no gate if the user did not want one
 
 
+@same_modes()
 def convert(
     model: nn.Module,
     example_inputs: Any = None,

@@ -14,6 +14,7 @@ from torch import nn
 
 from linearize import checks
 from linearize.errors import DataError, UsageError
+from linearize.graph.state import same_modes
 from linearize.running.batches import length_of
 from linearize.running.devices import bring
 from linearize.running.order import set_epoch
@@ -56,6 +57,7 @@ class FinetuneResult:
     resumed_from: int = 0
 
 
+@same_modes()
 def finetune(
     model: nn.Module,
     data: Iterable[Any],

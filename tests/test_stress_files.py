@@ -72,3 +72,5 @@ def test_the_published_figures_are_what_is_claimed() -> None:
     assert found["done"]["plan"] == found["done"]["cache"] == 1000
     assert found["done"]["file"] >= 3000  # of 10 000: the sweep goes on where it stopped
     assert {name: found["watched"][name] for name in NOTHING} == dict.fromkeys(NOTHING, 0)
+    assert found["bad"] == []
+    assert not [name for name in found["outcomes"]["file"] if "fails" in name or "another one collapsed" in name]

@@ -18,6 +18,7 @@ from torch.utils import _python_dispatch
 import linearize
 from linearize.errors import CaptureError
 from linearize.graph.protect import untouched
+from linearize.graph.state import to_the_end
 
 SEEN: OrderedDict[str, Any] = OrderedDict(a=1)
 
@@ -144,6 +145,7 @@ def test_modes_that_an_interrupt_has_left_on() -> None:
     modes: list[Any] = [FakeTensorMode(), Mode()]
 
     def stopped_on_the_way() -> None:
+        torch.set_grad_enabled(False)
         for mode in modes:
             mode.__enter__()
         raise KeyboardInterrupt
@@ -153,4 +155,22 @@ def test_modes_that_an_interrupt_has_left_on() -> None:
             stopped_on_the_way()
         assert _python_dispatch._get_current_dispatch_mode_stack() == [around]  # no more than was put on inside
     assert type(torch.ones(1)) is Tensor
+    assert torch.is_grad_enabled()
     assert overrides._get_current_function_mode_stack() == []
+
+
+def test_what_is_put_back_is_put_back_to_the_end() -> None:
+    done: list[int] = []
+
+    def work() -> None:
+        for number in range(3):
+            if len(done) in (1, 4):
+                done.append(-1)
+                raise KeyboardInterrupt
+            done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        to_the_end(work)
+    assert done == [0, -1, 0, 1, -1, 0, 1, 2]
+    to_the_end(work)
+    assert done[-3:] == [0, 1, 2]

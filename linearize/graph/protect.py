@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from linearize.graph.state import interrupt_behind, same_modes, same_random_numbers
+from linearize.graph.state import interrupt_behind, same_modes, same_random_numbers, to_the_end
 from linearize.tensors import noted_values, write_back
 
 ALONE = threading.RLock()
@@ -64,19 +64,12 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         cells = [(cell, cell.cell_contents) for cell in _cells(own)]
         memories = _memories(modules)
         _forget_tensors(memories)
-        try:
-            for module in modules:
-                module.training = training
-            yield
-        except Exception as error:
-            if (stopped := interrupt_behind(error)) is not None:
-                raise stopped from None
-            raise
-        finally:
+
+        def put_back() -> None:
             for module, mode, attributes in held:
-                module.training = mode  # a scripted module does not keep it among its attributes
                 vars(module).clear()
                 vars(module).update(attributes)
+                module.training = mode  # a scripted module does not keep it among its attributes
             for container, content in inside:
                 _put_back(container, content)
             write_back(values)
@@ -89,6 +82,17 @@ def untouched(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 for name in [name for name, value in vars(cls).items() if _is_foreign(value)]:
                     setattr(cls, name, attributes[name]) if name in attributes else delattr(cls, name)
             _forget_tensors(memories)
+
+        try:
+            for module in modules:
+                module.training = training
+            yield
+        except Exception as error:
+            if (stopped := interrupt_behind(error)) is not None:
+                raise stopped from None
+            raise
+        finally:
+            to_the_end(put_back)
 
 
 def _functions(places: Iterable[Any]) -> list[FunctionType]:

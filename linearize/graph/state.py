@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import overrides
 from torch.utils import _python_dispatch
 
-__all__ = ["interrupt_behind", "same_modes", "same_random_numbers"]
+__all__ = ["interrupt_behind", "same_modes", "same_random_numbers", "to_the_end"]
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
@@ -27,9 +27,27 @@ def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
     return None
 
 
+def to_the_end(put_back: Callable[[], object]) -> None:
+    """Put something back, from the beginning again after an interrupt, which comes behind it then."""
+    stopped: KeyboardInterrupt | None = None
+    while True:
+        try:
+            put_back()
+        except KeyboardInterrupt as error:
+            stopped = error
+        else:
+            break
+    if stopped is not None:
+        raise stopped
+
+
 @contextmanager
 def same_modes() -> Iterator[None]:
-    """After an error, torch's modes are those that were: an interrupt may come between one and its own way out."""
+    """After an error, torch's modes are those that were: an interrupt may come between one and its own way out.
+
+    Gradients are recorded, or not, as before.
+    """
+    gradients = torch.is_grad_enabled()
     before = _python_dispatch._get_current_dispatch_mode_stack(), overrides._get_current_function_mode_stack()
     try:
         yield
@@ -42,6 +60,7 @@ def same_modes() -> Iterator[None]:
             overrides._pop_mode()
         for mode in before[1][len(now) :]:
             overrides._push_mode(mode)
+        torch.set_grad_enabled(gradients)
         raise
 
 

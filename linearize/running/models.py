@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs, normalize_inputs
+from linearize.graph.state import to_the_end
 from linearize.nest import copied, leaves_of, mapped
 from linearize.running.devices import device_of
 from linearize.tensors import same_values
@@ -87,14 +88,18 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         True
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
+
+    def put_back() -> None:
+        for module, training in modes:
+            module.training = training
+
     try:
         for model in models:
             model.eval()
         with torch.no_grad(), same_values(*models):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        to_the_end(put_back)
 
 
 @contextmanager
