@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -167,11 +166,9 @@ def _written(
 def _moved(folder: Path, target: Path) -> list[str]:
     """Move what was written to its place; names of the files."""
     if (folder / target.name).is_dir():
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
-        shutil.move(folder / target.name, target)
+        if target.exists():  # it goes with the folder around what was written, once the new one is there
+            target.rename(folder / f"{target.name}.before")
+        (folder / target.name).rename(target)
         return sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file())
     files = sorted(
         folder.iterdir(), key=lambda file: (file.name == target.name, file.name)
