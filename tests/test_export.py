@@ -14,12 +14,14 @@ from torch import nn
 
 import linearize
 from linearize.cli import run
+from linearize.compress import compress
 from linearize.errors import CaptureError, ExportError, UsageError
 from linearize.export.batches import batches_for
 from linearize.export.compare import distance
 from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.registry import FORMATS
 from tests.exported import IDS, llama, vit
+from tests.toys import QUIET
 
 
 class Fake:
@@ -29,6 +31,7 @@ class Fake:
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {"no_such_runtime": "fake"}
     means, options, near = Means(own_layers=False), ("opset",), ("stock", "onnx")
+    library = "fakery"
     error = 0.0
     refusal: Refusal | None = None
     seen: list[int]
@@ -44,6 +47,9 @@ class Fake:
     def check(self, subject: Subject, path: Path) -> Proof:
         self.seen = [len(batch[0][0]) for batch in subject.batches]
         return Proof("a runtime", self.error, 3)
+
+    def usage(self, model: nn.Module) -> str:
+        return "fake.load('NAME')"
 
 
 @pytest.fixture
@@ -103,6 +109,7 @@ def test_bad_input(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refuse("check: found 1", check=1)
     refuse("tolerance: found -1", tolerance=-1)
     refuse("opset: found 3", opset=3)
+    refuse("card: found 'yes'", card="yes")
     refuse('external_data: found True, which "fake" does not take. It is for "onnx"', external_data=True)
     refuse("does not run on the example inputs", error=CaptureError, example_inputs=torch.randn(2, 5))
     refuse("found no tensor", error=CaptureError, example_inputs={})
@@ -114,6 +121,30 @@ def test_bad_input(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Fake, "runs", {"no_such_runtime": "fake"})
     refuse(r'no_such_runtime is not installed. .*pip install "linearize\[fake\]".*check=False', tmp_path / "c.fake")
     assert linearize.export(NET, tmp_path / "c.fake", format="fake", example_inputs=X, check=False).proof is None
+
+
+def test_card(fake: Fake, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
+    result = compress(net, [torch.randn(64, 8)] * 8, flops=0.5, **QUIET)
+    made = linearize.export(
+        result.model, tmp_path / "a.fake", format="fake", example_inputs=torch.randn(2, 8), card=result.report
+    )
+    assert made.files == ("a.fake", "a.fake.md", "a.fake.data")
+    text = (tmp_path / "a.fake.md").read_text()
+    assert text.startswith("---\nlibrary_name: fakery\n")
+    told = (
+        "fake.load('a.fake')",
+        "| fact | 1 |",
+        "In a runtime, on 3 batches",
+        "| FLOPs per batch",
+        result.plan.sha256,
+    )
+    for part in (*told, result.plan.sha256, "| 2 | CarryLinear", f"torch {torch.__version__}"):
+        assert part.replace(" ", "") in text.replace(" ", ""), part
+    linearize.export(NET, tmp_path / "b.fake", format="fake", example_inputs=X, card=True, check=False)
+    plain = (tmp_path / "b.fake.md").read_text()
+    assert "was not run" in plain
+    assert "FLOPs" not in plain
 
 
 def test_batches_of_three_shapes() -> None:

@@ -27,7 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("onnx")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("bert", "convnext") else []) for name in MODELS]
+)
 def test_in_the_runtime(name: str, folder: Path) -> None:
     original, model = small(name)
     example = torch.randn(2, 3, 64, 64) if name == "convnext" else None

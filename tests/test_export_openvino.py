@@ -15,7 +15,7 @@ from tests.exported import IDS, mlp, off, small
 openvino = pytest.importorskip("openvino")
 
 
-@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
 def test_in_the_runtime(name: str, tmp_path: Path) -> None:
     original, model = small(name)
     made = linearize.export(model, tmp_path / "small.xml", format="openvino")

@@ -11,7 +11,7 @@ from torch import nn
 
 import linearize
 from linearize.compress import compress
-from linearize.errors import ExportError
+from linearize.errors import ExportError, UsageError
 from tests.exported import IDS, elsewhere, llama, off, small, transformer, vit
 from tests.toys import QUIET
 
@@ -32,7 +32,14 @@ def vocabulary(folder: Path) -> None:
 def test_from_pretrained_and_a_pipeline_without_linearize(tmp_path: Path) -> None:
     model = transformer("BertForMaskedLM", "BertConfig")
     result = compress(model, [BATCH] * 3, flops=0.8, stock=True, **QUIET)
-    made = linearize.export(result.model, tmp_path / "folder", format="stock")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "of another").touch()
+    with pytest.raises(UsageError, match="exists already"):
+        linearize.export(result.model, tmp_path / "folder", format="stock")
+    made = linearize.export(result.model, tmp_path / "folder", format="stock", overwrite=True, card=True)
+    assert sorted(made.files) == ["README.md", "config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert "AutoModelForMaskedLM.from_pretrained('folder')" in (tmp_path / "folder" / "README.md").read_text()
     assert "intermediate_size 96 -> " in made.facts["config"]
     assert made.proof is not None
     assert made.proof.error <= 1e-5

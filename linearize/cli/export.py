@@ -39,6 +39,7 @@ def export(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="GGUF: folder of the tokenizer; without: numbers for words.")
     ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write a model card, too.")] = False,
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
@@ -68,6 +69,7 @@ def export(
             opset=opset,
             external_data=external_data,
             tokenizer=tokenizer,
+            card=card,
         )
     if json:
         common.print_json(made.to_dict())

@@ -46,6 +46,7 @@ class DeciLm:
     means = Means(own_layers=False, modules=False, round_to=_STEP)
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
+    library = "vllm"
     near: tuple[str, ...] = ("gguf", "remote", "onnx")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -78,6 +79,10 @@ class DeciLm:
         error = distance(expected(subject), expected(twin))
         told = "no server ran: every field and tensor was read as the sources of vLLM and SGLang read them"
         return Proof("a reader of its own", error, len(subject.batches), told)
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        return "import vllm\n\nmodel = vllm.LLM('NAME', trust_remote_code=True)"
 
 
 def _check(decoder: Decoder) -> None:

@@ -90,6 +90,7 @@ class Format(Protocol):
         means: what a plan may use.
         tolerances: largest relative error of an exported model, by the coarsest type of its parameters.
         options: names of arguments of `linearize.export` that it takes.
+        library: what loads it, as model hubs name it.
         near: formats to name where this one cannot hold a model, the nearest first.
     """
 
@@ -100,6 +101,7 @@ class Format(Protocol):
     means: Means
     tolerances: Mapping[torch.dtype, float]
     options: tuple[str, ...]
+    library: str
     near: tuple[str, ...]
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -110,3 +112,6 @@ class Format(Protocol):
 
     def check(self, subject: Subject, path: Path) -> Proof:
         """Run the file in the real runtime, and compare."""
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file, whose name is NAME."""

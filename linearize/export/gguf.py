@@ -33,6 +33,7 @@ class Gguf:
     # In float32 llama.cpp is asked for float32 throughout; else it rounds what it multiplies.
     tolerances: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
     options: tuple[str, ...] = ("tokenizer",)
+    library = "llama.cpp"
     near: tuple[str, ...] = ("remote", "onnx", "openvino", "pt2")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -79,6 +80,11 @@ class Gguf:
         """Logits of prompts and of what llama.cpp makes of them, and the tokens that it picks."""
         check_tokenizer(path, subject.options.get("tokenizer"))
         return prove(subject, path)
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        lines = ("import xllamacpp", "", "params = xllamacpp.CommonParams()", "params.model.path = 'NAME'")
+        return "\n".join((*lines, "server = xllamacpp.Server(params)"))
 
 
 _TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}

@@ -33,6 +33,7 @@ class Onnx:
     means = Means()
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ("opset", "external_data")
+    library = "onnxruntime"
     near: tuple[str, ...] = ("openvino", "pt2", "remote")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -82,6 +83,10 @@ class Onnx:
             return Proof(f"ONNX Runtime {onnxruntime.__version__}", math.inf, 0)
         reference = expected(Subject(subject.model, batches))
         return Proof(f"ONNX Runtime {onnxruntime.__version__}", distance(reference, found), len(batches))
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        return "import onnxruntime\n\nsession = onnxruntime.InferenceSession('NAME')"
 
 
 def _named(subject: Subject, batch: Any) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ class OpenVino:
     means = Means()
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
+    library = "openvino"
     near: tuple[str, ...] = ("onnx", "pt2", "remote")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -72,6 +73,10 @@ class OpenVino:
         reference = expected(Subject(subject.model, batches))
         version = openvino.__version__.partition("-")[0]
         return Proof(f"OpenVINO {version}", distance(reference, found) if batches else float("inf"), len(batches))
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        return "import openvino\n\nmodel = openvino.compile_model('NAME', 'CPU')"
 
 
 def _translated(subject: Subject) -> tuple[Any, str]:

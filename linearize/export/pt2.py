@@ -40,6 +40,7 @@ class Pt2:
     means = Means()
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
+    library = "torch"
     near: tuple[str, ...] = ("onnx", "openvino", "remote")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -73,6 +74,10 @@ class Pt2:
         """Loaded in a process that has torch, and neither the model's code nor linearize."""
         found = outputs_elsewhere(subject, path, _LOAD.format(device=device_of(subject.model)))
         return Proof(f"torch {torch.__version__} by itself", distance(expected(subject), found), len(found))
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        return "import torch\n\nmodel = torch._inductor.aoti_load_package('NAME')"
 
 
 def _instructions(device: torch.device) -> dict[str, str]:

@@ -21,7 +21,7 @@ from linearize.export.process import outputs_elsewhere
 from linearize.export.remote_plan import Foreign, Plan, plan_of
 from linearize.storage.folders import write_text
 from linearize.zoo.stock import library_class
-from linearize.zoo.transformers_models import without_bars
+from linearize.zoo.transformers_models import autos_of, without_bars
 
 __all__ = ["Remote"]
 
@@ -46,6 +46,7 @@ class Remote:
     means = Means()
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
+    library = "transformers"
     near: tuple[str, ...] = ("onnx", "pt2", "openvino")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -80,6 +81,11 @@ class Remote:
         runtime = f"transformers {transformers.__version__} without linearize"
         return Proof(runtime, distance(expected(subject), found), len(found))
 
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        auto = _Names(model).autos[0]
+        return f"import transformers\n\nmodel = transformers.{auto}.from_pretrained('NAME', trust_remote_code=True)"
+
 
 class _Names:
     """What classes are called.
@@ -95,21 +101,7 @@ class _Names:
         self.base, self.config_base = self.kind.__name__, self.config_kind.__name__
         self.model, self.config = f"Linearize{self.base}", f"Linearize{self.config_base}"
         self.type = f"linearize-{model.config.model_type}"
-        self.autos = _autos(self.kind, self.config_kind)
-
-
-def _autos(kind: type[nn.Module], config: type) -> list[str]:
-    """Transformers' classes by which a model of a class is loaded."""
-    import transformers
-
-    found = []
-    for name in sorted(dir(transformers)):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
-        if mapping is not None and config in mapping:
-            made = mapping[config]
-            if kind in (made if isinstance(made, tuple) else (made,)):
-                found.append(name)
-    return found or ["AutoModel"]
+        self.autos = autos_of(self.kind, self.config_kind)
 
 
 def source_of(plan: Plan, names: Any) -> str:

@@ -15,7 +15,7 @@ from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.running.models import device_of
 from linearize.zoo.stock import check_stock, check_timm, library_class, stock_copy
 from linearize.zoo.timm_models import is_timm
-from linearize.zoo.transformers_models import without_bars
+from linearize.zoo.transformers_models import autos_of, without_bars
 
 __all__ = ["Stock"]
 
@@ -30,6 +30,7 @@ class Stock:
     means = Means(own_layers=False, uniform=True, modules=False)
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     options: tuple[str, ...] = ()
+    library = "transformers"
     near: tuple[str, ...] = ("gguf", "decilm", "remote", "onnx", "pt2")
 
     def can(self, model: nn.Module) -> Refusal | None:
@@ -48,11 +49,12 @@ class Stock:
 
             name, arguments = check_timm(subject.model)
             save_for_hf(made, str(path), model_args=arguments, safe_serialization=True)
-            return {"architecture": name, "arguments": arguments}
+            return {"architecture": name, "arguments": arguments, "load by": "timm.create_model"}
         with without_bars():
             made.save_pretrained(path)
         changed = _changed(subject.model, made)
-        return {"class": type(made).__name__, **({"config": changed} if changed else {})}
+        autos = ", ".join(autos_of(type(made), type(made.config)))
+        return {"class": type(made).__name__, "load by": autos, **({"config": changed} if changed else {})}
 
     def check(self, subject: Subject, path: Path) -> Proof:
         """Loaded as anybody loads it."""
@@ -70,6 +72,14 @@ class Stock:
             runtime = f"transformers {transformers.__version__}"
         twin = Subject(made.eval().to(device_of(subject.model)), subject.batches)
         return Proof(runtime, distance(expected(subject), expected(twin)), len(subject.batches))
+
+    def usage(self, model: nn.Module) -> str:
+        """A program that loads the file."""
+        if is_timm(model):
+            return "import timm\n\nmodel = timm.create_model('local-dir:NAME', pretrained=True)"
+        whole: Any = model
+        auto = autos_of(library_class(type(whole)), type(whole.config))[0]
+        return f"import transformers\n\nmodel = transformers.{auto}.from_pretrained('NAME')"
 
 
 def _changed(model: Any, made: Any) -> str:

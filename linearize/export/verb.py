@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +15,14 @@ from torch import nn
 from linearize import checks
 from linearize.errors import ExportError, UsageError
 from linearize.export.batches import batches_for
+from linearize.export.card import card_of
 from linearize.export.face import Format, Proof, Subject
 from linearize.export.fit import check_fit
 from linearize.export.plain import allowance
 from linearize.export.registry import FORMATS, format_of
+from linearize.report.compression import Report
 from linearize.running.models import evaluating
+from linearize.storage.folders import write_text
 from linearize.zoo.inputs import unwrap
 
 __all__ = ["Exported", "export"]
@@ -74,6 +76,7 @@ def export(
     opset: int | None = None,
     external_data: bool | None = None,
     tokenizer: Any = None,
+    card: bool | Report = False,
 ) -> Exported:
     """Write a model for another program's runtime, run it there, and keep the file only if it is the same function.
 
@@ -82,7 +85,8 @@ def export(
             as it is.
         path: the file or the folder to write, by the format. Everything is written beside it first, and moved when it
             is proven.
-        format: "onnx" (docs/deploy.md says of each what fits and what does not).
+        format: "stock", "remote", "gguf", "decilm", "onnx", "openvino" or "pt2"; docs/deploy.md says of each what fits
+            and what does not.
         example_inputs: as for `linearize.convert`: what is traced and compared on. Other numbers of samples, and other
             lengths of sequences, are made from it. None asks timm and transformers models themselves.
         check: run the file in the real runtime, on three batches. False writes it unproven.
@@ -91,6 +95,8 @@ def export(
         opset: version of ONNX's operators; None takes that of torch's exporter.
         external_data: ONNX weights in a file beside; None does so where they are too large for one file.
         tokenizer: of a GGUF file: a fast tokenizer of transformers, or its folder; None writes numbers for words.
+        card: write a model card, too: README.md of a folder, or a file beside with .md behind its name. The report of
+            `linearize.compress` in its place adds what was measured.
 
     Returns:
         An `Exported`: `.path`, `.files`, `.facts`, `.proof`; it prints as a few lines.
@@ -114,6 +120,8 @@ def export(
     chosen = format_of(format)
     for name, value in (("check", check), ("overwrite", overwrite)):
         checks.boolean(name, value)
+    if not isinstance(card, bool | Report):
+        checks.refuse("card", card, "True, False, or the report of linearize.compress")
     if tolerance is not None:
         checks.number("tolerance", tolerance, least=0)
     options = _options(chosen, opset=opset, external_data=external_data, tokenizer=tokenizer)
@@ -123,10 +131,12 @@ def export(
     _check_installed(chosen, check=check)
     with evaluating(model):
         subject = Subject(model, batches_for(model, example_inputs), options)
-        return _written(subject, chosen, target, check=check, tolerance=tolerance)
+        return _written(subject, chosen, target, check=check, tolerance=tolerance, card=card)
 
 
-def _written(subject: Subject, chosen: Format, target: Path, *, check: bool, tolerance: float | None) -> Exported:
+def _written(
+    subject: Subject, chosen: Format, target: Path, *, check: bool, tolerance: float | None, card: bool | Report
+) -> Exported:
     """Write beside the target, check, move."""
     try:
         place = tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=".linearize-export-")
@@ -144,6 +154,10 @@ def _written(subject: Subject, chosen: Format, target: Path, *, check: bool, tol
                 "Nothing was written. Compare in float32, or pass tolerance= if the runtime computes in other types."
             )
             raise ExportError(f"format {chosen.name}", found, remedy)
+        if card is not False:
+            report = card if isinstance(card, Report) else None
+            text = card_of(subject.model, chosen, target.name, facts, proof, report)
+            write_text(made / "README.md" if made.is_dir() else made.with_name(f"{made.name}.md"), text)
         names = _moved(Path(folder), target)
     files = [target / name for name in names] if target.is_dir() else [target.parent / name for name in names]
     return Exported(chosen.name, target, tuple(names), sum(file.stat().st_size for file in files), facts, proof)
@@ -152,13 +166,13 @@ def _written(subject: Subject, chosen: Format, target: Path, *, check: bool, tol
 def _moved(folder: Path, target: Path) -> list[str]:
     """Move what was written to its place; names of the files."""
     if (folder / target.name).is_dir():
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
-        shutil.move(folder / target.name, target)
+        if target.exists():  # it goes with the folder around what was written, once the new one is there
+            target.rename(folder / f"{target.name}.before")
+        (folder / target.name).rename(target)
         return sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file())
-    files = sorted(folder.iterdir(), key=lambda file: file.name == target.name)  # what it refers to comes first
+    files = sorted(
+        folder.iterdir(), key=lambda file: (file.name == target.name, file.name)
+    )  # what it refers to comes first
     for file in files:
         file.replace(target.parent / file.name)
     return [file.name for file in reversed(files)]

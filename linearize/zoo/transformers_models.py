@@ -223,3 +223,17 @@ def _class_for(config: Any) -> Any:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     return transformers.AutoModel
+
+
+def autos_of(kind: type[nn.Module], config: type) -> list[str]:
+    """Transformers' classes by which a model of a class is loaded."""
+    import transformers
+
+    found = []
+    for name in sorted(dir(transformers)):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and config in mapping:
+            made = mapping[config]
+            if kind in (made if isinstance(made, tuple) else (made,)):
+                found.append(name)
+    return found or ["AutoModel"]
