@@ -314,7 +314,7 @@ def test_plans_use_depth_where_it_pays(name: str, tmp_path: Path) -> None:
     make: Any = {"llama": llama, "vit": vit, "bert": bert}[name]
     model = make(layers=3)
     batches = [images(8, seed) if name == "vit" else tokens(8, 12, seed) for seed in range(4)]
-    families = ("channels", "heads", "depth") if name == "llama" else ("depth",)
+    families = ("depth",)
     result: Any = linearize.compress(model, batches, flops=0.5, search=0, families=families, **QUIET)
     gone = [site for site in result.plan.sites if site.form == DEPTH and site.dropped]
     assert gone
