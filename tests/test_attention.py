@@ -25,14 +25,14 @@ from linearize.families.modules.fit import fit_whole
 from linearize.families.modules.options import WHOLE
 from linearize.families.option import SiteChoice
 from linearize.gating.groups import groups_of
-from linearize.plan import Plan
+from linearize.plan import SitePlan
 from linearize.running.passes import run_passes
 from linearize.surgery.only import OnlyLinear
 from linearize.surgery.skipped import Silent, Skipped
 from linearize.surgery.specs import build, spec_of
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
-from tests.attentions import bert, cache_bytes, cache_of, generated, images, llama, logits, tokens, vit
+from tests.attentions import bert, cache_bytes, cache_of, generated, images, llama, tokens, vit
 from tests.test_modules import Layer
 from tests.toys import QUIET
 
@@ -121,6 +121,19 @@ def test_a_map_is_a_plain_one_and_told_caches_only_where_it_may(
         OnlyLinear(8, 8)(torch.ones(1, 8), object())
 
 
+def test_a_plan_says_what_stands_for_an_attention(survey: tuple[nn.Module, Context, AttentionPlaces]) -> None:
+    places, path = survey[2], "model.layers.1.self_attn"
+    for rank, gone in ((32, ()), (0, (0,))):
+        plan = SitePlan(path, ATTENTION, gone, rank=rank, dropped=gone)
+        again = Attentions().replay(places, plan, None)
+        assert again is not None
+        assert again.choice == SiteChoice(path, 0, rank, ATTENTION, gone)
+    inner = Attentions().replay(places, SitePlan(f"{path}.o_proj", ATTENTION, ()), None)
+    assert inner is not None
+    assert (inner.choice.rank, inner.choice.gone) == (0, ())
+    assert Attentions().replay(places, SitePlan("elsewhere", ATTENTION, ()), None) is None
+
+
 def test_costs_and_losses_are_exact(
     survey: tuple[nn.Module, Context, AttentionPlaces], batches: list[dict[str, Tensor]]
 ) -> None:
@@ -198,9 +211,6 @@ def test_plans_use_the_new_families_where_they_pay(name: str, budget: float, tmp
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), result.model.parameters(), strict=True))
     if name != "llama":
         return
-    again: Any = linearize.compress(model, batches, plan=Plan.from_json(result.plan.to_json()), **QUIET)
-    found, expected = logits(again.model, batches[0]), logits(result.model, batches[0])
-    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
     assert torch.equal(generated(loaded, cache="static"), generated(result.model))
     assert cache_bytes(cache_of(result.model, batches[0])) <= cache_bytes(cache_of(model, batches[0]))
     assert all(site.form != WHOLE or not site.rank for site in result.plan.sites)

@@ -46,6 +46,16 @@ def surveyed(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, Chain, Ru
     return gated, chain, runs, with_layers([], [runs], homes, batches)
 
 
+@pytest.fixture(scope="module")
+def four() -> tuple[list[Any], tuple[nn.Module, Chain, Runs, list[Group]]]:
+    """A decoder of four layers, surveyed."""
+    batches: list[Any] = [tokens(8, 12, seed) for seed in range(4)]
+    return batches, surveyed(llama(layers=4), batches)
+
+
+Four = tuple[list[Any], tuple[nn.Module, Chain, Runs, list[Group]]]
+
+
 def off(found: Tensor, expected: Tensor) -> float:
     """The largest error, relative to the largest value."""
     return float((found - expected).abs().max() / expected.abs().max())
@@ -218,8 +228,9 @@ def test_layers_of_ones_own_are_saved(tmp_path: Path) -> None:
     linearize.save(small, tmp_path / "m")
     loaded = linearize.load(tmp_path / "m", model=model)
     assert off(logits(loaded, x), logits(small, x)) <= 1e-6
-    with pytest.raises(CheckpointError, match="to keep"):
-        shorten(nn.ModuleList([nn.ReLU()]), [1])
+    for wrong in ([1], [0, 0]):
+        with pytest.raises(CheckpointError, match="to keep"):
+            shorten(nn.ModuleList([nn.ReLU()]), wrong)
     with pytest.raises(CheckpointError, match="tells of its layers"):
         fewer_in(model, "config", ["depth"], [], [0])
 
@@ -246,10 +257,8 @@ def test_rows_that_are_far_longer_than_others_are_weighed_down() -> None:
     assert errors["weighed"] < 0.1 * errors["plain"]
 
 
-def test_losses_are_those_that_are_measured_and_a_map_is_better_than_nothing() -> None:
-    batches = [tokens(16, 12, seed) for seed in range(8)]
-    model = llama(layers=4)
-    gated, chain, runs, groups = surveyed(model, batches)
+def test_losses_are_those_that_are_measured_and_a_map_is_better_than_nothing(four: Four) -> None:
+    batches, (gated, chain, runs, groups) = four
     losses = {group.sites[0]: group.options[1].loss for group in groups}
     order = sorted(losses, key=losses.__getitem__)
     indices = [next(i for i, layer in enumerate(chain.layers) if layer.path == path) for path in order]
@@ -268,14 +277,14 @@ def test_losses_are_those_that_are_measured_and_a_map_is_better_than_nothing() -
     assert len(groups) < len(chain.layers) or len(groups) == len(chain.layers) - 1  # one layer stays
 
 
-def test_costs_are_exact_with_and_without_groups_inside() -> None:
-    batch = tokens(8, 12)
-    model = llama(layers=3)
-    whole = cost(model, batch)
-    _, chain, _, groups = surveyed(model, [batch])
+def test_costs_are_exact(four: Four) -> None:
+    batch, (gated, chain, _, groups) = four[0][0], four[1]
+    whole = cost(linearize.collapse(gated), batch)
     path = groups[0].sites[0]
     index = next(i for i, layer in enumerate(chain.layers) if layer.path == path)
-    after = cost(without(model, batch, [index]), batch)
+    made = copy.deepcopy(gated)
+    skip_layers(made, chain, [index])
+    after = cost(linearize.collapse(made), batch)
     assert whole.parameters - after.parameters == groups[0].stay.params
     assert whole.flops - after.flops == groups[0].stay.flops
 
@@ -305,7 +314,7 @@ def test_plans_use_depth_where_it_pays(name: str, tmp_path: Path) -> None:
     make: Any = {"llama": llama, "vit": vit, "bert": bert}[name]
     model = make(layers=3)
     batches = [images(8, seed) if name == "vit" else tokens(8, 12, seed) for seed in range(4)]
-    families = ("channels", "heads", "depth") if name == "llama" else ("depth",)
+    families = ("depth",)
     result: Any = linearize.compress(model, batches, flops=0.5, search=0, families=families, **QUIET)
     gone = [site for site in result.plan.sites if site.form == DEPTH and site.dropped]
     assert gone
@@ -326,10 +335,9 @@ def test_plans_use_depth_where_it_pays(name: str, tmp_path: Path) -> None:
     assert kept | set(inside) | {site.site for site in gone} == {site.site for site in plan.sites}
 
 
-def test_nothing_stands_for_pairs_that_are_not_in_a_row() -> None:
-    model, batches = llama(layers=4), [tokens(8, 12, seed) for seed in range(3)]
-    _, chain, runs, _ = surveyed(model, batches)
-    runs.plain = set()
+def test_maps_stand_for_runs(four: Four) -> None:
+    gated, chain, _, _ = four[1]
+    runs = Runs(gated, chain)
     for gone in itertools.combinations(range(4), 2):
         found = runs.maps(gone)
         expected = {g - 1 for g in gone if g and g - 1 not in gone}

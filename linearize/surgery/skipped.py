@@ -87,7 +87,8 @@ def shorten(container: nn.Module, keep: Sequence[int]) -> None:
         [1, 3]
     """
     children = [(name, child) for name, child in container._modules.items() if child is not None]
-    if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not all(0 <= i < len(children) for i in keep):
+    there = all(0 <= index < len(children) for index in keep) and list(keep) == sorted(set(keep))
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not there:
         found = f"has no layers {list(keep)!s:.80} to keep"
         raise CheckpointError(type(container).__name__, found, "Load it onto the model that it was made from.")
     kept = [children[index] for index in keep]
