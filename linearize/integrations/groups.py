@@ -33,6 +33,7 @@ def gates_apart(groups: Any, model: nn.Module, *, gate_lr: float = 1e-2) -> Any:
         UsageError: the model has no gates that are trained, or the optimizer has done steps, or has a scheduler.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 4), ChannelGate(nn.ReLU(), 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in gates_apart(optimizer, model).param_groups]

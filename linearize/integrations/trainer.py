@@ -11,9 +11,11 @@ trainer.train()
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from linearize import checks
@@ -50,7 +52,6 @@ class PriorCallback(TrainerCallback):  # type: ignore[misc] # mypy does not foll
             in `args.output_dir`.
 
     Examples:
-        >>> import torch
         >>> import linearize
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> prior = SparsityPrior(linearize.convert(net, torch.randn(2, 4)), kind="target", target=0.5, steps=100)
@@ -84,15 +85,23 @@ class PriorCallback(TrainerCallback):  # type: ignore[misc] # mypy does not foll
         self.prior.step()
 
     def on_save(self, args: Any, state: Any, control: Any, **now: Any) -> None:
-        """Write the prior's state into the checkpoint."""
-        if args.should_save:
+        """Write the prior's state into the checkpoint.
+
+        Warns:
+            UserWarning: the checkpoint is in another folder, as those of a search for hyperparameters are.
+        """
+        if args.should_save and not _folder(args, state.global_step).is_dir():
+            text = f"found no folder {_folder(args, state.global_step)}: the prior's state is not saved."
+            warnings.warn(text, stacklevel=2)
+        elif args.should_save:
             told = {"step": state.global_step, "alphas": alphas_of(self.prior), "prior": self.prior.state_dict()}
             write_state(_folder(args, state.global_step) / FILE, told)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **now: Any) -> None:
         """Add the share of linear channels and the penalty to what is logged of training."""
         if logs is not None and "loss" in logs:
-            more = {"prior": float(self.prior().detach()), "prior_share": self.prior.share}
+            with torch.no_grad():
+                more = {"prior": float(self.prior()), "prior_share": self.prior.share}
             logs.update(more)
             if state.log_history:
                 state.log_history[-1].update(more)  # which was copied before callbacks are asked
@@ -129,7 +138,6 @@ def gated_optimizer_groups(args: TrainingArguments, model: nn.Module, *, gate_lr
         UsageError: the model has no gates that are trained.
 
     Examples:
-        >>> import torch
         >>> import linearize
         >>> from transformers import TrainingArguments
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
