@@ -134,6 +134,7 @@ def load(
         put_attributes(str(path), loaded, content)
         put_extras(str(path), loaded, content, today.empty(key for key, _, _ in content.extras))
         if content.steps or content.attributes or content.extras:
+            fill(loaded, content, today.hollow())  # of the file's types: a layer that a step makes is float32 at first
             with _doors(model):
                 check_runs(str(path), loaded, content.inputs, lambda: _base(source, content, model, limit), limit)
     except CheckpointError as error:

@@ -71,6 +71,10 @@ class Header:
         """Tensors in the place of some of the file's, whatever is in them."""
         return {name: torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
 
+    def hollow(self) -> dict[str, Tensor]:
+        """All of the file's tensors, without memory."""
+        return {name: torch.empty(shape, dtype=self.dtypes[name], device="meta") for name, shape in self.shapes.items()}
+
     @property
     def size(self) -> int:
         """Bytes of all tensors and texts together."""
