@@ -106,6 +106,14 @@ def test_layers_of_the_file_are_ours(name: str) -> None:
     torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
 
 
+def test_a_matrix_for_attention_takes_no_cache() -> None:
+    """It would stay empty, and tell no positions."""
+    made = remote_file.OnlyLinear(4, 4, bias=False, keyword="x", nones=1)
+    assert made(x=torch.ones(1, 4), mask=None)[1] is None
+    with pytest.raises(ValueError, match="pass use_cache=False"):
+        made(x=torch.ones(1, 4), cache=object())
+
+
 def test_refusals(tmp_path: Path) -> None:
     def refuse(model: nn.Module, match: str, **more: Any) -> None:
         with pytest.raises(ExportError, match=match):

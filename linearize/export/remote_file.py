@@ -62,12 +62,17 @@ class OnesLinear(Around):
 class OnlyLinear(Around):
     """The matrix in the place of a module that is given more than one argument: the first of them alone counts."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, keyword: str, nones: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, keyword: str, nones: int, caches: bool = False
+    ) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self.keyword, self.nones = keyword, nones
+        self.keyword, self.nones, self.caches = keyword, nones, caches
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The product, and None for each further result of the module that stood here."""
+        plain = (Tensor, type(None), bool, int, float, str, tuple, list, dict)
+        if not self.caches and not all(isinstance(value, plain) for value in (*args, *kwargs.values())):
+            raise ValueError("a cache of keys and values would stay empty here: pass use_cache=False")
         out = self.linear(args[0] if args else kwargs[self.keyword])
         return (out, *(None,) * self.nones) if self.nones else out
 
