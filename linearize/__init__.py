@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from linearize._version import __version__ as __version__
-from linearize.analysis.dimension import FunctionalDimension, functional_dimension
-from linearize.analysis.paths import PathLength, average_path_length
-from linearize.analysis.reduce import reduce
-from linearize.analysis.symmetries import hidden_symmetries
-from linearize.analysis.symmetry import Symmetry
 from linearize.bench import benchmark
 from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
@@ -35,6 +33,13 @@ from linearize.report.verification import Verification
 from linearize.summary import Summary, summary
 from linearize.training.priors import SparsityPrior, param_groups
 from linearize.verify import verify
+
+if TYPE_CHECKING:
+    from linearize.analysis.dimension import FunctionalDimension, functional_dimension
+    from linearize.analysis.paths import PathLength, average_path_length
+    from linearize.analysis.reduce import reduce
+    from linearize.analysis.symmetries import hidden_symmetries
+    from linearize.analysis.symmetry import Symmetry
 
 __all__ = [
     "BenchmarkResult",
@@ -77,3 +82,21 @@ __all__ = [
     "summary",
     "verify",
 ]
+
+# The laboratory is loaded when it is first used: most programs never do.
+_LABORATORY = {
+    "FunctionalDimension": "dimension",
+    "PathLength": "paths",
+    "Symmetry": "symmetry",
+    "average_path_length": "paths",
+    "functional_dimension": "dimension",
+    "hidden_symmetries": "symmetries",
+    "reduce": "reduce",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LABORATORY:
+        raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"linearize.analysis.{_LABORATORY[name]}"), name)
+    return globals()[name]

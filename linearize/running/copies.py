@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.tensors import is_wrapper
 
 
 def duplicate(model: nn.Module, error: type[LinearizeError]) -> nn.Module:
@@ -58,7 +59,8 @@ class Workbench:
         self.copy = duplicate(model, error)
         self._modules = [(part, type(part), _parts(part)) for part in self.copy.modules()]
         pairs = zip(_tensors(self.copy), _tensors(model), strict=True)
-        self._tensors = {id(own): (own, source) for own, source in pairs}
+        # Wrappers, such as quantised tensors, are written by nobody here, and not all of them can be compared.
+        self._tensors = {id(own): (own, source) for own, source in pairs if not is_wrapper(source)}
 
     def fresh(self) -> nn.Module:
         """The copy as the model is."""

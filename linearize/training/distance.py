@@ -56,11 +56,12 @@ class Yardstick:
         memory: bytes that its outputs may take; beyond, it runs again for each model.
 
     Examples:
+        >>> import torch
         >>> model, other = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> batches = [torch.randn(4, 2), torch.randn(3, 2)]
         >>> measure = Yardstick(model, batches)
-        >>> round(sum(measure.losses(other)) / real_loss(model, other, batches), 9)
-        1.0
+        >>> abs(sum(measure.losses(other)) / real_loss(model, other, batches) - 1) < 1e-4
+        True
     """
 
     def __init__(self, reference: nn.Module, batches: Sequence[Any], memory: float = 1e9) -> None:
