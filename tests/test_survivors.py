@@ -186,3 +186,62 @@ def test_grouped_channels_are_not_put_into_another_order() -> None:
     assert set(FORMS["factored"](maps)) == {"producer", "consumer"}
     with pytest.raises(Infeasible, match="grouped"):
         FORMS["factored"](replace(maps, grouped=True))
+
+
+class Unfolded(nn.Module):
+    """A single channel behind a view that adds an axis of one: which axis it is on, only other sizes tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(3, 1), nn.Hardswish(), nn.Linear(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.reshape(-1, 3)).view(*x.shape[:-1], 1)
+        return self.last(self.act(y))
+
+
+def test_a_single_channel_behind_a_view_is_on_no_axis_that_is_guessed() -> None:
+    model = Unfolded().double().eval()
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    try:
+        gated = linearize.convert(model, x)
+    except linearize.LinearizeError:
+        return
+    longer = torch.randn(2, 5, 3, dtype=torch.float64)
+    gated(longer).sum().backward()
+    assert all(gate.axis == -1 for gate in linearize.gates(gated).values())
+
+
+class Overlapping(nn.Module):
+    """A packed gated unit whose halves are cut at places that do not follow the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.act, self.down = nn.Linear(4, 6), nn.SiLU(), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.both(x)
+        return self.down(self.act(h[..., :3]) * h[..., -3:])
+
+
+class Broadcasting(Overlapping):
+    """The same from the start: of a narrower tensor, the second half may be one channel, which is broadcast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.both(x)
+        return self.down(self.act(h[..., :3]) * h[..., 3:])
+
+
+@pytest.mark.parametrize("kind", [Overlapping, Broadcasting])
+@pytest.mark.parametrize("linear", [1, 2, 3])
+def test_halves_that_are_cut_at_fixed_places_keep_their_width(kind: type[nn.Module], linear: int) -> None:
+    torch.manual_seed(4)
+    model = kind().double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    gated = linearize.convert(model, x)
+    gate = linearize.gates(gated)["act"]
+    gate.slope.zero_()
+    gate.intercept.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    gate.linearize_(torch.arange(3) < linear)
+    small = linearize.collapse(gated, when="always")
+    assert error(outputs(gated, x), outputs(small, x)) <= TOLERANCE[torch.float64]

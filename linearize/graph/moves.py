@@ -51,7 +51,9 @@ def _reshape(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...],
     if node.meta["val"].dtype != source.meta["val"].dtype:
         return Motion(None, f"{op_name(node)} reads the bits as another type")
     if size == 1:  # the sizes cannot tell one axis of size 1 from another
-        if after[: axis + 1] == before[: axis + 1]:
+        from_end = len(after) - len(before) + axis
+        alone = from_end == axis or after[from_end:] != before[axis:]
+        if after[: axis + 1] == before[: axis + 1] and alone:
             return Motion(axis)
         return Motion(None, f"{op_name(node)} on a single channel")
     fits = [a for a, n in enumerate(after) if n == size and math.prod(after[:a]) == front]
