@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,11 +62,15 @@ def _difference_of(expected: Trace, found: Trace, changed: set[str]) -> str | No
 
 
 class _Widths:
-    """Numbers of channels that producers put out, activations get, and consumers read, by path."""
+    """Numbers of channels that producers put out, activations get, and consumers read, by path.
+
+    Of a module that is called several times, as one that stands in several places is, nothing is known.
+    """
 
     def __init__(self) -> None:
         self.out: dict[str, int] = {}
         self.into: dict[str, int] = {}
+        self._calls: Counter[str] = Counter()
 
     @contextmanager
     def noted(self, model: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
@@ -87,6 +92,11 @@ class _Widths:
 
     def _hook(self, path: str, axis: int) -> Any:
         def note(_module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self._calls[path] += 1
+            if self._calls[path] > 1:
+                self.into.pop(path, None)
+                self.out.pop(path, None)
+                return
             for held, value in ((self.into, args[0] if args else None), (self.out, out)):
                 if isinstance(value, Tensor) and value.dim() >= -axis:
                     held[path] = value.shape[axis]
