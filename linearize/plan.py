@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -40,12 +40,16 @@ class Form:
 
 
 _COLLAPSING = (UNCHANGED, NARROWED, MASKED, *FORMS)
-_ADDED: dict[str, Form] = {}
+_SOURCES: list[Callable[[], Iterable[Form]]] = []
 
 
-def add_forms(*forms: Form) -> None:
-    """Make forms known to plans. Each family adds its own."""
-    _ADDED.update({form.name: form for form in forms})
+def forms_from(source: Callable[[], Iterable[Form]]) -> None:
+    """Make forms known to plans: where to ask for them when one is looked up. The families give theirs in this way."""
+    _SOURCES.append(source)
+
+
+def _added() -> dict[str, Form]:
+    return {form.name: form for source in _SOURCES for form in source()}
 
 
 def added_form(name: str) -> Form | None:
@@ -55,7 +59,7 @@ def added_form(name: str) -> Form | None:
         >>> added_form("merged") is None
         True
     """
-    return _ADDED.get(name)
+    return _added().get(name)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _site(data: dict[str, Any]) -> SitePlan:
 
 def _nonsense(site: SitePlan) -> str:
     """What is wrong with an entry that somebody may have edited; "" if nothing is."""
-    known = (*_COLLAPSING, *_ADDED)
+    known = (*_COLLAPSING, *_added())
     if site.form not in known:
         return f"found the form {site.form!r}; known are {', '.join(known)}"
     for name, figure in (("before", site.before), ("after", site.after), ("loss", site.loss)):

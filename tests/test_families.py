@@ -96,11 +96,9 @@ class Silences(Family):
 
 
 @pytest.fixture
-def silences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from linearize import plan
+def silences() -> Iterator[None]:
     from linearize.families import registry
 
-    monkeypatch.setattr(plan, "_ADDED", dict(plan._ADDED))
     before = list(registry.FAMILIES)
     register(Silences())
     yield

@@ -9,7 +9,7 @@ import typer
 
 from linearize.cli import common
 from linearize.errors import UsageError
-from linearize.export.registry import FORMATS
+from linearize.export import registry
 from linearize.export.verb import export as export_model
 from linearize.storage.folders import make_folder
 
@@ -18,7 +18,7 @@ __all__ = ["export"]
 
 def export(
     model: common.Model,
-    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")],
+    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"One of {', '.join(registry.FORMATS)}.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="File or folder to write; without: named as the model, in this folder."),
@@ -51,9 +51,9 @@ def export(
 
     Example: [bold]linearize export small.safetensors --format openvino --out deploy/small.xml[/bold]
     """
-    if format_ not in FORMATS:
-        raise UsageError("--format", f"found {format_!r}", f"Known are {', '.join(FORMATS)}.")
-    target = out if out is not None else Path(_stem(model) + (FORMATS[format_].suffix or f"-{format_}"))
+    if format_ not in registry.FORMATS:
+        raise UsageError("--format", f"found {format_!r}", f"Known are {', '.join(registry.FORMATS)}.")
+    target = out if out is not None else Path(_stem(model) + (registry.FORMATS[format_].suffix or f"-{format_}"))
     network = common.open_model(model, model_arg, pretrained=pretrained, seed=seed).eval()
     if out is not None:
         make_folder(target.absolute().parent)

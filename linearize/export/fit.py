@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import ExportError
+from linearize.export import registry
 from linearize.export.face import Format, Refusal
 from linearize.export.plain import gated
-from linearize.export.registry import FORMATS
 from linearize.zoo.inputs import unwrap
 from linearize.zoo.stock import expect_stock, prove_stock
 
@@ -27,7 +27,7 @@ def check_fit(model: nn.Module, name: str) -> None:
     Raises:
         ExportError: which layer is in the way, why, and which format can hold it.
     """
-    model, chosen = unwrap(model), FORMATS[name]
+    model, chosen = unwrap(model), registry.FORMATS[name]
     refusal = gated(model)
     if refusal is not None:
         raise ExportError(refusal.where, refusal.why, "Call linearize.collapse first; it leaves none.")
@@ -62,7 +62,7 @@ def prove_fit(model: nn.Module, example_inputs: Any, *, stock: bool, target: str
 
 
 def _refused(model: nn.Module, chosen: Format, refusal: Refusal) -> ExportError:
-    others = [FORMATS[name] for name in chosen.near if name in FORMATS]
+    others = [registry.FORMATS[name] for name in chosen.near if name in registry.FORMATS]
     nearest = next((other.name for other in others if other.can(model) is None), None)
     remedy = [f'The nearest format that can: "{nearest}".'] if nearest is not None else []
     if not chosen.means.own_layers:

@@ -14,12 +14,13 @@ from torch import nn
 
 from linearize import checks
 from linearize.errors import ExportError, UsageError
+from linearize.export import registry
 from linearize.export.batches import batches_for
 from linearize.export.card import card_of
 from linearize.export.face import Format, Proof, Subject
 from linearize.export.fit import check_fit
 from linearize.export.plain import allowance
-from linearize.export.registry import FORMATS, format_of
+from linearize.export.registry import format_of
 from linearize.report.compression import Report
 from linearize.running.models import evaluating
 from linearize.storage.folders import write_text
@@ -183,7 +184,7 @@ def _options(chosen: Format, **given: Any) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if value is not None}
     for name, value in found.items():
         if name not in chosen.options:
-            takers = ", ".join(f'"{other.name}"' for other in FORMATS.values() if name in other.options)
+            takers = ", ".join(f'"{other.name}"' for other in registry.FORMATS.values() if name in other.options)
             raise UsageError(name, f'found {value!r:.80}, which "{chosen.name}" does not take', f"It is for {takers}.")
     if "opset" in found:
         checks.whole("opset", found["opset"], 18)

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from linearize.families.attention.family import Attentions
-from linearize.families.blocks.family import Blocks
-from linearize.families.channels.family import Channels
-from linearize.families.depth.family import Depth
-from linearize.families.family import Family
-from linearize.families.heads.family import AttentionHeads
-from linearize.families.lines.family import Lines
-from linearize.families.modules.family import Modules
-from linearize.plan import add_forms
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from linearize.plan import forms_from
+
+if TYPE_CHECKING:
+    from linearize.families.family import Family
+
+    FAMILIES: list[Family]
 
 __all__ = ["FAMILIES", "family_of", "register"]
 
-FAMILIES: list[Family] = [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Attentions(), Depth()]
-for _family in FAMILIES:
-    add_forms(*_family.forms)
+
+@cache
+def _families() -> list[Family]:
+    """The list itself. Its modules are imported when it is first looked at: most programs never do."""
+    from linearize.families.attention.family import Attentions
+    from linearize.families.blocks.family import Blocks
+    from linearize.families.channels.family import Channels
+    from linearize.families.depth.family import Depth
+    from linearize.families.heads.family import AttentionHeads
+    from linearize.families.lines.family import Lines
+    from linearize.families.modules.family import Modules
+
+    return [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Attentions(), Depth()]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FAMILIES":
+        return _families()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register(family: Family) -> None:
     """Add a family of your own, after all others."""
-    FAMILIES.append(family)
-    add_forms(*family.forms)
+    _families().append(family)
 
 
 def family_of(form: str) -> Family:
@@ -32,4 +47,8 @@ def family_of(form: str) -> Family:
         >>> family_of("block").name, family_of("merged").name
         ('blocks', 'channels')
     """
-    return next((family for family in FAMILIES if form in {own.name for own in family.forms}), FAMILIES[0])
+    families = _families()
+    return next((family for family in families if form in {own.name for own in family.forms}), families[0])
+
+
+forms_from(lambda: (form for family in _families() for form in family.forms))

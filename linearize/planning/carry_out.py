@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from linearize.collapse import collapse
 from linearize.errors import CollapseError
+from linearize.families import registry
 from linearize.families.option import SiteChoice
-from linearize.families.registry import FAMILIES, family_of
+from linearize.families.registry import family_of
 from linearize.gating.gate import gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.knapsack import Choice
@@ -45,7 +46,7 @@ def carry_out(
     found: Survey, model: nn.Module, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None
 ) -> None:
     """The same on a copy that is at hand."""
-    for family in FAMILIES:
+    for family in registry.FAMILIES:
         own = {name: choice for name, choice in choices.items() if family_of(choice.form) is family}
         if own:
             family.apply(model, found.context, found.places[family.name], own, keep or {})

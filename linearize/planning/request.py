@@ -11,9 +11,9 @@ from typing import Any
 
 from linearize import checks
 from linearize.errors import UsageError
+from linearize.export import registry as format_registry
 from linearize.export.face import Means
-from linearize.export.registry import FORMATS
-from linearize.families.registry import FAMILIES
+from linearize.families import registry as family_registry
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import Budget, read_budget
@@ -113,7 +113,7 @@ class Request:
         if self.linear is not None:
             checks.share("linear", self.linear, positive=True)
         if self.target is not None:
-            checks.choice("target", self.target, tuple(FORMATS))
+            checks.choice("target", self.target, tuple(format_registry.FORMATS))
             if self.linear is not None and not self.means.own_layers:
                 found = f'found beside linear=, which folds channels into layers that "{self.target}" cannot hold'
                 raise UsageError("target", found, "Pass a budget, such as flops=0.5.")
@@ -151,7 +151,7 @@ class Request:
     @property
     def means(self) -> Means:
         """What a plan may use: what was asked for, as far as the format that it is for can hold it."""
-        most = Means() if self.target is None else FORMATS[self.target].means
+        most = Means() if self.target is None else format_registry.FORMATS[self.target].means
         return Means(
             own_layers=most.own_layers and not self.stock,
             uniform=most.uniform or self.stock,
@@ -179,7 +179,7 @@ class Request:
 
 def _families(given: Any) -> tuple[str, ...]:
     """Names of families, each of them known."""
-    known = [family.name for family in FAMILIES]
+    known = [family.name for family in family_registry.FAMILIES]
     names = tuple(checks.patterns("families", given))
     unknown = [name for name in names if name not in known]
     if unknown:

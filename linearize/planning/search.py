@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from linearize.errors import CollapseError
+from linearize.families import registry
 from linearize.families.option import Group, Option
-from linearize.families.registry import FAMILIES
 from linearize.planning.carry_out import carry_out, site_choices
 from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
@@ -101,7 +101,7 @@ class _Race:
 
 def _kinds() -> dict[str, list[str]]:
     """Kinds of options whose predicted losses may all be wrong together, by the names of their families."""
-    own = {family.name: [form.name for form in family.forms if form.replaces] for family in FAMILIES}
+    own = {family.name: [form.name for form in family.forms if form.replaces] for family in registry.FAMILIES}
     own = {name: forms for name, forms in own.items() if forms}
     every = [form for forms in own.values() for form in forms]
     return own | ({" and ".join(own): every} if len(own) > 1 else {})

@@ -15,9 +15,10 @@ from torch import nn
 from linearize.calibrate import fit_lines, line_collectors
 from linearize.cost import Cost, cost
 from linearize.errors import UsageError
+from linearize.families import registry
 from linearize.families.family import Context, Layers
 from linearize.families.option import Group, Measure, Option
-from linearize.families.registry import FAMILIES, family_of
+from linearize.families.registry import family_of
 from linearize.families.ties import tied
 from linearize.gating.gate import gates
 from linearize.planning.knapsack import choose
@@ -148,7 +149,7 @@ def survey(
         progress=progress,
     )
     # The first family's groups hold the sites that all others build upon.
-    asked = [family for family in FAMILIES if family is FAMILIES[0] or context.takes(family.name)]
+    asked = [family for family in registry.FAMILIES if family is registry.FAMILIES[0] or context.takes(family.name)]
     places = {family.name: family.find(context) for family in asked}
     say("observe")
     lines = line_collectors(gated)
