@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from linearize.algebra.covariance import Covariance
+from linearize.families.moments import Moments
 from linearize.graph.attention import Attention
 from linearize.sites.site import Port
 
@@ -47,7 +47,7 @@ def counts(attention: Attention, units: int) -> dict[Meaning, int]:
 
 
 @dataclass
-class Heads:
+class Heads(Moments):
     """An attention of which heads may go.
 
     Attributes:
@@ -56,19 +56,15 @@ class Heads:
             with their place behind a dot.
         batch: how many times the captured batch the whole one is.
         cached: whether keys and values are kept from call to call.
-        rows: covariance of the heads side by side, as the projection reads them.
-        sensitivity: G of its output, (O, O).
-        samples: what the sensitivity is a sum over.
         seen: samples of data.
+        rows, sensitivity, samples: the covariance of the heads side by side, as the projection reads them, and how much
+            the projection's output matters (`Moments`).
     """
 
     attention: Attention
     attributes: Mapping[tuple[str, str], Meaning] = field(default_factory=dict)
     batch: float = 1.0
     cached: bool = False
-    rows: Covariance | None = None
-    sensitivity: Tensor | None = None
-    samples: float = 0.0
     seen: int = 0
 
     @property
@@ -117,25 +113,14 @@ class Heads:
 
     def state(self) -> dict[str, Any]:
         """What the pass found, as plain values and tensors; `restore` takes it back."""
-        rows = None if self.rows is None else self.rows.state()
-        return {"samples": self.samples, "seen": self.seen, "rows": rows, "sensitivity": self.sensitivity}
+        return {**super().state(), "seen": self.seen}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take what `state` gave."""
-        self.rows = None if state["rows"] is None else Covariance.of(state["rows"], device)
-        sensitivity: Tensor | None = state["sensitivity"]
-        self.sensitivity = None if sensitivity is None else sensitivity.to(device)
-        self.samples, self.seen = state["samples"], state["seen"]
+        super().restore(state, device)
+        self.seen = state["seen"]
 
-    def merge(self, other: Heads) -> None:
+    def merge(self, other: Self) -> None:
         """Take in what was found on other batches."""
-        if other.rows is not None:
-            if self.rows is None:
-                self.rows = other.rows
-            else:
-                self.rows.merge(other.rows)
-        if other.sensitivity is not None:
-            mine = 0.0 if self.sensitivity is None else self.sensitivity
-            self.sensitivity = other.sensitivity + mine
-        self.samples += other.samples
+        super().merge(other)
         self.seen += other.seen

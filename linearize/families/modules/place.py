@@ -14,21 +14,16 @@ Shape letters: I inputs and O outputs of the module, R rows (positions).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from linearize.algebra.covariance import Covariance
+from linearize.families.moments import Moments
 from linearize.surgery.specs import Spec
 
 __all__ = ["Whole"]
 
 
 @dataclass
-class Whole:
+class Whole(Moments):
     """A module that one linear map could replace, and its statistics.
 
     Attributes:
@@ -45,9 +40,7 @@ class Whole:
         nones: how many None it gives behind its output.
         bias: whether the map may have one.
         caches: whether the module is told caches of keys and values, which the map leaves alone.
-        rows: covariance of (input, output).
-        sensitivity: G of the output, (O, O).
-        samples: what the sensitivity is a sum over.
+        rows, sensitivity, samples: the covariance of (input, output), and how much the output matters (`Moments`).
     """
 
     path: str
@@ -65,33 +58,6 @@ class Whole:
     nones: int = 0
     bias: bool = True
     caches: bool = False
-    rows: Covariance | None = None
-    sensitivity: Tensor | None = None
-    samples: float = 0.0
-
-    def state(self) -> dict[str, Any]:
-        """The sums, as plain values and tensors. `restore` reads them back."""
-        rows = None if self.rows is None else self.rows.state()
-        return {"samples": self.samples, "rows": rows, "sensitivity": self.sensitivity}
-
-    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore the result of `state`."""
-        self.rows = None if state["rows"] is None else Covariance.of(state["rows"], device)
-        sensitivity: Tensor | None = state["sensitivity"]
-        self.sensitivity = None if sensitivity is None else sensitivity.to(device)
-        self.samples = state["samples"]
-
-    def merge(self, other: Whole) -> None:
-        """Add the sums of another one, from other batches."""
-        if other.rows is not None:
-            if self.rows is None:
-                self.rows = other.rows
-            else:
-                self.rows.merge(other.rows)
-        if other.sensitivity is not None:
-            mine = 0.0 if self.sensitivity is None else self.sensitivity
-            self.sensitivity = other.sensitivity + mine
-        self.samples += other.samples
 
     @property
     def spec(self) -> Spec:
