@@ -35,8 +35,8 @@ from linearize.planning.timing.in_place import shares_in_place
 from linearize.running.batches import Reading, count_of, length_of, read_batch
 from linearize.training.distance import real_loss, some_of
 from linearize.training.losses import evaluate_batches, scores_of
+from tests.toys import QUIET
 
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 Pair = namedtuple("Pair", ["x", "y"])
 
 

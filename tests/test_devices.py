@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.running.devices import bring, check_whole, device_of, staying
+from tests.toys import QUIET
 
 
 def build() -> nn.Module:
@@ -21,7 +22,6 @@ def build() -> nn.Module:
 
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

@@ -30,8 +30,7 @@ from linearize.surgery.attributes import set_attributes
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
 from tests.attentions import LAYOUTS, cache_bytes, cache_of, generated, llama, logits, tokens
-
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+from tests.toys import QUIET
 
 
 def observed(model: nn.Module, batches: list[Any]) -> list[Heads]:

@@ -20,8 +20,7 @@ from linearize.running.targets import fitted
 from linearize.training.divergence import distances, distillation_loss
 from linearize.training.losses import evaluate_batches, task_loss
 from linearize.training.probes import projection
-
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
+from tests.toys import QUIET
 
 
 @dataclass

@@ -12,9 +12,9 @@ from linearize import calibrate, compress, convert, finetune
 from linearize.running.batches import read_batch
 from linearize.training.distance import real_loss
 from linearize.training.divergence import distances
+from tests.toys import QUIET
 
 transformers: Any = pytest.importorskip("transformers")
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False, "search": 0}
 SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -78,7 +78,7 @@ def test_a_segmentation_has_its_classes_on_the_second_axis() -> None:
 def test_a_reranker_keeps_what_it_says() -> None:
     model = bert("BertForSequenceClassification", num_labels=1)
     data = texts()
-    result = compress(model, data, flops=0.8, **QUIET)
+    result = compress(model, data, flops=0.8, search=0, **QUIET)
     assert all(site.loss for site in result.plan.sites if site.linear)
     found = real_loss(model, result.model, data)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_batches_as_collators_make_them(name: str, length: int) -> None:
     assert sites[site].count == 6 * 6 * (length - 2), "two targets of each sentence are padding"
     assert next(s.count for n, s in sites.items() if "encoder" in n) == 6 * (3 * 7 + 3 * 5)
     assert parts_of(model, data[0]) == {"logits": ("classes", -1)}
-    result = compress(model, data, flops=0.9, finetune={"epochs": 1}, **QUIET)
+    result = compress(model, data, flops=0.9, finetune={"epochs": 1}, search=0, **QUIET)
     assert result.report.outcome is not None
     for ours, theirs in zip(kept, data, strict=True):
         assert ours.keys() == theirs.keys()
@@ -138,7 +138,7 @@ def test_batches_as_collators_make_them(name: str, length: int) -> None:
 def test_encodings_become_dicts() -> None:
     model = bert("BertForSequenceClassification", num_labels=3)
     data = [transformers.BatchEncoding(batch) for batch in texts()]
-    result = compress(model, data, flops=0.9, **QUIET)
+    result = compress(model, data, flops=0.9, search=0, **QUIET)
     assert result.report.outcome is not None
     assert all(set(batch.keys()) == {"input_ids", "attention_mask"} for batch in data)
 
@@ -157,5 +157,5 @@ def test_encodings_become_dicts() -> None:
     gated = convert(wrapped, found[0])
     counts = {site.count for name, site in calibrate(gated, found, progress=False).sites.items() if "layer" in name}
     assert counts == {6 * (3 * 7 + 3 * 5)}, "padding is left out"
-    assert compress(wrapped, found, flops=0.9, **QUIET).report.outcome is not None
+    assert compress(wrapped, found, flops=0.9, search=0, **QUIET).report.outcome is not None
     assert all(set(batch.keys()) == {"input_ids", "attention_mask"} for batch in data)

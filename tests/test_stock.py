@@ -14,9 +14,9 @@ from linearize.compress import compress
 from linearize.errors import CheckpointError
 from linearize.zoo import stock_copy
 from linearize.zoo.stock_config import described, shapes_of
+from tests.toys import QUIET
 
 transformers = pytest.importorskip("transformers")
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 IDS = torch.randint(3, 90, (16, 12), generator=torch.Generator().manual_seed(0))
 TEXT = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 SEQ2SEQ = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
