@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from linearize import checks, zoo
 from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
+from linearize.gating.sharded import REMEDY, is_sharded
 from linearize.sites.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
 from linearize.storage.fit import check_fit, check_sites, check_steps
@@ -223,8 +224,8 @@ def _is_plain_tensor(tensor: Tensor) -> bool:
 def _check(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise CheckpointError(name, "it is on the meta device and has no values", "Load weights before saving.")
-    if hasattr(tensor, "full_tensor"):
-        raise CheckpointError(name, "it is sharded over processes", "Gather the full model on one, then save.")
+    if is_sharded(tensor):
+        raise CheckpointError(name, "it is sharded over processes", REMEDY)
     if not _is_plain_tensor(tensor) or tensor.dtype not in tensorfile.DTYPE_NAMES:
         found = f"it is a {type(tensor).__name__} of {tensor.dtype}, which the format cannot hold"
         raise CheckpointError(name, found, "Turn it into a plain tensor (dequantize it) before saving.")

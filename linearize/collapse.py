@@ -13,6 +13,7 @@ from linearize.algebra.piece import Infeasible
 from linearize.convert import unwrapped
 from linearize.errors import CollapseError
 from linearize.gating.gate import ChannelGate, gates
+from linearize.gating.sharded import check_unsharded
 from linearize.graph.protect import ALONE
 from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, When
 from linearize.running.copies import duplicate
@@ -66,6 +67,7 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
     found = gates(model)
     if not found:
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
+    check_unsharded(model, CollapseError)
     if any(gate.alpha.device.type == "meta" for gate in found.values()):
         raise CollapseError(type(model).__name__, "has no values (meta device)", "Load its weights first.")
     for gate in found.values():

@@ -11,6 +11,7 @@ from torch import nn
 from linearize import checks
 from linearize.convert import convert, unwrapped
 from linearize.gating.gate import ChannelGate, gates
+from linearize.gating.sharded import check_unsharded
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
 from linearize.sites.record import Record, converted_parts, record_of
 from linearize.sites.site import Site
@@ -102,12 +103,16 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         model: converted or not. A model without gates is converted as a copy; your model does not change.
         example_inputs: as for `linearize.convert`. Needed if the model is neither converted nor from a known library.
 
+    Raises:
+        UsageError: the model is sharded over processes.
+
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> summary(net, torch.randn(2, 4)).sites[0].form
         'vanished'
     """
     model = unwrapped(checks.module("model", model))
+    check_unsharded(model)
     found = gates(model)
     for gate in found.values():
         gate.check()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from linearize import checks
 from linearize.errors import UsageError
 from linearize.gating.arithmetic import Mixture, Recomputed, Surrogate, mix, mix_in_pieces, recomputable
+from linearize.gating.sharded import put, whole
 from linearize.purity import repeats
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class ChannelGate(nn.Module):
         Any input with C entries on `axis`; the output has the input's shape and the activation's dtype.
 
     Attributes:
-        alpha: parameter (C,), float32 unless the gate is cast; 0 at the start.
+        alpha: parameter (C,), float32 unless the gate is cast; 0 at the start. Where FSDP has sharded it, what asks for
+            channels (`linear`, `half_way`, a prior) asks all processes, and must be called on all of them.
         slope, intercept: buffers (C,), the line that a channel moves to.
         frozen: buffer (C,) of bool. A frozen channel is linear whatever its alpha is, and its alpha gets no gradient.
 
@@ -102,7 +104,7 @@ class ChannelGate(nn.Module):
     @property
     def linear(self) -> Tensor:
         """Which channels are linear now: bool (C,)."""
-        return self.frozen | (self.alpha.detach() >= 1)
+        return self.frozen | (whole(self.alpha.detach()) >= 1)
 
     def check(self) -> None:
         """Check that `alpha` and the line still have the shape (C,).
@@ -128,14 +130,14 @@ class ChannelGate(nn.Module):
             name = self.site.name if self.site is not None else "ChannelGate.linearize_"
             raise UsageError(name, f"found a mask {found}", f"Pass bool of shape ({self.channels},).")
         mask = mask.to(self.frozen.device)
-        self.alpha.masked_fill_(mask, 1)
+        put(self.alpha, whole(self.alpha).masked_fill(mask, 1))
         self.frozen.logical_or_(mask)
         return self
 
     @property
     def half_way(self) -> Tensor:
         """Which channels are a blend, with an alpha between 0 and 1: bool (C,)."""
-        alpha = self.alpha.detach()
+        alpha = whole(self.alpha.detach())
         return (alpha > 0) & (alpha < 1) & ~self.frozen
 
     @torch.no_grad()
@@ -156,8 +158,9 @@ class ChannelGate(nn.Module):
         if not 0 <= threshold <= 1:
             raise UsageError("ChannelGate.round_", f"found threshold={threshold}", "Pass a number from 0 to 1.")
         undecided = self.half_way
-        up = undecided & (self.alpha >= threshold)
-        self.alpha.masked_fill_(undecided & ~up, 0)
+        alpha = whole(self.alpha)
+        up = undecided & (alpha >= threshold)
+        put(self.alpha, alpha.masked_fill(undecided & ~up, 0))
         return self.linearize_(up)
 
     @property
@@ -240,7 +243,9 @@ def plain_activations(model: nn.Module) -> Iterator[None]:
         >>> bool((out == model(torch.ones(1, 4))).all())
         True
     """
-    untouched = [gate for gate in gates(model).values() if not bool((gate.frozen | (gate.alpha != 0)).any())]
+    untouched = [
+        gate for gate in gates(model).values() if not bool((gate.frozen | (whole(gate.alpha.detach()) != 0)).any())
+    ]
     try:
         for gate in untouched:
             gate._passes = True

@@ -14,6 +14,7 @@ from linearize.integrations.groups import gates_apart
 if TYPE_CHECKING:
     from linearize.integrations.lightning_callback import LightningPrior
     from linearize.integrations.sentences import sentence_module
+    from linearize.integrations.sharded import whole_state
     from linearize.integrations.trainer import PriorCallback, gated_optimizer, gated_optimizer_groups
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "gated_optimizer_groups",
     "gates_apart",
     "sentence_module",
+    "whole_state",
 ]
 
 _AT = {
@@ -33,6 +35,7 @@ _AT = {
     "gated_optimizer": "trainer",
     "gated_optimizer_groups": "trainer",
     "sentence_module": "sentences",
+    "whole_state": "sharded",
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from linearize import checks
 from linearize.errors import TrainingError, UsageError
+from linearize.gating.sharded import whole
 from linearize.training.priors import SparsityPrior
 from linearize.training.told import tell_of_optimizer
 
@@ -114,10 +115,6 @@ def attach(
     if not (callable(prior) and hasattr(prior, "gates") and hasattr(prior, "step")):
         checks.refuse("prior", prior, "a linearize.SparsityPrior")
     plain = plain_optimizer(optimizer)
-    sharded = next((place for place, gate in enumerate(prior.gates) if hasattr(gate.alpha, "full_tensor")), None)
-    if sharded is not None:
-        found = f"found a shard of alpha in gate {sharded}"
-        raise UsageError("attach", found, "Keep gates out of the sharding (ignored_params= of FSDP).")
     made = Attached(prior, plain)
     if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in _hooks(plain)):
         raise UsageError("attach", "found a prior on this optimizer", "Call remove() of the first one's handle.")
@@ -160,7 +157,7 @@ def check_state(prior: SparsityPrior, alphas: Tensor, where: str) -> None:
 
 def alphas_of(prior: SparsityPrior) -> Tensor:
     """All alphas of a prior's gates in a row, on the CPU."""
-    return torch.cat([gate.alpha.detach().float().cpu() for gate in prior.gates])
+    return torch.cat([whole(gate.alpha.detach()).float().cpu() for gate in prior.gates])
 
 
 def _add(alpha: Tensor, gradient: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import UsageError
+from linearize.gating.sharded import check_unsharded
 
 __all__ = ["bring", "check_whole", "device_of", "staying"]
 
@@ -50,10 +51,7 @@ def check_whole(model: nn.Module, *, values: bool = False) -> None:
         found = "is offloaded: it is on the meta device, and a hook of accelerate fetches it when it is needed"
         remedy = "Load the model onto one device, without device_map= or offloading; linearize needs whole tensors."
         raise UsageError(empty, found, remedy)
-    sharded = next((name for name, tensor in named.items() if hasattr(tensor, "full_tensor")), None)
-    if sharded is not None:
-        found = f"is sharded over processes ({type(named[sharded]).__name__})"
-        raise UsageError(sharded, found, "Gather the full model on one process first (tensor.full_tensor()).")
+    check_unsharded(model)
     places = {tensor.device: name for name, tensor in reversed(named.items())}  # the first name of each
     if len(places) > 1:
         (here, first), (there, second) = sorted(places.items(), key=lambda item: item[0].type != "meta")[:2]

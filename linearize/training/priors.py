@@ -25,6 +25,7 @@ from linearize import checks
 from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import groups_of
+from linearize.gating.sharded import put, whole
 from linearize.training.compete import SCHEDULES, Competition, channel_costs
 from linearize.training.told import Counted, tell_of_frozen
 
@@ -168,10 +169,11 @@ class SparsityPrior:
         if self.weight == 0:
             return total
         for index, gate in enumerate(self.gates):
+            alpha = whole(gate.alpha)
             if self.kind == "folding":
-                distance = (1 - gate.alpha.square()).abs()
+                distance = (1 - alpha.square()).abs()
             else:
-                distance = (1 - gate.alpha).abs().clamp(min=self.tolerance) ** self.p
+                distance = (1 - alpha).abs().clamp(min=self.tolerance) ** self.p
             if self._weights is not None:
                 distance = distance * self._weights[index].to(distance)
             total = total + distance.masked_fill(gate.frozen, 0).sum().to(total)
@@ -200,12 +202,14 @@ class SparsityPrior:
             self.competition.advance(self.steps_taken)
             return
         for group in self._tied:
-            free = torch.cat([gate.alpha[~gate.frozen] for gate in group])
-            for gate in group:
-                gate.alpha.copy_(torch.where(gate.frozen, gate.alpha, free.mean()))
+            alphas = [whole(gate.alpha) for gate in group]
+            mean = torch.cat([alpha[~gate.frozen] for gate, alpha in zip(group, alphas, strict=True)]).mean()
+            for gate, alpha in zip(group, alphas, strict=True):
+                put(gate.alpha, torch.where(gate.frozen, alpha, mean))
         for gate in self.gates:
-            gate.alpha.clamp_(0, 1)
-            gate.linearize_(gate.frozen | (gate.alpha >= 1 - self.tolerance))
+            alpha = whole(gate.alpha).clamp(0, 1)
+            put(gate.alpha, alpha)
+            gate.linearize_(gate.frozen | (alpha >= 1 - self.tolerance))
 
     @property
     def share(self) -> float:
