@@ -100,3 +100,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
     globals()[name] = getattr(import_module(f"linearize.analysis.{_LABORATORY[name]}"), name)
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,3 +49,8 @@ def test_import_costs_little_more_than_torch() -> None:
     # Time of this process on the processor: waiting for a busy machine does not count. The least of three, as caches
     # that others empty can only make it look slower than it is.
     assert min(float(run(code).stdout) for _ in range(3)) < 0.3
+
+
+def test_names_that_are_loaded_late_are_listed_before() -> None:
+    done = run("import linearize; print(set(linearize.__all__) <= set(dir(linearize)))")
+    assert done.stdout.strip() == "True"
