@@ -20,7 +20,7 @@ _STEP = 256
 
 
 class _Nothing(nn.Module):
-    """In the place of an attention or an FFN that is gone: zeros."""
+    """What stands for an attention or an FFN that is gone: it gives zeros."""
 
     def __init__(self, results: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def read_back(path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _config(path: Path) -> Any:
-    """By the file beside it, as `trust_remote_code` does."""
+    """Load a folder by the file beside it, as `trust_remote_code` does."""
     spec = importlib.util.spec_from_file_location("_linearize_configuration_decilm", path / "configuration_decilm.py")
     if spec is None or spec.loader is None:  # of a file that is there, it never is
         raise ImportError(str(path))
@@ -95,7 +95,7 @@ def wanted(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _width(mult: float, size: int) -> int:
-    """Of an FFN, as the servers compute it."""
+    """The width of an FFN, as the servers compute it."""
     width = int(2 * mult * size / 3)
     return -(-width // _STEP) * _STEP
 

@@ -155,7 +155,7 @@ def _tensors(decoder: Decoder, architecture: str) -> list[tuple[str, Tensor]]:
 
 
 def _factors(decoder: Decoder) -> Tensor | None:
-    """By what the angles of rotation are divided; None if they are the ordinary ones."""
+    """The numbers that divide the angles of rotation; None if the angles are the ordinary ones."""
     n = decoder.rotary.numel()
     base = float(decoder.config.rope_parameters["rope_theta"])
     plain = base ** -(torch.arange(n, dtype=torch.float64) / n)
@@ -174,7 +174,7 @@ def _turned(name: str, tensor: Tensor, layer: DecoderLayer) -> Tensor:
 
 
 def _add_tensor(writer: Any, name: str, tensor: Tensor, kind: torch.dtype) -> None:
-    """In the model's type; what is no matrix in float32, as llama.cpp wants it."""
+    """The tensor in the model's type; what is no matrix in float32, as llama.cpp wants it."""
     import gguf
 
     value = tensor.detach().cpu().contiguous()

@@ -64,7 +64,7 @@ class Onnx:
         }
 
     def check(self, subject: Subject, path: Path) -> Proof:
-        """In a session on the CPU."""
+        """Run the file in a session on the CPU."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

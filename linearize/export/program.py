@@ -89,7 +89,7 @@ def program_of(subject: Subject) -> Program:
 
 
 def _matching(shapes: Any) -> Any:
-    """In the form that a forward of any number of tensors wants: one entry, which is the row of them."""
+    """The shapes in the form that a forward of any number of tensors wants: one entry, which is the row of them."""
     return tuple(tuple(entry) for entry in shapes)
 
 

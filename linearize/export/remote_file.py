@@ -22,12 +22,12 @@ class Around(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the matrix inside."""
+        """The weight of the linear layer inside."""
         return self.linear.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """Of the matrix inside."""
+        """The bias of the linear layer inside."""
         return self.linear.bias
 
 

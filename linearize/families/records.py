@@ -60,7 +60,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _flaw_in_rows(rows: Any) -> str | None:
-    """Of the state of a `Covariance`."""
+    """The flaw in the state of a `Covariance`."""
     if not isinstance(rows, Mapping) or not {"count", "weight", "mean", "scatter"} <= rows.keys():
         return "no rows"
     mean, scatter = rows["mean"], rows["scatter"]

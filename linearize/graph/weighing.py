@@ -82,7 +82,7 @@ def _keys(softmax: fx.Node) -> fx.Node | None:
 
 
 def scores(core: Core, sizes: tuple[int, ...]) -> float:
-    """Of one head: products of queries and keys, and the weighing of values."""
+    """The costs of one head: products of queries and keys, and the weighing of values."""
     batch, positions, width = (sizes[0] if len(sizes) == 4 else 1), sizes[-2], sizes[-1]
     read = (shape(core.values) or ())[-2]
     keys = shape(core.keys) if core.keys is not None else None

@@ -45,7 +45,7 @@ class Timing:
 
     @classmethod
     def of(cls, model: str, batch_size: int, samples: Sequence[float], *, compiled: bool) -> Timing:
-        """From single measurements."""
+        """The summary of single measurements."""
         q1, median, q3 = quartiles(samples)
         return cls(model, batch_size, compiled, median, q1, q3, tuple(samples))
 
@@ -64,7 +64,7 @@ class Ratio:
 
     @classmethod
     def of(cls, model: str, reference: str, batch_size: int, values: Sequence[float], *, compiled: bool) -> Ratio:
-        """From the ratio of every round."""
+        """The summary of the ratios of all rounds."""
         q1, median, q3 = quartiles(values)
         return cls(model, reference, batch_size, compiled, median, q1, q3)
 

@@ -60,13 +60,13 @@ class Silent(nn.Module):
         self.keyword, self.nones = keyword, nones
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros."""
+        """Zeros of the shape that the layer gave."""
         out = torch.zeros_like(args[0] if args else kwargs[self.keyword])
         return (out, *(None,) * self.nones) if self.nones else out
 
 
 def skipped(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """In the place of a layer; it keeps the plain attributes that the code around may read."""
+    """The layer that stands in the place of another; it keeps the plain attributes that the code around may read."""
     made = Skipped(**options)
     for name, value in vars(current).items():
         if type(value) in _PLAIN and not name.startswith("_") and name not in vars(made):

@@ -63,7 +63,7 @@ def _labelled(parts: Sequence[Part], labels: Any) -> list[Part]:
 
 
 def _loss(part: Part) -> Tensor:
-    """Of a part with labels."""
+    """The loss of an output's part that has labels."""
     z, y = part.tensor, part.labels
     if y is None or fitted(part.tensors[0], y) is None:
         raise _unfitting([part], y)

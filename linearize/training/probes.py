@@ -76,7 +76,7 @@ def _of_values(z: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
 
 
 def _finite(z: Tensor) -> Tensor:
-    """Without what is masked by an infinity, and so does not change."""
+    """The part that is not masked by an infinity: what is masked does not change."""
     return z if bool(z.detach().sum().isfinite()) else z.masked_fill(torch.isinf(z.detach()), 0)
 
 

@@ -55,7 +55,7 @@ class DepthCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """The bytes that the sums take."""
         return 8.0 * (self.ahead + 1) * self.layer.shape[-1] ** 2
 
     def attach(self, now: Moment) -> Iterator[Any]:

@@ -39,7 +39,7 @@ class HeadsCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """The bytes that the sums take."""
         return 8.0 * (self.place.out.total**2 + self.outputs**2)
 
     def attach(self, now: Moment) -> Iterator[Any]:

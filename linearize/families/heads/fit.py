@@ -41,7 +41,7 @@ class HeadCurve:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """Of the heads, unit by unit; moments about zero where no constant may be fitted."""
+        """The covariance of the heads, unit by unit; moments about zero where no constant may be fitted."""
         rows = self.place.rows
         if rows is None:
             raise ValueError("no batch reached it")
@@ -51,7 +51,7 @@ class HeadCurve:
 
     @cached_property
     def mean(self) -> Tensor:
-        """Of the heads, unit by unit."""
+        """The mean of the heads, unit by unit."""
         rows = self.place.rows
         if rows is None:
             raise ValueError("no batch reached it")

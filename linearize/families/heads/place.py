@@ -82,12 +82,12 @@ class Heads(Moments):
 
     @property
     def units(self) -> int:
-        """U."""
+        """The number of units, U."""
         return len(self.attention.units)
 
     @property
     def group(self) -> int:
-        """G."""
+        """The number of features of a unit, g."""
         return self.out.total // self.units
 
     @property

@@ -95,6 +95,6 @@ def _ratio(original: nn.Module, group: Group, layers: Layers, size: int, batch: 
 
 
 def _shape(output: Any) -> tuple[int, ...] | None:
-    """Of the one tensor that a place gives, perhaps before a row of None."""
+    """The shape of the one tensor that a place gives, perhaps before a row of None."""
     first = output[0] if isinstance(output, tuple) and output else output
     return tuple(first.shape) if isinstance(first, Tensor) else None
