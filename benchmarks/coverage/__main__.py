@@ -26,30 +26,38 @@ from pathlib import Path
 
 import linearize
 from benchmarks.coverage.pool import Limits, Record, read_records, sweep
-from benchmarks.coverage.row import FINE, Row
+from benchmarks.coverage.row import COUNTED, FINE, Row
 from benchmarks.coverage.tables import smallest_of
 
 FOLDER = Path(__file__).parent / "results"
 SIZE_FIELDS = ("name", "family", "parameters", "modules", "result")
 
 
-def timm_row(name: str, family: str, megabytes: float, out: Path | None = None, *, smallest: bool) -> Record:
+def timm_row(
+    name: str, family: str, megabytes: float, out: Path | None = None, *, smallest: bool, count: bool = False
+) -> Record:
     """The row of one timm model; what `out` has of the same model under another name is not checked again."""
     from benchmarks.coverage.cases import timm_case
     from benchmarks.coverage.check import fill
 
     row, known = Row(name, family, smallest), dict[str, Record]()
     if out is not None and not smallest:
-        known = {r["signature"]: r for r in read_records(out).values() if r.get("signature") and r["result"] in FINE}
-    return asdict(fill(row, lambda: timm_case(name, megabytes, shallow=not smallest), export=smallest, known=known))
+        known = {
+            r["signature"]: r
+            for r in read_records(out).values()
+            if r.get("signature") and r["result"] in (*FINE, COUNTED)
+        }
+    return asdict(
+        fill(row, lambda: timm_case(name, megabytes, shallow=not smallest), export=smallest, known=known, count=count)
+    )
 
 
-def transformers_row(name: str, family: str) -> Record:
+def transformers_row(name: str, family: str, *, count: bool = False) -> Record:
     """The row of one model type of transformers."""
     from benchmarks.coverage.cases import transformers_case
     from benchmarks.coverage.check import fill
 
-    return asdict(fill(Row(name, family), lambda: transformers_case(name), export=True))
+    return asdict(fill(Row(name, family), lambda: transformers_case(name), export=True, count=count))
 
 
 def size_record(name: str, family: str) -> Record:
@@ -80,7 +88,12 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
 
     if options.zoo == "transformers":
         families = dict(transformers_names())
-        return list(families), lambda name: transformers_row(name, families.get(name, name)), tuple(Row.names())
+        count: bool = options.count
+        return (
+            list(families),
+            lambda name: transformers_row(name, families.get(name, name), count=count),
+            tuple(Row.names()),
+        )
     pairs = timm_names()
     family, small = dict(pairs), smallest_of_each_family(pairs, options.workers)
     if options.zoo == "torch-pruning":
@@ -92,7 +105,9 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
     names = small if options.families else [*small, *others]
     return (
         names,
-        lambda name: timm_row(name, family.get(name, "?"), options.weights, options.out, smallest=name in small),
+        lambda name: timm_row(
+            name, family.get(name, "?"), options.weights, options.out, smallest=name in small, count=options.count
+        ),
         tuple(Row.names()),
     )
 
@@ -119,6 +134,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="models; default: all")
     parser.add_argument("--families", action="store_true", help="timm: only the smallest model of each family")
     parser.add_argument("--again", action="store_true", help="repeat what did not end well")
+    parser.add_argument("--count", action="store_true", help="only capture and count activations, compare nothing")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/ZOO.csv beside this program")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--memory", type=float, default=6, help="GiB per process")
@@ -145,7 +161,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    out = options.out = options.out or FOLDER / f"{options.zoo}.csv"
+    out = options.out = options.out or FOLDER / f"{options.zoo}{'-counted' if options.count else ''}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     names, work, fields = work_of(options)
     if options.again and out.exists():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import linearize
 from benchmarks.coverage.cases import Case, DoesNotRun, all_blocks, signature
 from benchmarks.coverage.pool import Record
-from benchmarks.coverage.row import EQUAL, META, NOTHING, RUNS_NOT, UNREACHED, Row
+from benchmarks.coverage.row import COUNTED, EQUAL, META, NOTHING, RUNS_NOT, UNREACHED, Row
 from linearize.cost import cost
 from linearize.graph.capture import Inputs, capture, tensors_of
 from linearize.graph.discover import discover
@@ -95,18 +95,26 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     return value, time.perf_counter() - start
 
 
-def fill(row: Row, make: Callable[[], Case], *, export: bool = False, known: Mapping[str, Record] | None = None) -> Row:
+def fill(
+    row: Row,
+    make: Callable[[], Case],
+    *,
+    export: bool = False,
+    known: Mapping[str, Record] | None = None,
+    count: bool = False,
+) -> Row:
     """Fill in a row for the model that `make` builds; what cannot be built or run says why.
 
-    A model of a signature in `known` is the same one under another name: it gets that row.
+    A model of a signature in `known` is the same one under another name: it gets that row. With `count`, the model is
+    only captured and given gates, so that activations are counted and nothing is compared.
     """
     try:
-        return _filled(row, make, export=export, known=known or {})
+        return _filled(row, make, export=export, known=known or {}, count=count)
     finally:
         all_blocks()
 
 
-def _filled(row: Row, make: Callable[[], Case], *, export: bool, known: Mapping[str, Record]) -> Row:
+def _filled(row: Row, make: Callable[[], Case], *, export: bool, known: Mapping[str, Record], count: bool) -> Row:
     try:
         case = make()
     except DoesNotRun as error:
@@ -115,6 +123,8 @@ def _filled(row: Row, make: Callable[[], Case], *, export: bool, known: Mapping[
     row.size, row.signature = case.size, signature(case.model)
     if row.signature in known:
         return same_as(row, known[row.signature])
+    if count:
+        return inspect_only(row, case.model, case.inputs, COUNTED)
     if next(case.model.parameters()).is_meta:
         return inspect_only(row, case.model, case.inputs)
     return check(row, stir(case.model), case.inputs, export=export)
@@ -187,11 +197,11 @@ def _rounding_moves(gated: nn.Module, moved: list[Tensor], inputs: Inputs) -> fl
     return difference(moved, run(noisy, inputs))
 
 
-def inspect_only(row: Row, model: nn.Module, inputs: Inputs) -> Row:
-    """What can be said of a model on the meta device: it is captured, and its sites are found."""
+def inspect_only(row: Row, model: nn.Module, inputs: Inputs, result: str = META) -> Row:
+    """What can be said of a model without its values: it is captured, and its sites are found."""
     row.parameters = sum(p.numel() for p in model.parameters())
     if _converted(row, model, inputs) is not None:
-        row.result = META
+        row.result = result
     return row
 
 

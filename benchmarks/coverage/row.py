@@ -8,7 +8,7 @@ from typing import Literal
 EQUAL, NOTHING = "equal", "nothing to gate"
 UNREACHED = "nothing to gate: no activation can be reached"
 FINE = {EQUAL, NOTHING, UNREACHED}
-META, RUNS_NOT = "inspected on the meta device", "does not run"
+META, COUNTED, RUNS_NOT = "inspected on the meta device", "counted", "does not run"
 
 
 @dataclass
