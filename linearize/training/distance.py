@@ -15,6 +15,7 @@ from linearize.running.models import evaluating
 from linearize.running.outputs import tensors_in
 from linearize.running.processes import from_first
 from linearize.running.progress import progress_bar
+from linearize.running.replay import Replay
 from linearize.surgery.specs import replace_module
 from linearize.training.divergence import distillation_loss
 
@@ -189,13 +190,15 @@ def _losses_with(
         evaluating(model, *(module for modules in standing.values() for module in modules.values())),
         progress_bar("modules", len(batches) * len(standing), enabled=progress) as advance,
     ):
+        replay = Replay(model)
         for batch in read_batches(model, batches):
-            taught = batch.run(model)
+            taught = replay.run(batch)
             for name, modules in standing.items():
                 try:
                     for path, module in modules.items():
                         replace_module(model, path, module)
-                    output = batch.run(model)
+                    with replay.before(modules):
+                        output = batch.run(model)
                     totals[name] += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
                 except Exception:  # the code around it wants something of the module that only the original has
                     totals[name] = float("inf")
