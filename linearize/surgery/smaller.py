@@ -31,10 +31,7 @@ def put_smaller(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, A
         torch.Size([2])
     """
     for name, value in tensors.items():
-        old = module._parameters.get(name, module._buffers.get(name))
-        if old is None or old.dim() != value.dim() or any(map(int.__gt__, value.shape, old.shape)):
-            found = f"has no tensor {name!r:.80} that could become one of shape {tuple(value.shape)!s:.80}"
-            raise CheckpointError(type(module).__name__, found, "Load it onto the model that it was made from.")
+        _larger(module, name, value.shape)
     for name, value in tensors.items():
         if name in module._parameters:
             old = module._parameters[name]
@@ -51,9 +48,20 @@ def smaller_step(current: nn.Module, options: dict[str, Any]) -> nn.Module:
     shapes: Mapping[str, Sequence[int]] = options["shapes"]
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        old = current._parameters.get(name, current._buffers.get(name))
-        like: dict[str, Any] = {} if old is None else {"dtype": old.dtype, "device": old.device}
-        larger = old is not None and len(shape) == old.dim() and all(map(int.__le__, shape, old.shape))
-        made[name] = torch.zeros(tuple(shape) if larger else (0,) * (len(shape) + 1), **like)
+        old = _larger(current, name, shape)
+        made[name] = torch.zeros(tuple(shape), dtype=old.dtype, device=old.device)
     put_smaller(current, made)
     return current
+
+
+def _larger(module: nn.Module, name: str, shape: Sequence[int]) -> Tensor:
+    """The tensor of a name, if it has as many dimensions, none of them smaller.
+
+    Raises:
+        CheckpointError: it has not, or there is none.
+    """
+    old = module._parameters.get(name, module._buffers.get(name))
+    if old is None or old.dim() != len(shape) or any(map(int.__gt__, shape, old.shape)):
+        found = f"has no tensor {name!r:.80} that could become one of shape {tuple(shape)!s:.80}"
+        raise CheckpointError(type(module).__name__, found, "Load it onto the model that it was made from.")
+    return old

@@ -27,7 +27,7 @@ def _of(place: Experts) -> list[str]:
     if nobody:
         change = "can go with no change on this data"
         if not place.closed:
-            change = "can go; what others weigh grows by their share, since the router does not divide by the sum"
+            change = "can go; what others weigh grows by its share, as the router does not divide by their sum"
         found.append(f"{place.bank}: no token picks {_named(nobody)}, which {change}")
     if scarce:
         text = f"{place.bank}: few tokens pick {_named(scarce)}"
