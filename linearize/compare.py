@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from linearize.bench import benchmark
-from linearize.convert import UNSELECTED
 from linearize.cost import cost
 from linearize.plan import Plan
 from linearize.planning.request import Request
 from linearize.report.compression import Report
 from linearize.running.devices import bring, device_of
 from linearize.running.steps import Steps
+from linearize.sites.select import UNSELECTED
 from linearize.summary import summary
 from linearize.training.losses import scores_of
 from linearize.verify import verify

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from linearize.compare import kept_sites, report_of
-from linearize.convert import convert
+from linearize.convert import converted
 from linearize.cost import cost
 from linearize.export.fit import expect_fit, prove_fit
 from linearize.finetune import finetune as train
@@ -131,8 +131,8 @@ def compress(
         target: a format of `linearize.export`, such as "gguf": take only options that it can hold (docs/deploy.md).
         modules: whole modules, such as attention or a residual block, may become one linear map. Not with `uniform`,
             `stock` or `activations=`, and not if a module holds an activation that `include` or `exclude` leave out.
-        families: the kinds of replacement that may be chosen: "channels", "blocks", "lines", "heads", "modules",
-            "attention", "depth". None takes all.
+        families: the kinds of replacement that may be chosen: "channels", "blocks", "lines", "heads", "experts",
+            "modules", "attention", "depth". None takes all.
         round_to: widths are multiples of this; None takes multiples of 8, and smaller ones at narrow sites. It does
             not apply to channels that only follow their line (`activations=`).
         when: with `linear`, as for `linearize.collapse`.
@@ -194,7 +194,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             check_training_data(model, reading, request.training, distill=request.distill)
         with steps("convert"):
             example = batches[0] if request.example_inputs is None else request.example_inputs
-            gated = convert(model, example, include=request.include, exclude=request.exclude)
+            gated = converted(model, example, request.include, request.exclude)
         same_model(gated)
         notes = _notes(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files
         if notes.folder is not None:

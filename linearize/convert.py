@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from linearize.nest import copied
 from linearize.running.copies import duplicate
 from linearize.running.devices import check_whole
 from linearize.sites.record import Record, Step, record_of, set_record
+from linearize.sites.select import selected
 from linearize.sites.site import Site
 from linearize.surgery.modes import settle_modes
 from linearize.surgery.owners import read_after_write, rewrite_owners
@@ -35,8 +34,6 @@ from linearize.surgery.subclass import hides_children, keep_attributes
 from linearize.tensors import oddity
 
 _log = logging.getLogger(__name__)
-
-UNSELECTED = ("not in include=", "in exclude=")  # why a site has no gate if the user did not want one
 
 
 @same_modes()
@@ -81,6 +78,33 @@ def convert(
         return _convert(model, example_inputs, include, exclude, inplace=inplace)
 
 
+@same_modes()
+def converted(
+    model: nn.Module,
+    example_inputs: Any,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> nn.Module:
+    """As `convert`, of a copy; but where no activation can get a gate, it has the record of them (`check_gated`)."""
+    model = unwrapped(model)
+    with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
+        return _convert(model, example_inputs, include, exclude, inplace=False, bare=True)
+
+
+def check_gated(model: nn.Module) -> None:
+    """Check that a converted model has a gate.
+
+    Raises:
+        ConvertError: none of its activations could get one.
+    """
+    record = record_of(model)
+    if gates(model) or record is None:
+        return
+    reasons = "; ".join(f"{site.name}: {site.ungated}" for site in record.sites[:3])
+    found = f"none of its {len(record.sites)} activations can get a gate ({reasons})"
+    raise ConvertError(type(model).__name__, found, "Change include= or exclude=, or mend what is named.")
+
+
 def _convert(
     model: nn.Module,
     example_inputs: Any,
@@ -88,6 +112,7 @@ def _convert(
     exclude: str | Sequence[str] | None,
     *,
     inplace: bool,
+    bare: bool = False,
 ) -> nn.Module:
     if gates(model):
         raise ConvertError(type(model).__name__, "has gates already", "Convert the original model once.")
@@ -98,11 +123,15 @@ def _convert(
     if not sites:
         remedy = "Convert a model (or the submodule) that has elementwise activations such as nn.ReLU or F.gelu."
         raise ConvertError(type(model).__name__, "no activation was found in it", remedy)
-    sites = _selected(sites, include, exclude)
+    sites = selected(sites, include, exclude)
     if inplace:
         with unchanged_on_error(model):
-            return _put_gates(model, sites, inputs)
-    return _put_gates(duplicate(model, ConvertError), sites, inputs)
+            check_gated(_put_gates(model, sites, inputs))
+            return model
+    made = _put_gates(duplicate(model, ConvertError), sites, inputs)
+    if not bare:
+        check_gated(made)
+    return made
 
 
 def _trainable(model: nn.Module, *, inplace: bool) -> nn.Module:
@@ -162,10 +191,6 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
         if isinstance(gate, ChannelGate):
             gate.site = site
     left = sum(site.ungated is not None for site in sites)
-    if left == len(sites):
-        reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
-        found = f"none of its {len(sites)} activations can get a gate ({reasons})"
-        raise ConvertError(type(target).__name__, found, "Change include= or exclude=, or mend what is named.")
     set_record(target, Record(sites, [*known.steps, *steps, *unfused], fake_inputs(inputs)))
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))
@@ -241,39 +266,6 @@ def _check_finite(model: nn.Module) -> None:
             raise ConvertError(
                 name, "holds NaN or Inf", "Mend the weights first: nothing can be proven about such a model."
             )
-
-
-def _selected(
-    sites: tuple[Site, ...], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> tuple[Site, ...]:
-    wanted, unwanted = _patterns(include), _patterns(exclude)
-    names = [site.name for site in sites]
-    for option, patterns in (("include", wanted), ("exclude", unwanted)):
-        for pattern in patterns or ():
-            if not fnmatch.filter(names, pattern):
-                some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-                raise UsageError(f"{option}={pattern!r}", "matches no site", f"The sites are: {some}.")
-
-    def choose(site: Site) -> Site:
-        if site.ungated is not None:
-            return site
-        if wanted is not None and not _matches(site.name, wanted):
-            return replace(site, ungated=UNSELECTED[0])
-        return replace(site, ungated=UNSELECTED[1]) if _matches(site.name, unwanted or ()) else site
-
-    return tuple(choose(site) for site in sites)
-
-
-def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
-    if value is None or isinstance(value, str):
-        return None if value is None else [value]
-    if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
-        raise UsageError("include= or exclude=", f"found {value!r}", "Pass a pattern, or a list of patterns.")
-    return list(value)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _put_gate(model: nn.Module, site: Site) -> None:

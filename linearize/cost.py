@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from linearize.errors import UsageError
 from linearize.graph.capture import Inputs
 from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, call, evaluating
+from linearize.zoo.experts import grouped_products
 
 __all__ = ["Cost", "cost", "flops_of_modules"]
 
@@ -84,8 +85,9 @@ def _counted(model: nn.Module, batch: Inputs) -> Any:
     """The counter of one run."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    # The counter does not know the attention of CPUs.
-    more = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention}
+    # The counter knows neither the attention of CPUs, nor products of which each row takes a matrix of several.
+    more: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention}
+    more |= dict.fromkeys((torch.ops.aten._grouped_mm, *grouped_products()), _of_rows)
     with evaluating(model), untouched(model), _without_gradients(model):
         try:
             with FlopCounterMode(display=False, custom_mapping=more) as counter:
@@ -100,6 +102,11 @@ def _of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """FLOPs of an attention, from shapes (B, H, T, D): products of queries and keys, and the weighing of values."""
     rows = math.prod(query[:-1])
     return int(2 * rows * key[-2] * (query[-1] + value[-1]))
+
+
+def _of_rows(rows: Any, matrices: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of rows (S, D), each times one of several matrices (E, D, O): as many as with a single matrix."""
+    return int(2 * math.prod(rows) * matrices[-1])
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from linearize.convert import UNSELECTED
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
 from linearize.sites.record import record_of
+from linearize.sites.select import UNSELECTED
 from linearize.tensors import meddler
 
 __all__ = ["enclosed", "free", "homes_of", "is_in", "meddled", "within"]

@@ -22,11 +22,12 @@ def _families() -> list[Family]:
     from linearize.families.blocks.family import Blocks
     from linearize.families.channels.family import Channels
     from linearize.families.depth.family import Depth
+    from linearize.families.experts.family import MixturesOfExperts
     from linearize.families.heads.family import AttentionHeads
     from linearize.families.lines.family import Lines
     from linearize.families.modules.family import Modules
 
-    return [Channels(), Blocks(), Lines(), AttentionHeads(), Modules(), Attentions(), Depth()]
+    return [Channels(), Blocks(), Lines(), AttentionHeads(), MixturesOfExperts(), Modules(), Attentions(), Depth()]
 
 
 def __getattr__(name: str) -> Any:

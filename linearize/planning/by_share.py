@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from linearize.calibrate import calibrate
 from linearize.collapse import collapse
+from linearize.convert import check_gated
 from linearize.plan import When
 from linearize.planning.job import Job, Made
 from linearize.surgery.form_choice import make_plan
@@ -19,6 +20,7 @@ _DECIDED_AFTER = 0.7
 def to_share(job: Job, linear: float, when: When) -> Made:
     """Make a share of all gated channels linear, with or without training, and collapse."""
     steps, gated = job.steps, job.gated
+    check_gated(gated)
     with steps("calibrate"):
         calibration = calibrate(gated, job.data, progress=steps.bars)
     total = job.training_steps

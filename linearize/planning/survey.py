@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from linearize.calibrate import fit_lines, line_collectors
+from linearize.convert import check_gated
 from linearize.cost import Cost, cost
 from linearize.errors import UsageError
 from linearize.families import registry
@@ -152,7 +153,7 @@ def survey(
     asked = [family for family in registry.FAMILIES if family is registry.FAMILIES[0] or context.takes(family.name)]
     places = {family.name: family.find(context) for family in asked}
     say("observe")
-    lines = line_collectors(gated)
+    lines = line_collectors(gated) if gates(gated) else []
     wanted: list[Collector] = [*lines]
     for family in asked:
         wanted += family.collectors(context, places[family.name])
@@ -162,6 +163,8 @@ def survey(
     groups: list[Group] = []
     for family in asked:
         groups = family.options(context, places[family.name], groups)
+    if all(len(group.options) < 2 for group in groups):
+        check_gated(gated)  # says why there is nothing to do
     for names in ties:
         groups = tied(groups, set(names))
     _warn(context.warned)

@@ -112,6 +112,7 @@ _SPECIAL: dict[str, Check] = {
     "Unfused": struct({}),
     "Settings": struct({"attribute": identifier, "numbers": _NAMES, "lists": _NAMES, "keep": _KEPT}),
     "Shortened": struct({"keep": _KEPT}),
+    "Smaller": struct({"shapes": mapping(identifier, array(integer(1, 2**24), 8, 1), 100)}),
     "Silent": struct({}, {"keyword": _FIELDS["keyword"], "nones": _FIELDS["nones"]}),
     "Skipped": struct(
         {},

@@ -14,7 +14,7 @@ from torch import nn
 from linearize.errors import CheckpointError
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Step, record_of
-from linearize.surgery import attributes, carriers, fused, layers, only, skipped
+from linearize.surgery import attributes, carriers, fused, layers, only, skipped, smaller
 from linearize.surgery.folds import neutralize
 from linearize.surgery.rewrite import hold_function, rewrite_calls
 from linearize.surgery.schemas import check_options
@@ -25,7 +25,8 @@ Spec = dict[str, Any]
 
 # They change a module instead of replacing it.
 IN_PLACE = (
-    "Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES, attributes.SETTINGS, skipped.SHORTENED
+    "Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES, attributes.SETTINGS, skipped.SHORTENED,
+    smaller.SMALLER,
 )  # fmt: skip
 _DEEPEST = 30  # activations inside activations
 _COPIES = 20  # modules that a step copies, on the average: an activation is one, or a few
@@ -192,6 +193,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     attributes.ATTRIBUTES: attributes.attributes_step,
     attributes.SETTINGS: attributes.settings_step,
     skipped.SHORTENED: skipped.shortened_step,
+    smaller.SMALLER: smaller.smaller_step,
     "Skipped": skipped.skipped,
     "Silent": lambda current, options: skipped.Silent(**options),
 }

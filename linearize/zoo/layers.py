@@ -5,7 +5,7 @@ A layer that is gone is a `Skipped` until then, so that paths stay what they wer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from linearize.surgery.attributes import ATTRIBUTES, SETTINGS, fewer_in, set_att
 from linearize.surgery.skipped import SHORTENED, Skipped, shorten
 from linearize.zoo import candidates
 from linearize.zoo.caches import INDEX
+from linearize.zoo.experts import retold, smaller_in
 
 __all__ = ["close_up", "indices_in", "kinds_differ", "renumbered"]
 
@@ -26,13 +27,22 @@ _COUNTS = (
 
 
 def close_up(model: nn.Module) -> None:
-    """Take skipped layers out of their lists, in place; the model's record tells how."""
+    """Take skipped layers out of their lists, in place; the model's record tells how. Configurations tell the truth."""
     gone = {path: module for path, module in model.named_modules() if isinstance(module, Skipped)}
-    if not gone:
-        return
-    found = candidates(model)
-    if found and "_linearize_recipe" not in vars(model):
+    record = record_of(model) or Record()
+    known = vars(model).get("_linearize_recipe")
+    found = [known] if known else candidates(model) if gone or smaller_in(record.steps) else []
+    steps = list(retold(model, record.steps))
+    if found and (gone or steps):
         vars(model)["_linearize_recipe"] = found[0]  # of the model with all layers, from which the steps start
+    if gone:
+        steps += _closed_up(model, gone)
+    if steps:
+        set_record(model, Record(record.sites, [*record.steps, *steps], record.inputs))
+
+
+def _closed_up(model: nn.Module, gone: Mapping[str, Skipped]) -> list[Step]:
+    """Take skipped layers out of their lists; what was done."""
     steps = renumbered(model, sorted({index for module in gone.values() for index in module.indices}))
     for path in dict.fromkeys(path.rpartition(".")[0] for path in gone):
         container = model.get_submodule(path)
@@ -44,8 +54,7 @@ def close_up(model: nn.Module) -> None:
             fewer_in(model.get_submodule(where), "config", numbers, lists, keep)
             spec = {"type": SETTINGS, "attribute": "config", "numbers": numbers, "lists": lists, "keep": keep}
             steps.append({"path": where, "module": spec})
-    record = record_of(model) or Record()
-    set_record(model, Record(record.sites, [*record.steps, *steps], record.inputs))
+    return steps
 
 
 def indices_in(model: nn.Module, path: str) -> tuple[int, ...]:

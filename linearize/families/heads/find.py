@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from linearize.convert import UNSELECTED
 from linearize.families.heads.carry import carried
 from linearize.families.heads.place import Heads
 from linearize.families.reading import read
 from linearize.graph.attention import Attention
 from linearize.sites.record import record_of
+from linearize.sites.select import UNSELECTED
 from linearize.tensors import meddler, oddity
 from linearize.zoo.caches import keeps_keys
 
