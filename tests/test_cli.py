@@ -105,7 +105,7 @@ def test_compress_then_use_the_files(capsys: pytest.CaptureFixture[str], idx: st
     shown = good(capsys, *arguments, "--epochs", "2", "--train", "1", "--out", str(out))
     assert "linear channels" in shown
     assert sorted(p.name for p in out.iterdir()) == [
-        "compressed.safetensors", "original.safetensors", "plan.json", "report.json",
+        "compressed.safetensors", "original.safetensors", "plan.json", "report.html", "report.json",
     ]  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["share"] == 0.5
