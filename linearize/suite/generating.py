@@ -1,0 +1,46 @@
+"""How a model that writes text is measured: a thin layer, so that another way of generating can take its place.
+
+Two calls are timed: one that stops after the first new token, and one that writes all. The time to the first token is
+that of the first call; each further token takes its share of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from linearize.graph.capture import Inputs
+from linearize.suite.ways import LeftOut
+
+__all__ = ["ALL", "FIRST", "calls"]
+
+FIRST, ALL = "first", "all"
+
+
+def calls(model: nn.Module, batch: Inputs, new_tokens: int) -> dict[str, Callable[[], Any]]:
+    """The two calls, by name. Every model writes as many tokens, whatever they are.
+
+    Raises:
+        LeftOut: the model does not generate text.
+    """
+    generate: Any = getattr(model, "generate", None)
+    prompt = _prompt(batch)
+    if not callable(generate) or prompt is None:
+        raise LeftOut(f"a {type(model).__name__} does not generate text")
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    pad = end[0] if isinstance(end, list) else end
+
+    def write(count: int) -> Any:
+        return generate(
+            **prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False, num_beams=1, pad_token_id=pad or 0
+        )
+
+    return {FIRST: lambda: write(1), ALL: lambda: write(new_tokens)}
+
+
+def _prompt(batch: Inputs) -> dict[str, Tensor] | None:
+    """The tokens of a batch, and their mask if there is one."""
+    found = {name: value for name, value in batch[1].items() if name in ("input_ids", "attention_mask")}
+    return found if isinstance(found.get("input_ids"), Tensor) else None
