@@ -228,6 +228,17 @@ def test_in_a_real_browser(window: browser.Browser, saved: Path, tmp_path: Path,
     check_shown(window, saved, tmp_path, width, dark=dark)
 
 
+def test_long_names_fit_on_a_phone(window: browser.Browser, result: linearize.Result, tmp_path: Path) -> None:
+    name = "language_model_encoder" * 5
+    plan = Plan((SitePlan(name, "merged", (0, 1), channels=4, rank=1, loss=1e-9, reason=f"it is read by {name}"),))
+    report = replace(
+        result.report, planned=plan, model=name, notes=(name,), options={name: name}, versions={name: name},
+        kept={name: name}, trials=(Trial(name, 0.5, wins=True),), seconds={name: 1.0},
+    )  # fmt: skip
+    report.save(tmp_path / "report.html")
+    check_shown(window, tmp_path / "report.html", tmp_path, 390, dark=False)
+
+
 def test_the_browser_would_complain(window: browser.Browser, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text("<style>body { width: 2000px }</style><script>console.error('no')</script><svg role=img></svg>")

@@ -71,7 +71,7 @@ def suite(
         return common.inputs_for(first, batch=batch, shape=shape, seed=chosen.seed)
 
     about = {
-        name: {"model": spec, "sha256": file_checksum(spec)}
+        name: {"model": Path(spec).name, "sha256": file_checksum(spec)}
         if _is_file(spec)
         else {"model": spec, "arguments": arguments}
         for name, spec in zip(names, specs, strict=True)

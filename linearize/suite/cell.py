@@ -95,6 +95,7 @@ class Bench:
                     self.device.seconds(run, 1)
             except Exception as error:  # as above: another model may run
                 left[name] = _told(error)
+                self.device.tidy()
                 continue
             found |= {(name, part): run for part, run in parts.items()}
         return found
