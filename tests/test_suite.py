@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from linearize.cli import run
 from linearize.errors import UsageError
 from linearize.graph.capture import Inputs
 from linearize.suite import generating, ways
-from linearize.suite.devices import Device, Processor, device_for
+from linearize.suite.devices import Cuda, Device, Processor, device_for
 from linearize.suite.matrix import Cell, Suite, read_suite, suite_of
 from linearize.suite.merge import machines_of, to_csv
 from linearize.suite.nvml import Nvml
@@ -519,6 +520,70 @@ def test_clocks_and_heat(tmp_path: Path) -> None:
     assert clock_mhz(tmp_path / "none", tmp_path / "cpuinfo") == 2600.5
     assert clock_mhz(tmp_path / "none", tmp_path / "none") is None
     assert throttled(tmp_path / "none") is None
+
+
+class Card:
+    """What torch.cuda is of a GPU that runs everything in 2 ms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        about = {"name": "Card 1", "total_memory": 8 * 2**30, "major": 9, "minor": 0, "uuid": "1234-5678"}
+        fakes = {
+            "current_device": lambda: 0,
+            "get_device_properties": lambda place: SimpleNamespace(**about),
+            "device": lambda place: nullcontext(),
+            "Event": lambda enable_timing: SimpleNamespace(
+                record=lambda: self.calls.append("record"), elapsed_time=lambda end: 2.0 * self.calls.count("run")
+            ),
+            "reset_peak_memory_stats": lambda place: self.calls.append("reset"),
+            "memory_allocated": lambda place: 100,
+            "max_memory_allocated": lambda place: 350,
+            "empty_cache": lambda: self.calls.append("empty"),
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.calls.append("replay")),
+            "graph": lambda graph: nullcontext(),
+        }
+        for name, fake in fakes.items():
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda place: self.calls.append("wait"))
+        monkeypatch.setitem(sys.modules, "pynvml", library())
+
+    def run(self) -> None:
+        self.calls.append("run")
+
+
+def test_a_card_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    device = Cuda(torch.device("cuda"))
+    assert device.place == torch.device("cuda", 0)
+    assert device.seconds(card.run, 4) == pytest.approx(0.002), "from milliseconds, per call"
+    assert card.calls == ["wait", "record", *["run"] * 4, "record", "wait"]
+    facts = device.facts()
+    assert (facts["device"], facts["capability"], facts["driver"]) == ("Card 1", "9.0", "580.65")
+    assert device.state()["slowed"] == ["power limit", "heat (hardware)"]
+    assert device.joules() == 5.0
+    card.calls.clear()
+    assert device.peak(card.run) == 250
+    assert card.calls == ["wait", "reset", "run", "wait"]
+    device.tidy()
+    assert card.calls[-1] == "empty"
+
+
+def test_a_graph_is_captured_after_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            card.run()
+            return x
+
+    replay = ways.ready("cudagraphs", Counts(), ((torch.zeros(1),), {}))
+    assert card.calls == ["run"] * 4
+    replay()
+    assert card.calls[4:] == ["replay"], "the model's own code does not run again"
 
 
 class NVMLError(Exception):

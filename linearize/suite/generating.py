@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from linearize.graph.capture import Inputs
@@ -41,6 +42,8 @@ def calls(model: nn.Module, batch: Inputs, new_tokens: int) -> dict[str, Callabl
 
 
 def _prompt(batch: Inputs) -> dict[str, Tensor] | None:
-    """The tokens of a batch, and their mask if there is one."""
-    found = {name: value for name, value in batch[1].items() if name in ("input_ids", "attention_mask")}
-    return found if isinstance(found.get("input_ids"), Tensor) else None
+    """The tokens of a batch, and their mask; all of them are read if there is none."""
+    ids, mask = batch[1].get("input_ids"), batch[1].get("attention_mask")
+    if not isinstance(ids, Tensor):
+        return None
+    return {"input_ids": ids, "attention_mask": mask if isinstance(mask, Tensor) else torch.ones_like(ids)}
