@@ -25,6 +25,7 @@ from linearize.planning.job import Job, Made
 from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
+from linearize.report.versions import versions
 from linearize.running.batches import Reading
 from linearize.running.devices import staying
 from linearize.running.order import Repeated
@@ -216,7 +217,8 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
 
 def _result(model: nn.Module, made: Made, report: Report) -> Result:
     """All of it, with what the plan tells."""
-    told = replace(report, kept=kept_sites(report, made.plan), plan=made.plan.sha256, **made.told)
+    about: dict[str, Any] = {"planned": made.plan, "model": type(model).__name__, "versions": versions()}
+    told = replace(report, kept=kept_sites(report, made.plan), plan=made.plan.sha256, **about, **made.told)
     return Result(model, made.plan, told)
 
 

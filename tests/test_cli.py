@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import linearize
 from linearize import zoo
 from linearize.cli import app, common, run
+from tests.pages import Page, check_alone
 
 TINY = ["-a", "img_size=16", "-a", "patch_size=8", "-a", "in_chans=1"]
 
@@ -105,10 +106,13 @@ def test_compress_then_use_the_files(capsys: pytest.CaptureFixture[str], idx: st
     shown = good(capsys, *arguments, "--epochs", "2", "--train", "1", "--out", str(out))
     assert "linear channels" in shown
     assert sorted(p.name for p in out.iterdir()) == [
-        "compressed.safetensors", "original.safetensors", "plan.json", "report.json",
+        "compressed.safetensors", "original.safetensors", "plan.json", "report.html", "report.json",
     ]  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["share"] == 0.5
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    check_alone(page)
+    assert page.saved("plan.json") == (out / "plan.json").read_text().rstrip("\n")
     assert report["verification"]["passed"]
     small = linearize.load(out / "compressed.safetensors")
     assert small(torch.zeros(1, 1, 16, 16)).shape == (1, 2)

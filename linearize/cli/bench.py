@@ -1,4 +1,4 @@
-"""`linearize bench A B`."""
+"""`linearize bench A B`; suites and their reports are in `cli/suite.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from linearize.bench import benchmark
 from linearize.cli import common
+from linearize.cli import suite as suites
 from linearize.errors import UsageError
 
 __all__ = ["bench"]
@@ -16,9 +17,20 @@ __all__ = ["bench"]
 _COMPILE = {"no": [False], "yes": [True], "both": [False, True]}
 
 
+# Options that a suite says in its file, and a report does not need.
+_OF_ONE = ("batch_sizes", "rounds", "warmup", "dtype", "threads", "compile_", "shape", "seed")
+_OF_MODELS = ("device", "model_arg", "pretrained", "suite", "retry")
+
+
 def bench(
-    reference: Annotated[str, typer.Argument(metavar="A", help="The reference model.")],
-    candidate: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.")],
+    context: typer.Context,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B | report DIR...",
+            help="The reference model and the model to compare with it; or the word report and results of suites.",
+        ),
+    ],
     batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes, separated by commas.")] = "1,32",
     rounds: Annotated[
         int, typer.Option(min=1, help="Number of measurements of each model. The models take turns.")
@@ -34,13 +46,41 @@ def bench(
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result to a file, as JSON.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure a whole matrix, as this .yaml file says; needs --out.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="With --suite: measure again what was left out before.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Also write the result to a file, as JSON; a folder for suites and reports."),
+    ] = None,
     json: common.Json = False,
 ) -> None:
     """Measure the latency of two models in turns, and the ratio between them.
 
+    With --suite, measure them in many settings; an interrupted suite goes on. report puts the results of several
+    machines on one page.
+
     Example: [bold]linearize bench original.safetensors small.safetensors --batch-sizes 1,32[/bold]
+
+    Example: [bold]linearize bench original.safetensors small.safetensors --suite gpu.yaml --out runs/gpu[/bold]
+
+    Example: [bold]linearize bench report runs/gpu runs/cpu --out runs/all[/bold]
     """
+    if models[0] == "report":
+        suites.refuse_beside(context, (*_OF_ONE, *_OF_MODELS), "report")
+        return suites.merge(models[1:], out, json=json)
+    if suite is not None:
+        suites.refuse_beside(context, _OF_ONE, "--suite")
+        return suites.suite(
+            models, suite, out, arguments=model_arg, pretrained=pretrained, device=device, retry=retry, json=json
+        )
+    suites.refuse_beside(context, ("retry",), "no --suite")
+    if len(models) != 2:
+        raise UsageError("bench", f"found {len(models)} model(s)", "Name two, or pass --suite for more.")
+    reference, candidate = models
     if compile_ not in _COMPILE:
         raise UsageError("--compile", f"found {compile_!r}", f"Known are {', '.join(_COMPILE)}.")
     sizes = _numbers(batch_sizes)
@@ -63,6 +103,7 @@ def bench(
         common.print_json(result.to_dict())
     else:
         typer.echo(str(result))
+    return None
 
 
 def _numbers(text: str) -> list[int]:

@@ -29,6 +29,7 @@ __all__ = ["compress"]
 
 _SHARE = 0.6  # of linear channels, where nothing else is asked for
 _RATE = 1e-3  # of training before
+_REPORTS = "report.json", "report.html"
 _TRAIN_FIRST = 15  # epochs for a model that comes with random weights
 
 
@@ -166,7 +167,7 @@ def compress(
         typer.echo(f"{table}\n")
     typer.echo(str(result.report))
     if folder is not None:
-        names = ["plan.json", "report.json", *([] if dry_run else ["original.safetensors", "compressed.safetensors"])]
+        names = ["plan.json", *_REPORTS, *([] if dry_run else ["original.safetensors", "compressed.safetensors"])]
         typer.echo(f"written to {folder}: {', '.join(names)}")
 
 
@@ -238,4 +239,5 @@ def _write(folder: Path, original: nn.Module, result: Result, *, dry_run: bool) 
         save(original, folder / "original.safetensors")
         save(result.model, folder / "compressed.safetensors")
     write_text(folder / "plan.json", result.plan.to_json() + "\n")
-    result.report.save(folder / "report.json")
+    for name in _REPORTS:
+        result.report.save(folder / name)

@@ -125,7 +125,7 @@ def _decided(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Mo
     settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=job.steps.say)
     told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
     choices = tuple(site_choices(settled.choice).values())
-    decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"])
+    decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"], around.trials)
     return decision, settled.gated, settled.small
 
 
@@ -148,6 +148,7 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
     notes = (*found.notes, *_cache(found, choice))
     told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
+    told["trials"] = around.trials
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 

@@ -17,6 +17,7 @@ from linearize.families.option import SiteChoice
 from linearize.gating.gate import gates
 from linearize.plan import Plan
 from linearize.report.budget import Outcome
+from linearize.report.trial import Trial
 from linearize.storage.folders import write_text
 
 __all__ = ["DECISION_FILE", "Decision"]
@@ -36,6 +37,7 @@ class Decision:
         outcome: what became of the budget.
         options: by group of sites, the best options as a table.
         notes: what else a reader should know.
+        trials: the plans that were tried.
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Decision:
     outcome: Outcome
     options: Mapping[str, str]
     notes: tuple[str, ...]
+    trials: tuple[Trial, ...] = ()
 
     @property
     def by_site(self) -> dict[str, SiteChoice]:
@@ -51,7 +54,8 @@ class Decision:
 
     def told(self) -> dict[str, Any]:
         """The fields of the report that this decision fills."""
-        return {"outcome": self.outcome, "options": dict(self.options), "notes": tuple(self.notes)}
+        told = {"outcome": self.outcome, "options": dict(self.options), "notes": tuple(self.notes)}
+        return {**told, "trials": self.trials}
 
     def write(self, path: Path, key: str) -> None:
         """Write it, completely or not at all, with what identifies the job.
@@ -66,6 +70,7 @@ class Decision:
             "outcome": self.outcome.to_dict(),
             "options": dict(self.options),
             "notes": list(self.notes),
+            "trials": [asdict(trial) for trial in self.trials],
         }
         whole = {"format": _FORMAT, "sha256": _checksum(content), "decision": content}
         write_text(path, json.dumps(whole, indent=1) + "\n")
@@ -92,6 +97,7 @@ class Decision:
                 _outcome(content["outcome"]),
                 {str(name): str(text) for name, text in content["options"].items()},
                 tuple(map(str, content["notes"])),
+                tuple(Trial(**entry).checked() for entry in content.get("trials", ())),
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise _damaged(path, f"it is no plan ({type(error).__name__})") from error

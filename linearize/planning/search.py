@@ -21,6 +21,7 @@ from linearize.families.option import Group, Option
 from linearize.planning.carry_out import carry_out, site_choices
 from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
+from linearize.report.trial import Trial
 from linearize.running.copies import Workbench
 from linearize.training.distance import Yardstick, some_of
 
@@ -66,7 +67,7 @@ def searched(
         scaled = [_scaled(group, scale) for group, scale in zip(start, scales, strict=True)]
         if race.wins(scaled, f"in trial {trial + 1}"):
             best, factors = scaled, factors + step
-    return replace(found, groups=best)
+    return replace(found, groups=best, trials=tuple(race.trials))
 
 
 class _Race:
@@ -81,6 +82,7 @@ class _Race:
         self.bench = Workbench(found.gated, CollapseError)
         self.best: list[float] = []
         self.tried: set[tuple[Option, ...]] = set()
+        self.trials: list[Trial] = []
 
     def wins(self, groups: list[Group], of: str) -> bool:
         """Whether the choice among these groups has the least real loss so far; not if it has been tried."""
@@ -93,10 +95,11 @@ class _Race:
         losses = self.measure.losses(model, self.best)
         behind = len(losses) and losses[-1] == float("inf")
         self.say(f"  search: {'given up' if behind else f'{sum(losses):.4g}'} {of}")
-        if self.best and sum(losses) >= sum(self.best):
-            return False
-        self.best = losses
-        return True
+        wins = not self.best or sum(losses) < sum(self.best)
+        self.trials.append(Trial(of, None if behind else float(sum(losses)), wins=wins))
+        if wins:
+            self.best = losses
+        return wins
 
 
 def _kinds() -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ from linearize.gating.gate import gates
 from linearize.planning.knapsack import choose
 from linearize.planning.resume import NOTHING, Notes
 from linearize.planning.timing.all import timed
+from linearize.report.trial import Trial
 from linearize.running.batches import read_batches
 from linearize.running.models import evaluating
 from linearize.running.passes import Collector, run_passes
@@ -47,6 +48,7 @@ class Survey:
         total: the whole original model's cost in that measure, for the example batch; 1 for latency.
         before: parameters and FLOPs of the original.
         places: by the name of a family, where it applies; only the family itself looks inside.
+        trials: plans that were tried with the real loss.
     """
 
     context: Context
@@ -55,6 +57,7 @@ class Survey:
     total: float
     before: Cost
     places: dict[str, Any] = field(default_factory=dict)
+    trials: tuple[Trial, ...] = ()
 
     @property
     def gated(self) -> nn.Module:

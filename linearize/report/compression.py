@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from linearize.cost import Cost
-from linearize.report.budget import Outcome
-from linearize.report.timing import BenchmarkResult, write_json
-from linearize.report.verification import Verification
-from linearize.summary import Summary
+from linearize import checks
+from linearize.errors import UsageError
+from linearize.report.figures import Figures
+from linearize.report.timing import write_json, write_result
 from linearize.text_table import render, render_html, render_markdown
 
 __all__ = ["Report", "outcome_table"]
@@ -20,67 +18,33 @@ _SHOWN = 5  # sites that stay, in what is printed
 
 
 @dataclass(frozen=True)
-class Report:
-    """The result of a compression in numbers. It prints as a table.
+class Report(Figures):
+    """The result of a compression in numbers, with the attributes of `Figures`. It prints as a table.
 
-    Attributes:
-        quality: for each metric the values "before", "gated" and "collapsed"; empty if nothing was evaluated.
-        summary: the sites of the gated model after fine-tuning, with their linear channels.
-        before, after: parameters and FLOPs of the original and the collapsed model, for one batch of the data.
-        verification: the collapsed model compared with the gated one; None after a dry run.
-        timing: latency of the original and the collapsed model.
-        history: a record per epoch of fine-tuning.
-        seconds: how long each step took.
-        outcome: the budget and what was reached; None for a share of linear channels.
-        options: the best options of each group of sites, as a table; empty for a share of linear channels.
-        notes: further remarks, such as too little data.
-        kept: the reason, for each site that has no gate, or that stays for another reason than its loss.
-        plan: SHA-256 of the plan of this report (`Plan.sha256`).
+    `save` writes it as JSON or as a page.
     """
 
-    quality: Mapping[str, Mapping[str, float]]
-    summary: Summary
-    before: Cost
-    after: Cost
-    verification: Verification | None
-    timing: BenchmarkResult | None
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    outcome: Outcome | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    kept: Mapping[str, str] = field(default_factory=dict)
-    plan: str = ""
-
-    @property
-    def metric(self) -> str | None:
-        """The metric to show: accuracy if there is one, else the first."""
-        return "accuracy" if "accuracy" in self.quality else next(iter(self.quality), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "quality": {name: dict(values) for name, values in self.quality.items()},
-            "metric": self.metric,
-            **self.summary.to_dict(),
-            "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
-            "verification": None if self.verification is None else self.verification.to_dict(),
-            "timing": None if self.timing is None else self.timing.to_dict(),
-            "history": self.history,
-            "seconds": dict(self.seconds),
-            "budget": None if self.outcome is None else self.outcome.to_dict(),
-            "notes": list(self.notes),
-            "kept": dict(self.kept),
-            "plan_sha256": self.plan,
-        }
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON.
+        """Write the report, completely or not at all: as JSON, or as a page for a browser.
+
+        The page is one file without scripts that needs no network. It shows budget and outcome, quality, cost and
+        latency, every layer, the search, the training and the versions, and holds the plan.
+
+        Args:
+            path: a file that ends in .json (`to_dict`) or .html (the page).
 
         Raises:
-            UsageError: the file cannot be written.
+            UsageError: the file ends in something else, or cannot be written.
         """
-        write_json(path, self.to_dict())
+        suffix = checks.path("path", path).suffix.lower()
+        if suffix == ".json":
+            write_json(path, self.to_dict())
+        elif suffix == ".html":
+            from linearize.report.page import page_of  # not for programs that write none
+
+            write_result(path, page_of(self, self._repr_html_()))
+        else:
+            raise UsageError("path", f"found {str(path)!r:.120}", "Pass a file that ends in .json or .html.")
 
     def __str__(self) -> str:
         return "\n".join([outcome_table({"": self}), *self._below()])

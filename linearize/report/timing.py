@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from linearize.errors import UsageError
+from linearize.errors import CheckpointError, UsageError
+from linearize.storage.folders import write_text
 from linearize.text_table import render
 
-__all__ = ["BenchmarkResult", "Ratio", "Timing", "environment", "quartiles", "write_json"]
+__all__ = ["BenchmarkResult", "Ratio", "Timing", "environment", "quartiles", "write_json", "write_result"]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -142,18 +143,22 @@ def _processor() -> str:
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write plain data as JSON, beside the target first, so that an interrupted write leaves the old file.
+    """Write plain data as JSON, completely or not at all.
 
     Raises:
         UsageError: the file cannot be written.
     """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    write_result(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_result(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file for a user, completely or not at all.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     try:
-        beside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(target)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UsageError(
-            str(target), f"cannot be written ({error.strerror})", "Pass a file in a folder that exists."
-        ) from error
+        write_text(Path(path), text)
+    except CheckpointError as error:
+        found = f"cannot be written ({error.found.removeprefix('it cannot be written: ')})"
+        raise UsageError(str(path), found, "Pass a file in a folder that exists.") from error
