@@ -17,7 +17,7 @@ from linearize.compress import Result, carried_out
 from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
-from linearize.planning.request import Request
+from linearize.planning.request import Method, Request
 from linearize.planning.resume import facts_of, fingerprint
 from linearize.running.models import evaluating
 from linearize.running.order import Repeated
@@ -60,6 +60,12 @@ def compress(
         typer.Option(help="Instead of a budget: share of channels that become linear. 0.6 if there is no budget."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning. 0 skips it.")] = 10,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="What decides for a budget: the plan before training, gates during training, or gates from the plan on."
+        ),
+    ] = "plan",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only make a plan: show the options and the choice.")
     ] = False,
@@ -126,7 +132,7 @@ def compress(
         request = Request(
             **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
             modules=modules, families=family or None, output=parts,
-            search=search,
+            search=search, method=method,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from linearize.cost import Cost
 from linearize.report.budget import Outcome
+from linearize.report.course import Course
 from linearize.report.timing import BenchmarkResult, write_json
 from linearize.report.verification import Verification
 from linearize.summary import Summary
@@ -36,6 +37,8 @@ class Report:
         notes: further remarks, such as too little data.
         kept: the reason, for each site that has no gate, or that stays for another reason than its loss.
         plan: SHA-256 of the plan of this report (`Plan.sha256`).
+        method: what decided: "plan", "gates" or "both".
+        course: how gates came to the budget during training; None if they did not decide.
     """
 
     quality: Mapping[str, Mapping[str, float]]
@@ -51,6 +54,8 @@ class Report:
     notes: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     plan: str = ""
+    method: str = "plan"
+    course: Course | None = None
 
     @property
     def metric(self) -> str | None:
@@ -72,6 +77,8 @@ class Report:
             "notes": list(self.notes),
             "kept": dict(self.kept),
             "plan_sha256": self.plan,
+            "method": self.method,
+            "course": None if self.course is None else self.course.to_dict(),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -89,7 +96,8 @@ class Report:
         return render_html(["", "value"], list(_figures(self).items()), self._below())
 
     def _below(self) -> list[str]:
-        return [*(f"note: {note}" for note in self.notes), *_kept(self.kept)]
+        course = [] if self.course is None else self.course.lines()
+        return [*(f"note: {note}" for note in self.notes), *course, *_kept(self.kept)]
 
 
 def _kept(kept: Mapping[str, str]) -> list[str]:
@@ -127,6 +135,8 @@ def _figures(report: Report) -> dict[str, str]:
         found[f"latency ratio, batch {ratio.batch_size} [quartiles]"] = str(ratio)
     if report.outcome is not None:
         found["budget"] = str(report.outcome)
+        if report.method != "plan":
+            found["decided by"] = {"gates": "gates", "both": "a plan, then gates"}[report.method]
         found["predicted error, before fine-tuning"] = f"{report.outcome.loss:.3g}"
     check = report.verification
     if check is not None:
