@@ -167,9 +167,9 @@ def compress(
     """
     request = Request(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
-        finetune=finetune, method=method, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
-        exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
-        target=target, modules=modules, families=families, output=output, round_to=round_to, when=when,
+        finetune=finetune, method=method, evaluate=evaluate, distill=distill, example_inputs=example_inputs,
+        include=include, exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform,
+        stock=stock, target=target, modules=modules, families=families, output=output, round_to=round_to, when=when,
         batch_sizes=batch_sizes,
         rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip

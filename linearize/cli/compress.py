@@ -17,7 +17,7 @@ from linearize.compress import Result, carried_out
 from linearize.data import DataSource
 from linearize.errors import UsageError
 from linearize.finetune import finetune
-from linearize.planning.request import Method, Request
+from linearize.planning.request import Request
 from linearize.planning.resume import facts_of, fingerprint
 from linearize.running.models import evaluating
 from linearize.running.order import Repeated
@@ -61,9 +61,10 @@ def compress(
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning. 0 skips it.")] = 10,
     method: Annotated[
-        Method,
+        str,
         typer.Option(
-            help="What decides for a budget: the plan before training, gates during training, or gates from the plan on."
+            metavar="plan|gates|both",
+            help="What decides for a budget: a plan before training, gates during training, or gates from the plan on.",
         ),
     ] = "plan",
     dry_run: Annotated[
@@ -115,6 +116,7 @@ def compress(
 
     Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --flops 0.6 --out runs/vit[/bold]
     """
+    decides: Any = method  # Request says so if it is none
     budgets: dict[str, Any] = {
         "latency": latency,
         "speedup": speedup,
@@ -132,7 +134,7 @@ def compress(
         request = Request(
             **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
             modules=modules, families=family or None, output=parts,
-            search=search, method=method,
+            search=search, method=decides,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip

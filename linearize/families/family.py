@@ -18,7 +18,6 @@ from linearize.families.option import Group, Measure, Option, SiteChoice
 from linearize.gating.gate import ChannelGate
 from linearize.plan import Form, SitePlan
 from linearize.running.passes import Collector
-
 from linearize.training.slots import Slot
 
 __all__ = ["Context", "Family", "Layers", "Movable", "Replayed"]

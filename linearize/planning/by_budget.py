@@ -97,9 +97,7 @@ def _searched(job: Job, found: Survey, request: Request) -> Survey:
     return searched(found, aim, job.data, trials=request.search, seed=request.seed, say=job.steps.say)
 
 
-def decided(
-    job: Job, found: Survey, request: Request, held: Decision | None
-) -> tuple[Decision, nn.Module, nn.Module]:
+def decided(job: Job, found: Survey, request: Request, held: Decision | None) -> tuple[Decision, nn.Module, nn.Module]:
     """What is decided for the budget, or was before an interruption; the model in its planned state, and collapsed."""
     steps = job.steps
     with steps("plan"):
@@ -114,7 +112,13 @@ def decided(
     if request.sequential:
         with steps("refit"):
             goal = edited_in_order(
-                found, decision.by_site, job.data, seed=request.seed, progress=steps.bars, say=steps.say, notes=job.notes
+                found,
+                decision.by_site,
+                job.data,
+                seed=request.seed,
+                progress=steps.bars,
+                say=steps.say,
+                notes=job.notes,
             )
             small = collapsed(goal, decision.plan)
     return decision, goal, small

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
 
@@ -38,7 +37,8 @@ __all__ = ["by_gates"]
 
 _log = logging.getLogger(__name__)
 
-_ROUNDS = 6  # of a stricter aim after a miss
+_ROUNDS = 6  # of prices moved, or of a stricter aim, after a miss
+_RIGHT = 0.01  # a price no further off than this share of the original's cost was right
 
 
 @dataclass(frozen=True)
@@ -85,27 +85,36 @@ class _Job:
             plan = planned(model, replaced(choices))
             small = collapsed(model, plan)
         ratio = timer(self.job, self.request)
-        return _Measured(model, plan, small, fraction_of(self.found, self.budget, model, small, self.job.batch, ratio))
+        reached = fraction_of(self.found, self.budget, model, small, self.job.batch, ratio)
+        self.job.steps.say(
+            f"  promised {prior.share:.3f}, reached {reached:.3f} of the original's {self.budget.measure}"
+        )
+        return _Measured(model, plan, small, reached)
 
-    def prior(self, model: nn.Module, aim: float, steps: int) -> CostPrior:
+    def prior(self, model: nn.Module, steps: int) -> CostPrior:
         """A prior on a model in its state at the start."""
-        gone = None if self.decision is None else self.market.gone
+        gone, aim = None if self.decision is None else self.market.gone, self.budget.fraction
         return CostPrior(model, self.market.slots, self.market.price, aim=aim, steps=steps, gone=gone)
 
     def rehearse(self) -> tuple[CostPrior, _Measured]:
-        """All decided before any training, with the first aim that keeps to the budget, or the last one tried.
+        """All decided before any training. Prices are moved by what they promise wrongly, until the budget is met.
 
-        Prices are exact but for what only collapsing shows, and latencies are promises.
+        They are exact but for what only collapsing shows; latencies are promises.
         """
-        prior = self.prior(duplicate(self.model, CollapseError), self.budget.fraction, 1)
-        prior.finish()
-        return prior, self.kept(prior)
+        for last in range(_ROUNDS):
+            prior = self.prior(duplicate(self.model, CollapseError), 1)
+            prior.finish()
+            found = self.measured(prior)
+            wrong = found.reached - prior.share
+            if last == _ROUNDS - 1 or (kept_to(self.budget, found.reached) and abs(wrong) < _RIGHT) or _all_gone(prior):
+                break
+            self.market.offset += wrong
+        return prior, found
 
     def kept(self, prior: CostPrior) -> _Measured:
         """What becomes of a model whose gates are decided, with more channels gone as long as the budget is missed."""
         found = self.measured(prior)
         for _ in range(_ROUNDS):
-            self.job.steps.say(f"  promised {prior.share:.3f}, reached {found.reached:.3f} of the {self.budget.measure}")
             if kept_to(self.budget, found.reached) or _all_gone(prior):
                 break
             prior.finish(prior.aim - (found.reached - self.budget.fraction) * 1.1 - 1e-4)
@@ -126,7 +135,7 @@ def by_gates(job: Job, request: Request) -> Made:
     with job.steps("rehearse"):
         first, cut = made.rehearse()
     check_seen(job.original, cut.small, job.data, _predicted(made, first))
-    prior = made.prior(made.model, first.aim, job.deciding_steps)
+    prior = made.prior(made.model, job.deciding_steps)
     with job.steps("fine-tune"):
         options = {**job.options, "on_step": _hearing(prior, job.options.get("on_step"))}
         history = job.train(made.model, prior, {**options, **job.notes.training(request.method)})
@@ -176,7 +185,9 @@ def _started(job: Job, request: Request, budget: Budget) -> _Job:
         market.offset = 1 - market.price(at)
     notes = []
     if len(moving) < len(gates(found.gated)):
-        notes = [f"channels may move in {len(moving)} of {len(gates(found.gated))} sites; the others stay as they start"]
+        notes = [
+            f"channels may move in {len(moving)} of {len(gates(found.gated))} sites; the others stay as they start"
+        ]
     return _Job(job, request, budget, found, model, fixed, market, decision, notes)
 
 
@@ -227,6 +238,6 @@ def _course(prior: CostPrior) -> Course:
     sites: dict[str, SiteMoves] = {}
     for name, slot in prior.slots.items():
         start, end = prior.start[name], prior.gone[name]
-        left = [slot.channels - int(slot.held.sum()) - int(mask.sum()) for mask in (start, end)]
-        sites[name] = SiteMoves(slot.channels, *left, int((end & ~start).sum()), int((start & ~end).sum()))
+        free, went, back = (int(mask.sum()) for mask in (~slot.held, end & ~start, start & ~end))
+        sites[name] = SiteMoves(slot.channels, free - int(start.sum()), free - int(end.sum()), went, back)
     return Course(tuple(prior.points), sites)

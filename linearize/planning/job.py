@@ -52,7 +52,6 @@ class Job:
         length = len(self.data) if length is None else length
         return int(self.options["epochs"]) * math.ceil(int(length) / (self.options.get("accumulate") or 1))
 
-
     @property
     def deciding_steps(self) -> int:
         """Steps until all gates are decided, at least one. In the rest the weights settle around them."""

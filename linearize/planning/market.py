@@ -79,7 +79,9 @@ def market_of(found: Survey, model: nn.Module, choices: Mapping[str, SiteChoice]
                 members.append((group, movable))
                 break
     slots = [
-        replace(slot, saving=_saving(found, group, movable, slot)) for group, movable in members for slot in movable.slots
+        replace(slot, saving=_saving(found, group, movable, slot))
+        for group, movable in members
+        for slot in movable.slots
     ]
     return Market(found.measure, found.total, members, slots)
 
@@ -116,4 +118,3 @@ def without_idle_biases(model: nn.Module, original: nn.Module) -> None:
             module.bias = None
         else:
             bias.requires_grad_(bool(getattr(module, "weight", bias).requires_grad))
-

@@ -105,12 +105,13 @@ class Request:
         if self.checkpoint_dir is not None:
             self._set("checkpoint_dir", checks.folder("checkpoint_dir", self.checkpoint_dir))
         _ = self.training
-        checks.choice("method", self.method, get_args(Method))
-        if self.method != "plan":
-            self._check_method()
+        self._check_method()
 
     def _check_method(self) -> None:
         """What gates that decide in training need, and what leaves them nothing to decide."""
+        checks.choice("method", self.method, get_args(Method))
+        if self.method == "plan":
+            return
         for name, bad, remedy in (
             ("finetune", not self.training["epochs"], "Pass finetune=, such as finetune=10: gates decide in training."),
             ("finetune", "gradual" in self.training, 'Leave "gradual" out: gates move in steps of their own.'),

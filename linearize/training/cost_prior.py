@@ -19,7 +19,7 @@ Evci et al., "Rigging the Lottery", ICML 2020. Shape letters: C channels of a ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,18 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError
 from linearize.gating.gate import ChannelGate, gates
+from linearize.training.auction import Price, chosen
 from linearize.training.compete import SCHEDULES
 from linearize.training.slots import Slot, before_any_cut
 
-__all__ = ["CostPrior", "chosen"]
+__all__ = ["CostPrior"]
 
 _DECISIONS = 20
-_REACH = 1.0  # how far the wish of a channel can go that training pulls one way all the time: from last place to first
+# How far a wish goes that training pulls one way all the time: half of the way from the last place to the first. With
+# more, short trainings were worse: a single channel's gradient does not know what the others would make up for.
+_REACH = 0.5
 _MARGIN = 0.05  # a channel changes sides for no smaller difference
 _MEMORY = 0.9  # of the mean of squared gradients
-
-Price = Callable[[Mapping[str, int]], float]
 
 
 class CostPrior:
@@ -114,7 +115,7 @@ class CostPrior:
         length, place = cuts[index + 1] - cuts[index], self.steps_taken - cuts[index]
         if place == 1:
             share = SCHEDULES["cosine"]((index + 1) / self._decisions)
-            self._decide(self.whole + (self.aim - self.whole) * share)
+            self._decide(self.whole + (self.aim - self.whole) * share if share < 1 else self.aim)
         self._move(place, length)
         if self.steps_taken >= self.steps:
             self._freeze()
@@ -144,7 +145,9 @@ class CostPrior:
 
     def _read(self) -> None:
         """Add to the wishes what the optimizer did to alpha since the last step, and weigh the penalty anew."""
-        changes = {name: (self._alpha(name) - self._left[name]).masked_fill(self._fixed(name), 0) for name in self.slots}
+        changes = {
+            name: (self._alpha(name) - self._left[name]).masked_fill(self._fixed(name), 0) for name in self.slots
+        }
         largest = max((float(change.abs().max()) for change in changes.values()), default=0.0)
         for name, change in changes.items():
             if largest > 0:
@@ -168,7 +171,7 @@ class CostPrior:
         before = self.gone
         stays = {name: torch.where(self._named[name].frozen.cpu(), torch.inf, _MARGIN) for name in self.slots}
         scores = {n: torch.where(before[n], wish + stays[n], wish) for n, wish in self.wish.items()}
-        self.gone = chosen(self.slots, scores, self.price, share)
+        self.gone = chosen(self.slots, scores, self.price, share, fill=share == self.aim)  # on the way it would churn
         self._from = {name: self._left[name].clone() for name in self.slots}
         self._ways = self._found_ways(before)
         went = sum(int((self.gone[name] & ~before[name]).sum()) for name in self.slots)
@@ -236,42 +239,3 @@ class CostPrior:
         self.steps_taken, self.weight, self.aim = int(state["steps_taken"]), float(state["weight"]), float(state["aim"])
         self.frozen, self.points = bool(state["frozen"]), [dict(point) for point in state["points"]]
         self._heard = list(state["heard"])
-
-
-def chosen(
-    slots: Mapping[str, Slot], scores: Mapping[str, Tensor], price: Price, share: float
-) -> dict[str, Tensor]:
-    """Who is gone: the best score first, in the numbers that each slot allows, until the price is at most `share`.
-
-    Channels between two such numbers go together, at their mean score. If nothing reaches the share, all that may go.
-
-    Examples:
-        >>> slot = Slot("act", (0, 2, 3), torch.zeros(4), torch.zeros(4, dtype=torch.bool))
-        >>> scores = {"act": torch.tensor([4.0, 1.0, 2.0, 3.0])}
-        >>> chosen({"act": slot}, scores, lambda gone: 1 - gone["act"] / 4, 0.5)["act"].tolist()
-        [True, False, False, True]
-    """
-    blocks: list[tuple[float, int, str]] = []
-    orders: dict[str, Tensor] = {}
-    for name, slot in slots.items():
-        score = scores[name].masked_fill(slot.held, -torch.inf)
-        orders[name] = torch.argsort(score, descending=True, stable=True)
-        ordered = score[orders[name]].tolist()
-        for low, high in zip(slot.counts, slot.counts[1:], strict=False):
-            blocks.append((sum(ordered[low:high]) / (high - low), high, name))
-    blocks.sort(key=lambda block: -block[0])  # stable: equal scores in the order of execution
-
-    def after(number: int) -> dict[str, int]:
-        return dict.fromkeys(slots, 0) | {name: high for _, high, name in blocks[:number]}
-
-    low, high = 0, len(blocks)
-    while low < high:
-        middle = (low + high) // 2
-        if price(after(middle)) <= share * (1 + 1e-12):
-            high = middle
-        else:
-            low = middle + 1
-    gone = {name: torch.zeros(slot.channels, dtype=torch.bool) for name, slot in slots.items()}
-    for name, count in after(low).items():
-        gone[name][orders[name][:count]] = True
-    return gone
