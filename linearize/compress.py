@@ -70,6 +70,7 @@ def compress(
     plan: Plan | None = None,
     finetune: int | Mapping[str, Any] | None = None,
     method: Method = "plan",
+    candidates: int = 1,
     evaluate: Evaluate | None = None,
     distill: bool = True,
     output: Choice = None,
@@ -118,6 +119,8 @@ def compress(
         method: what decides for a budget: "plan" (closed forms, before training), "gates" (channels go during
             training, under a prior on what they cost), or "both" (training starts in the plan's state, and moves
             channels between sites). The last two need `finetune`.
+        candidates: number of plans of different kinds (only widths, with blocks, with whole modules, everything) that
+            are trained for a tenth of the steps each before one is taken (docs/compress.md). 1 compares none.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: fine-tuning imitates the original model, in addition to the labels.
         output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
@@ -167,11 +170,11 @@ def compress(
     """
     request = Request(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
-        finetune=finetune, method=method, evaluate=evaluate, distill=distill, example_inputs=example_inputs,
-        include=include, exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform,
-        stock=stock, target=target, modules=modules, families=families, output=output, round_to=round_to, when=when,
-        batch_sizes=batch_sizes,
-        rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
+        finetune=finetune, method=method, candidates=candidates, evaluate=evaluate, distill=distill,
+        example_inputs=example_inputs, include=include, exclude=exclude, dry_run=dry_run, sequential=sequential,
+        search=search, uniform=uniform, stock=stock, target=target, modules=modules, families=families, output=output,
+        round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds, cache=cache,
+        checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)
     notes.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from linearize.cost import cost
 from linearize.errors import CollapseError, TrainingError, UsageError
 from linearize.families.option import SiteChoice
 from linearize.gating.gate import ChannelGate, gates
+from linearize.planning.candidates import surveys_of
 from linearize.planning.carry_out import carry_out, edited, site_choices
 from linearize.planning.knapsack import choose
 from linearize.planning.market import market_of, without_idle_biases
@@ -188,7 +190,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(method: str, line: str, tmp
 def test_another_method_is_another_request() -> None:
     asked: Any = {"flops": 0.5, "finetune": 1}
     keys = {fingerprint(nn.Identity(), Request(**asked, method=method).key) for method in get_args(Method)}
-    assert len(keys) == 3
+    assert len(keys | {fingerprint(nn.Identity(), Request(**asked, candidates=2).key)}) == 4
 
 
 def test_another_method_does_not_continue_a_run(tmp_path: Path) -> None:
@@ -480,3 +482,59 @@ def test_held_channels_never_move() -> None:
     start = before_any_cut({"a": slot}, {"a": torch.zeros(4, dtype=torch.bool)})
     found = chosen({"a": slot}, start, lambda gone: 1 - gone["a"] / 4, 0.0)
     assert found["a"].tolist() == [False, True, True, False]
+
+
+# Plans of different kinds, compared after a little training
+
+
+def test_candidates_are_trained_and_the_best_of_them_is_taken() -> None:
+    told: list[str] = []
+    options: Any = {"search": 2, **QUIET, "progress": told.append}
+    result = compress(convolutional(), pictures(4, 6), flops=0.4, candidates=3, finetune=3, **options)
+    notes = [note for note in result.report.notes if "candidate" in note or "taken" in note]
+    head, *each = notes
+    tried = [note for note in each if note.startswith("candidate")]
+    assert len(tried) >= 2
+    assert len({note.partition(":")[0] for note in each}) == len(each)  # each kind once
+    steps = math.ceil(3 * 6 / 10)
+    rounds = sum(note.count(" -> ") for note in tried)
+    assert f"after {rounds} x {steps} steps" in head
+    assert sum(f": {steps} steps" in line for line in told) == rounds
+    last = {note.partition(": ")[0].removeprefix("candidate "): note for note in tried}
+    longest = max(note.count(" -> ") for note in tried)
+    final = {name: float(note.split()[-1]) for name, note in last.items() if note.count(" -> ") == longest}
+    taken = head.removeprefix("taken: ").partition(",")[0]
+    assert final[taken] == min(final.values())
+    assert result.report.outcome is not None
+    assert result.report.outcome.met
+    assert result.report.verification
+
+
+def test_kinds_differ_in_what_they_may_use() -> None:
+    found = surveyed(convolutional().eval(), pictures(4, 6))
+    kinds = surveys_of(found, found)
+    assert {"mixed", "widths", "widths and blocks", "widths and modules"} <= set(kinds)
+
+    def forms(kind: str) -> set[str]:
+        picked = choose(kinds[kind].groups, "flops", 0.4 * found.total - found.fixed)
+        return {choice.form for choice in site_choices(picked).values() if choice.replaces}
+
+    assert forms("widths") == set()
+    assert forms("widths and blocks") <= {"block", "bordered block"}
+    assert forms("widths and blocks") | forms("widths and modules"), "negative control: something is replaced if it may"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"candidates": 0}, "candidates: found 0"),
+        ({"finetune": None}, "finetune: found None with candidates=2"),
+        ({"method": "gates"}, "method: found 'gates' with candidates=2"),
+        ({"flops": None, "linear": 0.5}, "linear: found 0.5 with candidates=2"),
+        ({"dry_run": True}, "dry_run: found True with candidates=2"),
+    ],
+)
+def test_candidates_need_training(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Request(**{"flops": 0.5, "finetune": 1, "candidates": 2, **options})
+    assert told in str(error.value)

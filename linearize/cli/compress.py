@@ -67,6 +67,10 @@ def compress(
             help="What decides for a budget: a plan before training, gates during training, or gates from the plan on.",
         ),
     ] = "plan",
+    candidates: Annotated[
+        int,
+        typer.Option(min=1, help="Plans of different kinds to train for a tenth of the epochs, to take one."),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only make a plan: show the options and the choice.")
     ] = False,
@@ -134,7 +138,7 @@ def compress(
         request = Request(
             **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
             modules=modules, families=family or None, output=parts,
-            search=search, method=decides,
+            search=search, method=decides, candidates=candidates,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from linearize.families.registry import family_of
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.budget import Budget
+from linearize.planning.candidates import best_after_recovery
 from linearize.planning.carry_out import collapsed, edited, explained, planned, replaced, site_choices
 from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
@@ -130,8 +131,19 @@ def _settled(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Mo
         raise UsageError("compress", "found no budget", "Pass exactly one.")
 
     around = _searched(job, found, request)
-    settled = settle(around, budget, job.batch, time_ratio=timer(job, request), say=job.steps.say)
+
+    def settle_one(survey: Survey) -> Settled:
+        return settle(survey, budget, job.batch, time_ratio=timer(job, request), say=job.steps.say)
+
+    if request.candidates > 1:
+        left = budget.fraction * found.total - found.fixed
+        settled, tried = best_after_recovery(
+            job, found, around, left, settle_one, count=request.candidates, distill=request.distill
+        )
+    else:
+        settled, tried = settle_one(around), ()
     told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
+    told["notes"] += tried
     choices = tuple(site_choices(settled.choice).values())
     decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"])
     return decision, settled.gated, settled.small

@@ -54,6 +54,7 @@ class Request:
     plan: Plan | None = None
     finetune: int | Mapping[str, Any] | None = None
     method: Method = "plan"
+    candidates: int = 1
     evaluate: Any = None
     distill: bool = True
     example_inputs: Any = None
@@ -105,7 +106,28 @@ class Request:
         if self.checkpoint_dir is not None:
             self._set("checkpoint_dir", checks.folder("checkpoint_dir", self.checkpoint_dir))
         _ = self.training
+        checks.whole("candidates", self.candidates, 1)
+        self._check_candidates()
         self._check_method()
+
+    def _check_candidates(self) -> None:
+        """Whether there are plans, and training to compare them."""
+        if self.candidates == 1:
+            return
+        for name, bad, remedy in (
+            (
+                "finetune",
+                not self.training["epochs"],
+                "Pass finetune=, such as finetune=10: plans are compared trained.",
+            ),
+            ("method", self.method == "gates", 'Pass method="plan" or "both": gates start without a plan.'),
+            ("linear", self.linear is not None, "Pass a budget, such as flops=0.5."),
+            ("plan", self.plan is not None, "Pass a budget, such as flops=0.5."),
+            ("dry_run", self.dry_run, "Leave candidates= out: a dry run trains nothing."),
+        ):
+            if bad:
+                found = f"found {_short(getattr(self, name))} with candidates={self.candidates}"
+                raise UsageError(name, found, remedy)
 
     def _check_method(self) -> None:
         """What gates that decide in training need, and what leaves them nothing to decide."""
