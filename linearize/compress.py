@@ -19,10 +19,11 @@ from linearize.finetune import finetune as train
 from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
+from linearize.planning.by_gates import by_gates
 from linearize.planning.by_share import to_share
 from linearize.planning.first_batches import check_inputs, check_output, check_training_data, some_batches
 from linearize.planning.job import Job, Made
-from linearize.planning.request import Request
+from linearize.planning.request import Method, Request
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.report.versions import versions
@@ -69,6 +70,8 @@ def compress(
     linear: float | None = None,
     plan: Plan | None = None,
     finetune: int | Mapping[str, Any] | None = None,
+    method: Method = "plan",
+    candidates: int = 1,
     evaluate: Evaluate | None = None,
     distill: bool = True,
     output: Choice = None,
@@ -114,6 +117,11 @@ def compress(
         finetune: number of epochs, or keyword arguments of `linearize.finetune`; None trains nothing. With `gradual`,
             a share of the steps, the model moves to the planned state during these steps; 0, the default, starts there.
             With a budget or a plan, the default learning rate is 3e-4.
+        method: what decides for a budget: "plan" (closed forms, before training), "gates" (channels go during
+            training, under a prior on what they cost), or "both" (training starts in the plan's state, and moves
+            channels between sites). The last two need `finetune`.
+        candidates: number of plans of different kinds (only widths, with blocks, with whole modules, everything) that
+            are trained for a tenth of the steps each before one is taken (docs/compress.md). 1 compares none.
         evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
         distill: fine-tuning imitates the original model, in addition to the labels.
         output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
@@ -163,11 +171,11 @@ def compress(
     """
     request = Request(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
-        finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
-        exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
-        target=target, modules=modules, families=families, output=output, round_to=round_to, when=when,
-        batch_sizes=batch_sizes,
-        rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
+        finetune=finetune, method=method, candidates=candidates, evaluate=evaluate, distill=distill,
+        example_inputs=example_inputs, include=include, exclude=exclude, dry_run=dry_run, sequential=sequential,
+        search=search, uniform=uniform, stock=stock, target=target, modules=modules, families=families, output=output,
+        round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds, cache=cache,
+        checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)
     notes.forget()
@@ -203,7 +211,10 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             around.enter_context(alone_in(notes.folder, "checkpoint_dir"))
         trainer = _trainer(repeated, steps, request, model)
         job = Job(model, gated, reading, example, steps, request.training, trainer, notes)
-        made = to_budget(job, request) if request.linear is None else to_share(job, request.linear, request.when)
+        if request.linear is not None:
+            made = to_share(job, request.linear, request.when)
+        else:
+            made = to_budget(job, request) if request.method == "plan" else by_gates(job, request)
         if request.dry_run:
             costs = cost(model, example)
             report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)

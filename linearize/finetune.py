@@ -26,9 +26,8 @@ from linearize.training.around import judged, ready, tell_of_epoch, teller, wrap
 from linearize.training.features import Features
 from linearize.training.kept import checkpoints_in
 from linearize.training.losses import Evaluate
-from linearize.training.objective import Loss, Objective
-from linearize.training.path import PlannedPath
-from linearize.training.priors import SparsityPrior, param_groups
+from linearize.training.objective import Loss, Objective, Prior
+from linearize.training.priors import param_groups
 from linearize.training.run import Run
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def finetune(
     *,
     epochs: int = 1,
     loss: Loss | None = None,
-    prior: SparsityPrior | PlannedPath | None = None,
+    prior: Prior | None = None,
     teacher: nn.Module | None = None,
     distill_weight: float = 0.5,
     temperature: float = 2.0,
@@ -227,13 +226,13 @@ def finetune(
     return FinetuneResult(model, run.history, run.step, done)
 
 
-def _check_prior(prior: SparsityPrior | PlannedPath | None, model: nn.Module, total: int) -> None:
+def _check_prior(prior: Prior | None, model: nn.Module, total: int) -> None:
     if prior is None:
         return
     if not set(prior.gates) <= set(model.modules()):
         raise UsageError("finetune", "found a prior on gates of another model", "Make the prior for this model.")
-    competes = prior.competition.steps if prior.competition is not None else 0
-    steps = prior.steps if isinstance(prior, PlannedPath) else competes
+    decides = prior if prior.competition is None else prior.competition
+    steps = int(getattr(decides, "steps", 0))
     if prior.steps_taken + total < steps:
         found = f"found a prior that reaches its target at step {steps}, but {total} steps of training"
         raise UsageError("finetune", found, f"Make the prior with steps={total} or fewer, or train longer.")

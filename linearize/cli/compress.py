@@ -61,6 +61,17 @@ def compress(
         typer.Option(help="Instead of a budget: share of channels that become linear. 0.6 if there is no budget."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning. 0 skips it.")] = 10,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="plan|gates|both",
+            help="What decides for a budget: a plan before training, gates during training, or gates from the plan on.",
+        ),
+    ] = "plan",
+    candidates: Annotated[
+        int,
+        typer.Option(min=1, help="Plans of different kinds to train for a tenth of the epochs, to take one."),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only make a plan: show the options and the choice.")
     ] = False,
@@ -110,6 +121,7 @@ def compress(
 
     Example: [bold]linearize compress timm:test_vit -a img_size=32 --data digits --flops 0.6 --out runs/vit[/bold]
     """
+    decides: Any = method  # Request says so if it is none
     budgets: dict[str, Any] = {
         "latency": latency,
         "speedup": speedup,
@@ -127,7 +139,7 @@ def compress(
         request = Request(
             **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
             modules=modules, families=family or None, output=parts,
-            search=search,
+            search=search, method=decides, candidates=candidates,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip

@@ -18,8 +18,9 @@ from linearize.families.option import Group, Measure, Option, SiteChoice
 from linearize.gating.gate import ChannelGate
 from linearize.plan import Form, SitePlan
 from linearize.running.passes import Collector
+from linearize.training.slots import Slot
 
-__all__ = ["Context", "Family", "Layers", "Replayed"]
+__all__ = ["Context", "Family", "Layers", "Movable", "Replayed"]
 
 
 @dataclass
@@ -94,6 +95,23 @@ class Replayed:
     keep: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Movable:
+    """What gates may decide in training in one group: which of its channels go.
+
+    Attributes:
+        slots: of channels that may go and come back.
+        choices: the choices for the numbers of channels that are gone, one number for each slot.
+        costs: FLOPs, parameters and units of the group then.
+        gone: by slot, the channels that are gone in the model at hand.
+    """
+
+    slots: tuple[Slot, ...]
+    choices: Callable[[Sequence[int]], tuple[SiteChoice, ...]]
+    costs: Callable[[Sequence[int]], tuple[float, float, float]]
+    gone: Mapping[str, Tensor]
+
+
 class Family(Protocol):
     """A kind of replacement. `places` is the result of `find`; only the family itself looks inside.
 
@@ -135,6 +153,20 @@ class Family(Protocol):
     ) -> None:
         """Carry out a choice behind others. `see` runs collectors over the data. Used only if `in_order`."""
         return
+
+    def movable(
+        self, model: nn.Module, context: Context, places: Any, group: Group, choices: Mapping[str, SiteChoice]
+    ) -> Movable | None:
+        """What gates may still decide in a group in which choices were carried out. None, the default, for nothing.
+
+        Args:
+            model: gated, with the choices carried out. Gates and weights may be prepared, if that keeps its function.
+            context: of the survey.
+            places: of this family.
+            group: of the survey.
+            choices: by site, those of this group that change anything.
+        """
+        return None
 
     def entry(self, site: SitePlan, choice: SiteChoice, gate: ChannelGate) -> SitePlan:
         """Write a choice into the plan of a site that still has its gate. By default the plan does not change."""

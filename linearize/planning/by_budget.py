@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from linearize.families.registry import family_of
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
 from linearize.planning.budget import Budget
+from linearize.planning.candidates import best_after_recovery
 from linearize.planning.carry_out import collapsed, edited, explained, planned, replaced, site_choices
 from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
@@ -31,7 +32,7 @@ from linearize.running.processes import agreed, from_first
 from linearize.surgery.form_choice import mask_of
 from linearize.training.distance import check_seen, real_loss, some_of
 
-__all__ = ["to_budget"]
+__all__ = ["decided", "drift", "outcome_of", "surveyed", "timer", "to_budget"]
 
 _log = logging.getLogger(__name__)
 _REMEDY = "Make the plan from this model."
@@ -42,37 +43,24 @@ def to_budget(job: Job, request: Request) -> Made:
     steps, budget = job.steps, request.budget
     ask = budget is not None and not request.dry_run
     held = from_first(lambda: job.notes.decision(job.gated)) if ask else None
-    found = _surveyed(job, request, held)
+    found = surveyed(job, request, held)
     if request.plan is not None:
         return _replayed(job, found, request.plan)
     if budget is None:
         raise UsageError("compress", "found no budget", "Pass exactly one.")
-    with steps("plan"):
-        if request.dry_run:
+    if request.dry_run:
+        with steps("plan"):
             return _dry(found, _searched(job, found, request), budget)
-        if held is None:
-            decision, goal, small = _decided(job, found, request)
-            job.notes.decide(decision)
-        else:
-            steps.say("  the plan of the run that was interrupted")
-            decision, goal = held, edited(found, held.by_site)
-            small = collapsed(goal, held.plan)
-    agreed(decision.plan.sha256, "plans", "Please report this model.")
-    told, choices = decision.told(), decision.by_site
+    decision, goal, small = decided(job, found, request, held)
+    told = decision.told()
     if not decision.outcome.met:
         _log.warning("%s", decision.outcome)
-    if request.sequential:
-        with steps("refit"):
-            goal = edited_in_order(
-                found, choices, job.data, seed=request.seed, progress=steps.bars, say=steps.say, notes=job.notes
-            )
-            small = collapsed(goal, decision.plan)
-    gated, tuned, history = _trained(job, found, choices, goal, decision.plan, small)
-    told["notes"] += _drift(job, small, tuned) if history else ()
+    gated, tuned, history = _trained(job, found, decision.by_site, goal, decision.plan, small)
+    told["notes"] += drift(job, small, tuned) if history else ()
     return Made(gated, tuned, explained(decision.plan, found), history, told)
 
 
-def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
+def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
     """The survey; without latencies if the plan is settled."""
     steps, means = job.steps, request.means
     measure = "flops" if request.budget is None else request.budget.measure
@@ -110,26 +98,69 @@ def _searched(job: Job, found: Survey, request: Request) -> Survey:
     return searched(found, aim, job.data, trials=request.search, seed=request.seed, say=job.steps.say)
 
 
-def _decided(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Module, nn.Module]:
-    """What is decided for the budget; the model in its planned state, and the same collapsed."""
+def decided(job: Job, found: Survey, request: Request, held: Decision | None) -> tuple[Decision, nn.Module, nn.Module]:
+    """What is decided for the budget, or was before an interruption; the model in its planned state, and collapsed."""
+    steps = job.steps
+    with steps("plan"):
+        if held is None:
+            decision, goal, small = _settled(job, found, request)
+            job.notes.decide(decision)
+        else:
+            steps.say("  the plan of the run that was interrupted")
+            decision, goal = held, edited(found, held.by_site)
+            small = collapsed(goal, held.plan)
+    agreed(decision.plan.sha256, "plans", "Please report this model.")
+    if request.sequential:
+        with steps("refit"):
+            goal = edited_in_order(
+                found,
+                decision.by_site,
+                job.data,
+                seed=request.seed,
+                progress=steps.bars,
+                say=steps.say,
+                notes=job.notes,
+            )
+            small = collapsed(goal, decision.plan)
+    return decision, goal, small
+
+
+def _settled(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Module, nn.Module]:
     budget = request.budget
     if budget is None:
         raise UsageError("compress", "found no budget", "Pass exactly one.")
+
+    around = _searched(job, found, request)
+
+    def settle_one(survey: Survey) -> Settled:
+        return settle(survey, budget, job.batch, time_ratio=timer(job, request), say=job.steps.say)
+
+    if request.candidates > 1:
+        left = budget.fraction * found.total - found.fixed
+        settled, tried = best_after_recovery(
+            job, found, around, left, settle_one, count=request.candidates, distill=request.distill
+        )
+    else:
+        settled, tried = settle_one(around), ()
+    told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
+    told["notes"] += tried
+    choices = tuple(site_choices(settled.choice).values())
+    decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"], around.trials)
+    return decision, settled.gated, settled.small
+
+
+def timer(job: Job, request: Request) -> Callable[[nn.Module], float]:
+    """What measures the latency of a model as a share of the original's."""
 
     def time_ratio(small: nn.Module) -> float:
         pair = {"original": job.original, "collapsed": small}
         timed = from_first(lambda: benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes))
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
-    around = _searched(job, found, request)
-    settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=job.steps.say)
-    told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
-    choices = tuple(site_choices(settled.choice).values())
-    decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"], around.trials)
-    return decision, settled.gated, settled.small
+    return time_ratio
 
 
-def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
+def drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
     """A note, if fine-tuning took the model away from the original; by labels it may well do so, and rightly."""
     some = some_of(job.data, 4)
     before, after = (real_loss(job.original, model, some) for model in (small, tuned))
@@ -145,7 +176,7 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
     choices = site_choices(choice)
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
-    outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
+    outcome = outcome_of(found, budget, predicted, None, choice.loss, met=None)
     notes = (*found.notes, *_cache(found, choice))
     told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
     told["trials"] = around.trials
@@ -153,7 +184,7 @@ def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
 
 
 def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
-    outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
+    outcome = outcome_of(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
     notes = (*found.notes, *_cache(found, settled.choice))
     return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
 
@@ -165,9 +196,10 @@ def _cache(found: Survey, choice: Choice) -> list[str]:
     return [f"keys and values kept of the example batch: {after:.0f} of {before:.0f} bytes"] if before else []
 
 
-def _outcome(
+def outcome_of(
     found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
 ) -> Outcome:
+    """What became of a budget."""
     same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
     least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told
     other = None if same is None else same.loss

@@ -13,9 +13,6 @@ from linearize.training.priors import SparsityPrior
 
 __all__ = ["to_share"]
 
-# The last part of fine-tuning goes on with all gates decided, so that the weights settle around them.
-_DECIDED_AFTER = 0.7
-
 
 def to_share(job: Job, linear: float, when: When) -> Made:
     """Make a share of all gated channels linear, with or without training, and collapse."""
@@ -23,12 +20,10 @@ def to_share(job: Job, linear: float, when: When) -> Made:
     check_gated(gated)
     with steps("calibrate"):
         calibration = calibrate(gated, job.data, progress=steps.bars)
-    total = job.training_steps
-    decided = max(1, int(_DECIDED_AFTER * total))
-    prior = SparsityPrior(gated, kind="target", target=linear, steps=decided, calibration=calibration)
+    prior = SparsityPrior(gated, kind="target", target=linear, steps=job.deciding_steps, calibration=calibration)
     history: list[dict[str, float]] = []
     with steps("fine-tune"):
-        if total:
+        if job.training_steps:
             history = job.train(gated, prior, {**job.options, **job.notes.training("a share")})
         else:
             prior.step()

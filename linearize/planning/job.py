@@ -16,6 +16,8 @@ from linearize.running.steps import Steps
 
 __all__ = ["Job", "Made"]
 
+_DECIDED_AFTER = 0.7
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,6 +51,11 @@ class Job:
         length = self.options.get("steps_per_epoch")
         length = len(self.data) if length is None else length
         return int(self.options["epochs"]) * math.ceil(int(length) / (self.options.get("accumulate") or 1))
+
+    @property
+    def deciding_steps(self) -> int:
+        """Steps until all gates are decided, at least one. In the rest the weights settle around them."""
+        return max(1, int(_DECIDED_AFTER * self.training_steps))
 
 
 @dataclass(frozen=True)

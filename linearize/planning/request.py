@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from linearize import checks
 from linearize.errors import UsageError
@@ -22,7 +22,9 @@ from linearize.running.outputs import Choice
 from linearize.training.arguments import check_numbers
 from linearize.training.kept import check_folder
 
-__all__ = ["Request"]
+__all__ = ["Method", "Request"]
+
+Method = Literal["plan", "gates", "both"]
 
 
 _GENTLE = 3e-4  # learning rate behind a plan: the model is close already, and a large rate takes it away
@@ -51,6 +53,8 @@ class Request:
     linear: float | None = None
     plan: Plan | None = None
     finetune: int | Mapping[str, Any] | None = None
+    method: Method = "plan"
+    candidates: int = 1
     evaluate: Any = None
     distill: bool = True
     example_inputs: Any = None
@@ -102,6 +106,47 @@ class Request:
         if self.checkpoint_dir is not None:
             self._set("checkpoint_dir", checks.folder("checkpoint_dir", self.checkpoint_dir))
         _ = self.training
+        checks.whole("candidates", self.candidates, 1)
+        self._check_candidates()
+        self._check_method()
+
+    def _check_candidates(self) -> None:
+        """Whether there are plans, and training to compare them."""
+        if self.candidates == 1:
+            return
+        for name, bad, remedy in (
+            (
+                "finetune",
+                not self.training["epochs"],
+                "Pass finetune=, such as finetune=10: plans are compared trained.",
+            ),
+            ("method", self.method == "gates", 'Pass method="plan" or "both": gates start without a plan.'),
+            ("linear", self.linear is not None, "Pass a budget, such as flops=0.5."),
+            ("plan", self.plan is not None, "Pass a budget, such as flops=0.5."),
+            ("dry_run", self.dry_run, "Leave candidates= out: a dry run trains nothing."),
+        ):
+            if bad:
+                found = f"found {_short(getattr(self, name))} with candidates={self.candidates}"
+                raise UsageError(name, found, remedy)
+
+    def _check_method(self) -> None:
+        """What gates that decide in training need, and what leaves them nothing to decide."""
+        checks.choice("method", self.method, get_args(Method))
+        if self.method == "plan":
+            return
+        for name, bad, remedy in (
+            ("finetune", not self.training["epochs"], "Pass finetune=, such as finetune=10: gates decide in training."),
+            ("finetune", "gradual" in self.training, 'Leave "gradual" out: gates move in steps of their own.'),
+            ("linear", self.linear is not None, "Pass a budget, such as flops=0.5."),
+            ("plan", self.plan is not None, "Pass a budget, such as flops=0.5."),
+            ("dry_run", self.dry_run, 'Pass method="plan": what gates decide shows in training only.'),
+            ("uniform", bool(self.uniform), 'Pass method="plan": gates decide on every site by itself.'),
+            ("stock", self.stock, 'Pass method="plan": gates decide on every site by itself.'),
+            ("target", self.means.uniform or not self.means.own_layers, f'Pass method="plan" for "{self.target}".'),
+            ("sequential", self.sequential and self.method == "gates", 'Pass method="both": only a plan is refitted.'),
+        ):
+            if bad:
+                raise UsageError(name, f"found {_short(getattr(self, name))} with method={self.method!r}", remedy)
 
     def _check_what(self) -> None:
         """Exactly one of a budget, a share and a plan."""
@@ -175,6 +220,11 @@ class Request:
         }
         told["plan"] = None if self.plan is None else self.plan.to_json()
         return sorted(told.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def _families(given: Any) -> tuple[str, ...]:

@@ -25,10 +25,10 @@ from linearize.report.trial import Trial
 from linearize.running.copies import Workbench
 from linearize.training.distance import Yardstick, some_of
 
-__all__ = ["searched", "unscaled"]
+__all__ = ["DEAR", "kinds", "searched", "unscaled", "without"]
 
 _SPREAD = 0.5  # of the logarithm of the factors
-_DEAR = 1e6
+DEAR = 1e6  # a loss that nobody takes who has another choice
 
 
 def searched(
@@ -56,10 +56,10 @@ def searched(
     race = _Race(found, budget, some_of(data, batches), say)
     best = found.groups
     race.wins(found.groups, "at the start")
-    for name, forms in _kinds().items():
-        without = _without(found.groups, forms)
-        if trials and without != found.groups and race.wins(without, f"without {name}"):
-            best = without
+    for name, forms in kinds().items():
+        others = without(found.groups, forms)
+        if trials and others != found.groups and race.wins(others, f"without {name}"):
+            best = others
     start, factors = best, torch.zeros(len(found.groups), dtype=torch.float64)
     for trial in range(trials):
         step = torch.randn(len(found.groups), generator=generator, dtype=torch.float64) * _SPREAD
@@ -102,7 +102,7 @@ class _Race:
         return wins
 
 
-def _kinds() -> dict[str, list[str]]:
+def kinds() -> dict[str, list[str]]:
     """Kinds of options whose predicted losses may all be wrong together, by the names of their families."""
     own = {family.name: [form.name for form in family.forms if form.replaces] for family in registry.FAMILIES}
     own = {name: forms for name, forms in own.items() if forms}
@@ -114,12 +114,12 @@ def _scaled(group: Group, scale: float) -> Group:
     return replace(group, options=tuple(replace(option, loss=option.loss * scale) for option in group.options))
 
 
-def _without(groups: list[Group], forms: Sequence[str]) -> list[Group]:
+def without(groups: list[Group], forms: Sequence[str]) -> list[Group]:
     """The groups, with options of some forms at a loss that nobody takes who has another choice."""
 
     def dear(option: Option) -> Option:
         barred = any(choice.form in forms for choice in option.choices)
-        return replace(option, loss=option.loss + _DEAR) if barred else option
+        return replace(option, loss=option.loss + DEAR) if barred else option
 
     return [replace(group, options=tuple(map(dear, group.options))) for group in groups]
 

@@ -22,7 +22,7 @@ from linearize.planning.carry_out import collapsed, edited, planned, replaced, s
 from linearize.planning.knapsack import Choice, choose
 from linearize.planning.survey import Survey
 
-__all__ = ["Settled", "fraction_of", "settle"]
+__all__ = ["Settled", "fraction_of", "kept_to", "settle"]
 
 # A latency within this of the target counts as met: measurements differ by as much.
 _LATENCY_TOLERANCE = 0.02
@@ -146,8 +146,18 @@ def _try(
         small = collapsed(gated, plan)
     predicted = (found.fixed + choice.cost) / found.total
     reached = fraction_of(found, budget, gated, small, batch, time_ratio)
+    return Settled(choice, gated, small, plan, predicted, reached, kept_to(budget, reached))
+
+
+def kept_to(budget: Budget, reached: float) -> bool:
+    """Whether a budget is met.
+
+    Examples:
+        >>> kept_to(Budget("flops", 0.5), 0.501), kept_to(Budget("latency", 0.5), 0.501)
+        (False, True)
+    """
     slack = _LATENCY_TOLERANCE if budget.measure == "latency" else 1e-12
-    return Settled(choice, gated, small, plan, predicted, reached, reached <= budget.fraction * (1 + slack))
+    return reached <= budget.fraction * (1 + slack)
 
 
 def fraction_of(

@@ -53,7 +53,8 @@ class Report(Figures):
         return render_html(["", "value"], list(_figures(self).items()), self._below())
 
     def _below(self) -> list[str]:
-        return [*(f"note: {note}" for note in self.notes), *_kept(self.kept)]
+        course = [] if self.course is None else self.course.lines()
+        return [*(f"note: {note}" for note in self.notes), *course, *_kept(self.kept)]
 
 
 def _kept(kept: Mapping[str, str]) -> list[str]:
@@ -91,6 +92,8 @@ def _figures(report: Report) -> dict[str, str]:
         found[f"latency ratio, batch {ratio.batch_size} [quartiles]"] = str(ratio)
     if report.outcome is not None:
         found["budget"] = str(report.outcome)
+        if report.method != "plan":
+            found["decided by"] = {"gates": "gates", "both": "a plan, then gates"}[report.method]
         found["predicted error, before fine-tuning"] = f"{report.outcome.loss:.3g}"
     check = report.verification
     if check is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from linearize.cost import Cost
 from linearize.plan import Plan
 from linearize.report.budget import Outcome
+from linearize.report.course import Course
 from linearize.report.timing import BenchmarkResult
 from linearize.report.trial import Trial
 from linearize.report.verification import Verification
@@ -36,6 +37,8 @@ class Figures:
         plan: SHA-256 of the plan of this report (`Plan.sha256`).
         planned: the plan itself; None if the report was made without one.
         trials: plans that were tried with the real loss, in order.
+        method: what decided: "plan", "gates" or "both".
+        course: how gates came to the budget during training; None if they did not decide.
         model: class of the model.
         versions: of what made the report, by name.
     """
@@ -55,6 +58,8 @@ class Figures:
     plan: str = ""
     planned: Plan | None = None
     trials: tuple[Trial, ...] = ()
+    method: str = "plan"
+    course: Course | None = None
     model: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,6 +84,8 @@ class Figures:
             "kept": dict(self.kept),
             "plan_sha256": self.plan,
             "trials": [asdict(trial) for trial in self.trials],
+            "method": self.method,
+            "course": None if self.course is None else self.course.to_dict(),
             "model": self.model,
             "versions": dict(self.versions),
         }

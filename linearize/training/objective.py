@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError
 from linearize.running.batches import Batch
+from linearize.training.cost_prior import CostPrior
 from linearize.training.divergence import distillation_loss
 from linearize.training.features import Features
 from linearize.training.losses import task_loss
 from linearize.training.path import PlannedPath
 from linearize.training.priors import SparsityPrior
 
-__all__ = ["WHOLE", "Loss", "Objective", "Part"]
+__all__ = ["WHOLE", "Loss", "Objective", "Part", "Prior"]
 
 Loss = Callable[[Any, Any], Tensor]
+Prior = SparsityPrior | PlannedPath | CostPrior
 
 
 class Part(NamedTuple):
@@ -45,7 +47,7 @@ class Objective:
     teacher: nn.Module | None = None
     distill_weight: float = 0.0
     temperature: float = 2.0
-    prior: SparsityPrior | PlannedPath | None = None
+    prior: Prior | None = None
     features: Features | None = None
     feature_weight: float = 1.0
 

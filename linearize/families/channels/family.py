@@ -16,9 +16,10 @@ from linearize.families.channels.apply import Edit, carry_out
 from linearize.families.channels.collect import SiteCollector, site_collectors
 from linearize.families.channels.fit import Curve, curve_of
 from linearize.families.channels.layers import layers_of
+from linearize.families.channels.moving import movable
 from linearize.families.channels.observation import Observation
 from linearize.families.channels.options import candidates
-from linearize.families.family import Context, Family, Layers, Replayed
+from linearize.families.family import Context, Family, Layers, Movable, Replayed
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, Form, SitePlan
@@ -124,6 +125,19 @@ class Channels(Family):
         see(collectors)
         again = curve_of(model, collectors[0].found, stock=curve.stock)
         carry_out(model, again.edit(model, choice, curve.keep(choice)))
+
+    def movable(
+        self,
+        model: nn.Module,
+        context: Context,
+        places: ChannelPlaces,
+        group: Group,
+        choices: Mapping[str, SiteChoice],
+    ) -> Movable | None:
+        """Channels that go to zero, and the others make up for them; or to their line, where one map shall remain."""
+        return movable(
+            model, context, places.curves, lambda choice: places.edit(context.gated, choice, None), group, choices
+        )
 
     def entry(self, site: SitePlan, choice: SiteChoice, gate: ChannelGate) -> SitePlan:
         """Write the chosen form, the dropped channels, and the rank of the skip into the plan."""

@@ -18,7 +18,7 @@ from linearize.families.channels.apply import Edit, edit_for
 from linearize.families.channels.observation import Observation
 from linearize.families.option import SiteChoice
 
-__all__ = ["Curve", "curve_of", "levels"]
+__all__ = ["Curve", "curve_of", "levels", "step_of"]
 
 # Shares of the channels that stay, as options: finer where little is left, since there each channel counts more.
 _SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 7 / 16, 3 / 8, 5 / 16, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 1 / 32)
@@ -165,6 +165,16 @@ def levels(channels: int, round_to: int | None = None) -> list[int]:
         >>> levels(64, 16)
         [48, 32, 16, 0]
     """
-    step = max(1, min(_STEP, channels // 16)) if round_to is None else round_to
+    step = step_of(channels, round_to)
     found = {max(step, round(share * channels / step) * step) for share in _SHARES}
     return [*sorted((width for width in found if width < channels), reverse=True), 0]
+
+
+def step_of(channels: int, round_to: int | None) -> int:
+    """The number that widths are multiples of: as asked, or 8, or less at a site that would have next to no choice.
+
+    Examples:
+        >>> step_of(64, None), step_of(256, None), step_of(64, 16)
+        (4, 8, 16)
+    """
+    return max(1, min(_STEP, channels // 16)) if round_to is None else round_to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -20,7 +20,7 @@ from linearize.plan import NARROWED
 from linearize.running.progress import progress_bar
 from linearize.surgery.narrow import chains_of
 
-__all__ = ["candidates"]
+__all__ = ["candidates", "slots_of"]
 
 Choices = tuple[tuple[SiteChoice, ...], float]  # of sites that are decided together, and the loss
 
@@ -64,7 +64,7 @@ def _group(
     choices = tuple(SiteChoice(name, named[name].channels, form="unchanged") for name in names)
     stay = Option(choices, 0.0, before.flops, before.params, before.activations)
     shape = curves[names[0]].observation.shape if names[0] in curves else ()
-    slots = _slots(model, names)
+    slots = slots_of(model, names)
     missing = next((slot[-1] for slot in slots if slot[-1] not in curves), None)
     if missing is not None:
         why = obstacle_to_refit(model, named[missing].site) or barred.get(missing, "no batch reached it")
@@ -84,7 +84,7 @@ def _group(
     return Group(tuple(names), tuple(options), None if len(options) > 1 else why, shape=shape)
 
 
-def _slots(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
+def slots_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The sites of a group, those of a chain through a depthwise map together: they keep the same channels."""
     named = gates(model)
     upper = {chain.lower.name: chain.upper.name for chain in chains_of(model, (named[name].site for name in names))}

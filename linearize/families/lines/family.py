@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from linearize.families.family import Context, Family, Layers
+from linearize.families.family import Context, Family, Layers, Movable
 from linearize.families.lines.collect import UnitCollector, sensitivities_of
+from linearize.families.lines.moving import movable
 from linearize.families.lines.options import LINE, unit_costs, unit_groups, with_lines
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import gates
@@ -65,6 +66,20 @@ class Lines(Family):
     def layers(self, model: nn.Module, places: LinePlaces, group: Group, option: Option) -> Layers:
         """Never called, because no latency is measured for budgets in units."""
         raise ValueError("lines in place have no latency of their own")
+
+    def movable(
+        self,
+        model: nn.Module,
+        context: Context,
+        places: LinePlaces,
+        group: Group,
+        choices: Mapping[str, SiteChoice],
+    ) -> Movable | None:
+        """Any channels of gates whose others follow their line already, or that are as they were."""
+        own = set(group.sites) <= places.costs.keys() & gates(model).keys() and not set(group.sites) & context.tied
+        if not own or context.stock or any(choice.form != LINE for choice in choices.values()):
+            return None
+        return movable(model, places.costs, group)
 
     def apply(
         self,
