@@ -49,7 +49,7 @@ def to_budget(job: Job, request: Request) -> Made:
         raise UsageError("compress", "found no budget", "Pass exactly one.")
     with steps("plan"):
         if request.dry_run:
-            return _dry(found, _searched(job, found, request), budget)
+            return _dry(job, found, _searched(job, found, request), budget)
         if held is None:
             decision, goal, small = _decided(job, found, request)
             job.notes.decide(decision)
@@ -92,6 +92,7 @@ def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             seed=request.seed,
             rounds=min(_rounds(request), 9),
             cache=request.table,
+            runtime=job.runtime,
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
             notes=job.notes,
@@ -118,12 +119,13 @@ def _decided(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Mo
 
     def time_ratio(small: nn.Module) -> float:
         pair = {"original": job.original, "collapsed": small}
-        timed = from_first(lambda: benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes))
+        how: dict[str, Any] = {"rounds": _rounds(request), "batch_sizes": request.batch_sizes, "runtime": job.runtime}
+        timed = from_first(lambda: benchmark(pair, job.batch, **how))
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
     around = _searched(job, found, request)
     settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=job.steps.say)
-    told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
+    told = _told(job, found, budget, replace(settled, choice=unscaled(settled.choice, found)))
     choices = tuple(site_choices(settled.choice).values())
     decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"])
     return decision, settled.gated, settled.small
@@ -139,20 +141,20 @@ def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
     return (f"{text} on {len(some)} batches; if labels do not ask for that, lower the learning rate",)
 
 
-def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
+def _dry(job: Job, found: Survey, around: Survey, budget: Budget) -> Made:
     picked = choose(around.groups, found.measure, budget.fraction * found.total - found.fixed)
     choice = unscaled(picked, found)
     choices = site_choices(choice)
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
-    outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
+    outcome = _outcome(job, found, budget, predicted, None, choice.loss, met=None)
     notes = (*found.notes, *_cache(found, choice))
     told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
-def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
-    outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
+def _told(job: Job, found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
+    outcome = _outcome(job, found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
     notes = (*found.notes, *_cache(found, settled.choice))
     return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
 
@@ -165,12 +167,13 @@ def _cache(found: Survey, choice: Choice) -> list[str]:
 
 
 def _outcome(
-    found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
+    job: Job, found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
 ) -> Outcome:
     same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
     least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told
     other = None if same is None else same.loss
-    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met)
+    where = job.runtime.told if job.runtime is not None and budget.measure == "latency" else None
+    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met, where)
 
 
 def _trained(
