@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from linearize import checks
 from linearize.errors import UsageError
+from linearize.export.runtimes import runtime_of
 from linearize.graph.capture import Inputs
 from linearize.nest import copied, leaves_of
 from linearize.report.timing import BenchmarkResult, Ratio, Timing, environment
@@ -42,6 +43,7 @@ def benchmark(
     threads: int | None = None,
     compile: bool | Sequence[bool] = False,  # noqa: A002 - the name by which users know torch.compile
     device: torch.device | str | None = None,
+    runtime: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchmarkResult:
     """Measure the time of one forward pass of each model, in turns, so that a busy machine affects all of them.
@@ -59,6 +61,9 @@ def benchmark(
         threads: number of CPU threads within an operation. None keeps the present number.
         compile: True measures under `torch.compile`; `[False, True]` measures both ways.
         device: where to measure. A model on another device is copied. None takes the device of the first model.
+        runtime: where the models run: "onnxruntime" or "openvino", for which they are exported (docs/deploy.md); or a
+            function of (model, args, kwargs) that gives a function without arguments, which runs the model once. None
+            runs them in PyTorch.
         progress: a function that is called with a line of text before each series of measurements.
 
     Returns:
@@ -83,6 +88,9 @@ def benchmark(
     if progress is not None:
         checks.function("progress", progress, "a function of a line of text")
     ways = _ways(compile)
+    measured = None if runtime is None else runtime_of(runtime)
+    if measured is not None and any(ways):
+        raise UsageError("compile", "found beside runtime=", "Leave one of them out.")
     chosen = None if batch_sizes is None else checks.wholes("batch_sizes", batch_sizes)
     place = checks.device("device", device) if device is not None else device_of(next(iter(named.values())))
     batch = _single(inputs)
@@ -99,11 +107,16 @@ def benchmark(
                 for name, model in ready.items():
                     call(name, model, sized)
                 fresh = any(_overwrites(model, sized) for model in ready.values())
-                runs = {name: _bound(model, sized, compiled=compiled, fresh=fresh) for name, model in ready.items()}
+                runs = {
+                    name: _bound(model, sized, compiled=compiled, fresh=fresh)
+                    if measured is None
+                    else measured.run(model, sized)
+                    for name, model in ready.items()
+                }
                 samples = interleaved(runs, place, rounds, warmup)
                 timings += [Timing.of(name, size, values, compiled=compiled) for name, values in samples.items()]
                 ratios += _ratios(samples, size, compiled=compiled)
-        facts = environment(place, dtype or _dtype_of(named))
+        facts = environment(place, dtype or _dtype_of(named)) | ({} if measured is None else {"runtime": measured.told})
     return BenchmarkResult(tuple(timings), tuple(ratios), {**facts, "rounds": rounds, "warmup": warmup})
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from linearize.bench import benchmark
 from linearize.cost import cost
+from linearize.export.runtimes import Runtime
 from linearize.plan import Plan
 from linearize.planning.request import Request
 from linearize.report.compression import Report
@@ -29,6 +30,7 @@ def report_of(
     request: Request,
     steps: Steps,
     history: list[dict[str, float]],
+    runtime: Runtime | None = None,
 ) -> Report:
     """Everything measured about the three models, all on the device of the gated one.
 
@@ -39,6 +41,7 @@ def report_of(
         request: what was asked for.
         steps: tells and times.
         history: of fine-tuning.
+        runtime: where latencies are measured; None for PyTorch.
     """
     before, gated, after = models["before"], models["gated"], models["collapsed"]
     bring(before, device_of(gated))
@@ -54,7 +57,12 @@ def report_of(
         with steps("benchmark"):
             pair = {"original": before, "collapsed": after}
             timing = benchmark(
-                pair, example, rounds=request.rounds, batch_sizes=request.batch_sizes, progress=steps.say
+                pair,
+                example,
+                rounds=request.rounds,
+                batch_sizes=request.batch_sizes,
+                runtime=runtime,
+                progress=steps.say,
             )
     costs = [cost(model, example) for model in (before, after)]
     return Report(quality, summary(gated), costs[0], costs[1], verification, timing, history, steps.seconds)

@@ -15,6 +15,7 @@ from linearize.compare import kept_sites, report_of
 from linearize.convert import converted
 from linearize.cost import cost
 from linearize.export.fit import expect_fit, prove_fit
+from linearize.export.runtimes import runtime_of
 from linearize.finetune import finetune as train
 from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
@@ -84,6 +85,7 @@ def compress(
     uniform: bool | Sequence[str] = False,
     stock: bool = False,
     target: str | None = None,
+    runtime: Any = None,
     modules: bool = True,
     families: Sequence[str] | None = None,
     round_to: int | None = None,
@@ -138,6 +140,9 @@ def compress(
         stock: take only options that leave ordinary layers: equal widths, no skip, no new bias. A transformers model
             then has a correct config again (`linearize.zoo.stock_copy`).
         target: a format of `linearize.export`, such as "gguf": take only options that it can hold (docs/deploy.md).
+        runtime: where latencies are measured: "onnxruntime" or "openvino", or a function of your own
+            (docs/deploy.md). The original and each smaller model, and the layers of options, are exported for it. None
+            measures in PyTorch.
         modules: whole modules, such as attention or a residual block, may become one linear map. Not with `uniform`,
             `stock` or `activations=`, and not if a module holds an activation that `include` or `exclude` leave out.
         families: the kinds of replacement that may be chosen: "channels", "blocks", "lines", "heads", "experts",
@@ -173,8 +178,8 @@ def compress(
         latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
         finetune=finetune, method=method, candidates=candidates, evaluate=evaluate, distill=distill,
         example_inputs=example_inputs, include=include, exclude=exclude, dry_run=dry_run, sequential=sequential,
-        search=search, uniform=uniform, stock=stock, target=target, modules=modules, families=families, output=output,
-        round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds, cache=cache,
+        search=search, uniform=uniform, stock=stock, target=target, runtime=runtime, modules=modules, families=families,
+        output=output, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds, cache=cache,
         checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
     result, notes = carried_out(model, data, request)
@@ -190,6 +195,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
     """
     check_inputs(model, data)
     expect_fit(model, stock=request.stock, target=request.target)
+    runtime = None if request.runtime is None else runtime_of(request.runtime)
     steps, repeated = Steps(progress=request.progress), Repeated(data, request.seed)
     with ExitStack() as around:
         around.enter_context(staying(model))
@@ -210,7 +216,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             make_folder(notes.folder)
             around.enter_context(alone_in(notes.folder, "checkpoint_dir"))
         trainer = _trainer(repeated, steps, request, model)
-        job = Job(model, gated, reading, example, steps, request.training, trainer, notes)
+        job = Job(model, gated, reading, example, steps, request.training, trainer, notes, runtime)
         if request.linear is not None:
             made = to_share(job, request.linear, request.when)
         else:
@@ -221,7 +227,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             return _result(model, made, report), NOTHING
         models = {"before": model, "gated": made.gated, "collapsed": made.small}
         seed_everything(request.seed)
-        report = report_of(models, batches, example, request, steps, made.history)
+        report = report_of(models, batches, example, request, steps, made.history, runtime)
         prove_fit(made.small, example, stock=request.stock, target=request.target)
         return _result(made.small, made, report), notes
 

@@ -168,3 +168,68 @@ def test_a_file_that_llama_cpp_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"nothing")
     with pytest.raises(ExportError, match=r"llama.cpp cannot run it"):
         ask(tmp_path / "a.gguf", [[1]], new=1, most=1)
+
+
+# Encoders
+
+
+def encoder(**more: Any) -> Any:
+    """With biases and norms that are not those of a new model."""
+    model = transformer("BertModel", "BertConfig", **more)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "LayerNorm.weight")):
+            parameter.data.add_(torch.randn(parameter.shape) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
+def test_an_encoder_gives_the_same_states(act: str, tmp_path: Path) -> None:
+    model, other = encoder(hidden_act=act), encoder(layer_norm_eps=1e-1)
+    made = linearize.export(model, tmp_path / "a.gguf", format="gguf")
+    assert made.facts["architecture"] == "bert"
+    assert made.proof is not None
+    assert made.proof.error <= 1e-2  # what was asked for; the table of GELU has eleven bits
+    ids = [5, 9, 30, 7]
+    _, (states,), _ = ask(tmp_path / "a.gguf", [ids], states=True)
+    found = torch.tensor(states)
+    for each, same in ((model, True), (other, False)):
+        assert (off(each(torch.tensor([ids])).last_hidden_state[0], found) < 1e-2) is same
+
+
+def test_an_encoder_that_became_narrower(tmp_path: Path) -> None:
+    """Of equal widths, as `uniform=True` keeps them; of others, refused with the layer."""
+    data = [{"input_ids": IDS}] * 3
+    small_ = compress(encoder(), data, flops=0.7, target="gguf", uniform=True, families=("channels",), **QUIET).model
+    made = linearize.export(small_, tmp_path / "a.gguf", format="gguf")
+    assert made.facts["FFN widths"] < 96
+    assert made.proof is not None
+    assert made.proof.error <= 1e-2
+    odd = encoder()
+    odd.encoder.layer[1].intermediate.dense, odd.encoder.layer[1].output.dense = nn.Linear(32, 64), nn.Linear(64, 32)
+    with pytest.raises(ExportError, match=r"layer.1.intermediate.dense: has width 64.*uniform=True.*gguf cannot hold"):
+        linearize.export(odd, tmp_path / "b.gguf", format="gguf")
+    with pytest.raises(ExportError, match=r"intermediate_act_fn: is a ReLU.*, where GELU is expected"):
+        linearize.export(encoder(hidden_act="relu"), tmp_path / "b.gguf", format="gguf")
+    with pytest.raises(ExportError, match=r"layer.0.*: is a CarryLinear, where a stock layer is expected"):
+        linearize.export(small("bert")[1], tmp_path / "b.gguf", format="gguf")
+
+
+def pieces(*, lower: bool) -> Any:
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    text = "[PAD] [UNK] [CLS] [SEP] [MASK] hello world it ' s ##s 12 ##34 ##5 o clock , isn t ? yes . gr ##u ##ße x = ["
+    words = {word: i for i, word in enumerate([*text.split(), *"1 2 ] # done !".split()])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))  # noqa: S106 - no password
+    made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def test_word_pieces(tmp_path: Path) -> None:
+    made = linearize.export(encoder(), tmp_path / "a.gguf", format="gguf", tokenizer=pieces(lower=True))
+    assert made.facts["vocabulary"] == "34 WordPieces"
+    with pytest.raises(UsageError, match="found a WordPiece tokenizer that keeps capitals"):
+        linearize.export(encoder(), tmp_path / "b.gguf", format="gguf", tokenizer=pieces(lower=False))
+    with pytest.raises(UsageError, match=r"found a WordPiece tokenizer. Leave it out"):
+        linearize.export(llama(), tmp_path / "b.gguf", format="gguf", tokenizer=pieces(lower=True))

@@ -11,6 +11,7 @@ from linearize.bench import benchmark
 from linearize.cli import common
 from linearize.cli import suite as suites
 from linearize.errors import UsageError
+from linearize.export.runtimes import check_runtime
 
 __all__ = ["bench"]
 
@@ -41,6 +42,10 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads. Default: that of PyTorch.")] = None,
     compile_: Annotated[str, typer.Option("--compile", help="Measure with torch.compile: no, yes or both.")] = "no",
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Measure in onnxruntime or openvino. Default: in PyTorch."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device, such as cpu or cuda:0. Default: that of A.")] = None,
     shape: common.Shape = None,
     model_arg: common.ModelArgument = None,
@@ -95,6 +100,7 @@ def bench(
         threads=threads,
         compile=_COMPILE[compile_],
         device=_device(device),
+        runtime=_runtime(runtime),
         progress=common.say,
     )
     if out is not None:
@@ -111,6 +117,14 @@ def _numbers(text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) for part in parts):
         raise UsageError("--batch-sizes", f"found {text!r}", "Write whole numbers from 1 on, for example 1,32.")
     return [int(part) for part in parts]
+
+
+def _runtime(name: str | None) -> str | None:
+    """A runtime's name, if it is known and installed."""
+    if name is not None:
+        with common.named_as_typed():
+            check_runtime(name)
+    return name
 
 
 def _device(name: str | None) -> str | None:

@@ -79,6 +79,10 @@ def compress(
     target: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="Use only what this format of `linearize export` can hold.")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Measure latencies in onnxruntime or openvino. Default: in PyTorch."),
+    ] = None,
     stock: Annotated[
         bool,
         typer.Option(
@@ -137,7 +141,7 @@ def compress(
     parts = _parts(output)
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
+            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target, runtime=runtime,
             modules=modules, families=family or None, output=parts,
             search=search, method=decides, candidates=candidates,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,

@@ -17,7 +17,7 @@ from linearize.nest import copied
 from linearize.sites.record import record_of
 from linearize.zoo.inputs import example_inputs as known_inputs
 
-__all__ = ["batches_for", "length_axes", "tensors_in"]
+__all__ = ["batches_for", "length_axes", "tensors_in", "without_cache"]
 
 
 def batches_for(model: nn.Module, example: Any) -> list[Inputs]:
@@ -37,7 +37,7 @@ def batches_for(model: nn.Module, example: Any) -> list[Inputs]:
         [2, 3, 1]
     """
     args, kwargs = _example(model, example)
-    kwargs = {**kwargs, **_without_cache(model, kwargs)}
+    kwargs = {**kwargs, **without_cache(model, kwargs)}
     first: Inputs = (args, kwargs)
     if not tensors_in(first):
         raise CaptureError(type(model).__name__, "found no tensor in its inputs", "Pass example_inputs=.")
@@ -88,8 +88,8 @@ def _example(model: nn.Module, example: Any) -> Inputs:
     return made
 
 
-def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A graph of one forward has no cache of earlier ones."""
+def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward beside those given: a graph of one forward has no cache of earlier ones."""
     config = getattr(model, "config", None)
     asks = "use_cache" not in kwargs and getattr(config, "use_cache", None) and hasattr(config, "to_dict")
     return {"use_cache": False} if asks else {}

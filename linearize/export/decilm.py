@@ -19,7 +19,8 @@ from linearize.export.compare import distance, expected
 from linearize.export.decilm_back import read_back
 from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.storage.folders import write_text
-from linearize.zoo.decoders import Decoder, Unlike, read_decoder
+from linearize.zoo.decoders import Decoder, read_decoder
+from linearize.zoo.unlike import Unlike
 
 __all__ = ["DeciLm"]
 

@@ -72,12 +72,14 @@ class Proof:
         error: the largest relative error of any output on any batch.
         shapes: how many batches of different shapes were compared.
         told: what else was seen, in a sentence, such as which tokens were generated.
+        allowed: the error that the runtime's own arithmetic makes, where it is larger than the format's tolerance.
     """
 
     runtime: str
     error: float
     shapes: int
     told: str = ""
+    allowed: float = 0.0
 
 
 class Format(Protocol):

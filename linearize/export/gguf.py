@@ -1,4 +1,4 @@
-"""GGUF: Llama-like decoders for llama.cpp, run in llama.cpp itself."""
+"""GGUF: Llama-like decoders and BERT encoders for llama.cpp, run in llama.cpp itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.export import gguf_encoder as encoder
 from linearize.export.face import Means, Proof, Refusal, Subject
-from linearize.export.llamacpp import prove
+from linearize.export.llamacpp import prove, prove_states
 from linearize.export.plain import floating_types
 from linearize.export.vocabulary import add_vocabulary, check_tokenizer
-from linearize.zoo.decoders import Decoder, DecoderLayer, Unlike, read_decoder
+from linearize.zoo.decoders import Decoder, DecoderLayer, read_decoder
+from linearize.zoo.encoders import is_encoder, read_encoder
+from linearize.zoo.unlike import Unlike
 
 __all__ = ["Gguf"]
 
@@ -23,7 +26,7 @@ _TURNED = ("llama", "deci")  # architectures whose rotation takes neighbouring f
 
 
 class Gguf:
-    """One .gguf file: `llama` or `qwen` where all layers are alike, `deci` where they are not."""
+    """One .gguf file: `llama` or `qwen` where all layers are alike, `deci` where they are not; `bert` for encoders."""
 
     name = "gguf"
     suffix = ".gguf"
@@ -37,9 +40,12 @@ class Gguf:
     near: tuple[str, ...] = ("remote", "onnx", "openvino", "pt2")
 
     def can(self, model: nn.Module) -> Refusal | None:
-        """Decoders that llama.cpp builds from their numbers."""
+        """Decoders and encoders that llama.cpp builds from their numbers."""
         try:
-            architecture_of(_read(model))
+            if is_encoder(model):
+                encoder.check_widths(read_encoder(model))
+            else:
+                architecture_of(_read(model))
         except Unlike as error:
             return Refusal(error.where, error.why)
         kinds = floating_types(model)
@@ -51,39 +57,49 @@ class Gguf:
         """Numbers, vocabulary, tensors."""
         import gguf
 
-        decoder = _read(subject.model)
-        architecture = architecture_of(decoder)
+        encoded = read_encoder(subject.model) if is_encoder(subject.model) else None
+        decoder = _read(subject.model) if encoded is None else None
+        architecture = encoder.NAME if decoder is None else architecture_of(decoder)
         tokenizer = subject.options.get("tokenizer")
         writer = gguf.GGUFWriter(str(path), architecture)
         kind = floating_types(subject.model)[0]
         writer.add_name(type(subject.model).__name__)
         writer.add_file_type(int(getattr(gguf.LlamaFileType, _TYPES[kind])))
-        _add_numbers(writer, decoder, architecture)
-        words = decoder.tensors["token_embd.weight"].shape[0]
-        told = add_vocabulary(writer, tokenizer, words, decoder.config)
-        for name, tensor in _tensors(decoder, architecture):
+        read: Any = decoder or encoded
+        if decoder is not None:
+            _add_numbers(writer, decoder, architecture)
+            tensors, widths = _tensors(decoder, architecture), [layer.width for layer in decoder.layers]
+        else:
+            encoder.add_numbers(writer, read)
+            tensors, widths = list(read.tensors.items()), list(read.widths)
+        words = read.tensors["token_embd.weight"].shape[0]
+        told = add_vocabulary(writer, tokenizer, words, read.config, pieces=encoded is not None)
+        for name, tensor in tensors:
             _add_tensor(writer, name, tensor, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        widths = [layer.width for layer in decoder.layers]
         alike = len(set(widths)) == 1
         return {
             "architecture": architecture,
             "weights": str(kind).removeprefix("torch."),
             "FFN widths": widths[0] if alike else ", ".join(map(str, widths)),
             "vocabulary": told,
+            **({} if encoded is None else {"outputs": "states of all tokens, as token type 0; a pooler is left out"}),
         }
 
     def check(self, subject: Subject, path: Path) -> Proof:
         """Logits of prompts and of what llama.cpp makes of them, and the tokens that it picks."""
         check_tokenizer(path, subject.options.get("tokenizer"))
-        return prove(subject, path)
+        return prove_states(subject, path, encoder.ALLOWED) if is_encoder(subject.model) else prove(subject, path)
 
     def usage(self, model: nn.Module) -> str:
         """A program that loads the file."""
-        lines = ("import xllamacpp", "", "params = xllamacpp.CommonParams()", "params.model.path = 'NAME'")
+        lines = ["import xllamacpp", "", "params = xllamacpp.CommonParams()", "params.model.path = 'NAME'"]
+        if is_encoder(model):
+            lines += ["params.embedding = True"]
+            lines += ["params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN"]
         return "\n".join((*lines, "server = xllamacpp.Server(params)"))
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import ExportError
+from linearize.export.compare import distance
 from linearize.export.face import Proof, Subject
 from linearize.export.plain import floating_types
 from linearize.report.verification import worst
 from linearize.running.copies import duplicate
 
-__all__ = ["ask", "prove"]
+__all__ = ["ask", "prove", "prove_states"]
 
 _NEW = 8  # tokens generated for each prompt
 _MOST = 2000  # words whose logits are compared
@@ -29,39 +31,62 @@ _MOST = 2000  # words whose logits are compared
 _PROGRAM = """
 import json, sys
 import xllamacpp
-path, prompts, new, most, text = json.loads(sys.stdin.read())
+path, prompts, new, most, text, special, states = json.loads(sys.stdin.read())
 params = xllamacpp.CommonParams()
 params.model.path = path
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 512, 1, 0, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+if states:
+    params.embedding, params.embd_normalize = True, -1
+    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
 server = xllamacpp.Server(params)
-out = []
-for prompt in prompts:
+
+def post(place, content):
+    import urllib.request
+    asked = urllib.request.Request(
+        server.listening_address + place, json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    return json.loads(urllib.request.urlopen(asked).read())
+
+out = [post("/embeddings", {"content": prompt})[0]["embedding"] for prompt in prompts] if states else []
+for prompt in [] if states else prompts:
     said = server.handle_completions({
         "prompt": prompt, "n_predict": new, "n_probs": most, "temperature": 0, "cache_prompt": False,
     })
     steps = (said["choices"][0].get("logprobs") or {}).get("content") or []
     out.append([[step["id"], [[e["id"], e["logprob"]] for e in step["top_logprobs"]]] for step in steps])
-ids = []
-if text:
-    import urllib.request
-    for line in text:
-        address, kind = server.listening_address + "/tokenize", {"Content-Type": "application/json"}
-        asked = urllib.request.Request(address, json.dumps({"content": line}).encode(), kind)
-        ids.append(json.loads(urllib.request.urlopen(asked).read())["tokens"])
+ids = [post("/tokenize", {"content": line, "add_special": special})["tokens"] for line in text]
 print(json.dumps(["found", xllamacpp.__version__, out, ids]))
 """
 
 
-def ask(path: Path, prompts: list[list[int]], *, new: int, most: int, text: list[str] | None = None) -> Any:
+def ask(
+    path: Path,
+    prompts: list[list[int]],
+    *,
+    new: int = 0,
+    most: int = 0,
+    text: Sequence[str] = (),
+    special: bool = False,
+    states: bool = False,
+) -> Any:
     """Run prompts in llama.cpp: its version, for each new token its number and log probabilities, tokens of texts.
+
+    Args:
+        path: of the file.
+        prompts: numbers of tokens.
+        new: tokens generated for each prompt.
+        most: log probabilities told for each.
+        text: texts to be split.
+        special: with the tokens that an encoder puts around a text.
+        states: instead of new tokens, the state of each token of a prompt.
 
     Raises:
         ExportError: llama.cpp cannot load or run the file.
     """
-    asked = json.dumps([str(path), prompts, new, most, text or []])
+    asked = json.dumps([str(path), prompts, new, most, list(text), special, states])
     done = subprocess.run(  # noqa: S603 - this interpreter, with a program of ours
         [sys.executable, "-c", _PROGRAM], input=asked, capture_output=True, text=True, check=False, timeout=1800
     )
@@ -97,6 +122,27 @@ def prove(subject: Subject, path: Path) -> Proof:
     told = f"{len(errors)} tokens that llama.cpp picked greedily are those of the model"
     error = worst(errors) if errors else math.inf
     return Proof(f"llama.cpp (xllamacpp {version})", error, len(prompts), told)
+
+
+@torch.no_grad()
+def prove_states(subject: Subject, path: Path, allowed: float) -> Proof:
+    """Compare the states of all tokens of an encoder, of the first row of each batch.
+
+    Args:
+        subject: the encoder, and batches.
+        path: of the file.
+        allowed: relative error of what llama.cpp computes.
+    """
+    prompts = [_ids(batch)[0].tolist() for batch in subject.batches]
+    model: Any = subject.model
+    if floating_types(model)[0] != torch.float32:
+        model = duplicate(model, ExportError).float()
+    device = next(model.parameters()).device
+    version, answers, _ = ask(path, prompts, states=True)
+    own = [[model(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]] for ids in prompts]
+    error = distance(own, [[torch.tensor(states)] for states in answers])
+    told = "with GELU from a table in float16"
+    return Proof(f"llama.cpp (xllamacpp {version})", error, len(prompts), told, allowed)
 
 
 def _ids(batch: Any) -> Tensor:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linearize.export.batches import tensors_in
 from linearize.export.compare import distance, expected
 from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import Program, program_of
-from linearize.graph.capture import silent
+from linearize.graph.capture import Inputs, silent
 
-__all__ = ["Onnx"]
+__all__ = ["Onnx", "OrtSession", "version"]
 
 _MOST = 2**31 - 2**20  # bytes in one protobuf message, with some room for what is no weight
 
@@ -65,44 +66,50 @@ class Onnx:
 
     def check(self, subject: Subject, path: Path) -> Proof:
         """Run the file in a session on the CPU."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [entry.name for entry in session.get_inputs()]
-        fixed = [list(entry.shape) for entry in session.get_inputs()]
-        batches = [batch for batch in subject.batches if _fits(_named(subject, batch), names, fixed)]
-        found = []
-        for batch in batches:
-            feed = _named(subject, batch)
-            outputs = session.run(None, {name: feed[name].numpy() for name in names})
-            found.append([torch.from_numpy(output) for output in outputs])
+        session = OrtSession(path)
+        batches = [batch for batch in subject.batches if session.fits(batch)]
+        found = [[torch.from_numpy(output) for output in session.run(batch)()] for batch in batches]
         if not batches:  # the one that was traced fits, unless the exporter has lost an axis
-            return Proof(f"ONNX Runtime {onnxruntime.__version__}", math.inf, 0)
-        reference = expected(Subject(subject.model, batches))
-        return Proof(f"ONNX Runtime {onnxruntime.__version__}", distance(reference, found), len(batches))
+            return Proof(version(), math.inf, 0)
+        return Proof(version(), distance(expected(Subject(subject.model, batches)), found), len(batches))
 
     def usage(self, model: nn.Module) -> str:
         """A program that loads the file."""
         return "import onnxruntime\n\nsession = onnxruntime.InferenceSession('NAME')"
 
 
-def _named(subject: Subject, batch: Any) -> dict[str, Tensor]:
-    from linearize.export.program import input_names
+def version() -> str:
+    """Name and version of the runtime."""
+    import onnxruntime
 
-    tensors = [t.detach().cpu().contiguous() for t in tensors_in(batch)]
-    return dict(zip(input_names(subject.model, batch), tensors, strict=True))
+    return f"ONNX Runtime {onnxruntime.__version__}"
 
 
-def _fits(feed: Mapping[str, Tensor], names: list[str], shapes: list[list[Any]]) -> bool:
-    """Whether a batch has the sizes that are fixed."""
-    return all(
-        not isinstance(size, int) or size == have
-        for name, shape in zip(names, shapes, strict=True)
-        for size, have in zip(shape, feed[name].shape, strict=True)
-    )
+class OrtSession:
+    """A file in ONNX Runtime, on the CPU, with as many threads as torch has. Its inputs are taken in order."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.shapes = {entry.name: list(entry.shape) for entry in self.session.get_inputs()}
+
+    def fits(self, batch: Inputs) -> bool:
+        """Whether a batch has the sizes that are fixed."""
+        tensors = tensors_in(batch)
+        return len(tensors) == len(self.shapes) and all(
+            not isinstance(size, int) or size == have
+            for shape, tensor in zip(self.shapes.values(), tensors, strict=True)
+            for size, have in zip(shape, tensor.shape, strict=True)
+        )
+
+    def run(self, batch: Inputs) -> Callable[[], Any]:
+        """A call on a batch."""
+        arrays = [t.detach().cpu().contiguous().numpy() for t in tensors_in(batch)]
+        return partial(self.session.run, None, dict(zip(self.shapes, arrays, strict=True)))
 
 
 def _translated(program: Program, opset: int | None) -> Any:

@@ -18,10 +18,11 @@ from linearize.export import remote_file
 from linearize.export.compare import distance, expected
 from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.process import outputs_elsewhere
-from linearize.export.remote_plan import Foreign, Plan, plan_of
+from linearize.export.remote_plan import Plan, plan_of
 from linearize.storage.folders import write_text
 from linearize.zoo.stock import library_class
 from linearize.zoo.transformers_models import autos_of, without_bars
+from linearize.zoo.unlike import Unlike
 
 __all__ = ["Remote"]
 
@@ -53,7 +54,7 @@ class Remote:
         """Models of transformers with the few layers that the file holds."""
         try:
             plan_of(model)
-        except Foreign as error:
+        except Unlike as error:
             return Refusal(error.where, error.why)
         return None
 

@@ -14,24 +14,12 @@ from linearize.zoo.plain import is_plain
 from linearize.zoo.stock import is_ours, library_class
 from linearize.zoo.structure import plain_attributes
 from linearize.zoo.transformers_models import is_transformers
+from linearize.zoo.unlike import Unlike
 
-__all__ = ["Foreign", "plan_of", "stock_skeleton"]
+__all__ = ["plan_of", "stock_skeleton"]
 
 Plan = dict[str, Any]
 _LEFT_OUT = {"whole", "inplace"}  # what tools that change a model ask for, and a loaded model is not
-
-
-class Foreign(Exception):
-    """A part of a model that no plan can tell.
-
-    Args:
-        where: path of the module.
-        why: what was found there, as a part of a sentence.
-    """
-
-    def __init__(self, where: str, why: str) -> None:
-        super().__init__(where, why)
-        self.where, self.why = where, why
 
 
 def stock_skeleton(model: nn.Module) -> nn.Module:
@@ -47,12 +35,12 @@ def plan_of(model: nn.Module) -> Plan:
     """What makes the model of one of its class and configuration: layers by path, and numbers that modules keep.
 
     Raises:
-        Foreign: a layer is none that a generated file can hold, or the model is none of transformers.
+        Unlike: a layer is none that a generated file can hold, or the model is none of transformers.
     """
     name = type(model).__name__
     kind = library_class(type(model))
     if not is_transformers(model) or kind.__module__.partition(".")[0] != "transformers":
-        raise Foreign(name, "is no model of transformers")
+        raise Unlike(name, "is no model of transformers")
     stock = stock_skeleton(model)
     layers: list[dict[str, Any]] = []
     _visit(model, stock, "", layers)
@@ -62,7 +50,7 @@ def plan_of(model: nn.Module) -> Plan:
     ours = {key: tuple(value.shape) for key, value in stock.state_dict().items()}
     for key, value in model.state_dict().items():
         if ours.get(key) != tuple(value.shape):
-            raise Foreign(key, f"is of shape {tuple(value.shape)}, which no layer of the plan gives")
+            raise Unlike(key, f"is of shape {tuple(value.shape)}, which no layer of the plan gives")
     return plan
 
 
@@ -75,7 +63,7 @@ def _visit(module: nn.Module, stock: nn.Module, path: str, layers: list[dict[str
         for name, child in stock.named_children():
             own = module._modules.get(name)
             if own is None:
-                raise Foreign(f"{path}.{name}".strip("."), "is gone")
+                raise Unlike(f"{path}.{name}".strip("."), "is gone")
             _visit(own, child, f"{path}.{name}".strip("."), layers)
         return
     layers.append(_entry(module, stock, path))
@@ -96,18 +84,18 @@ def _check_rewritten(module: nn.Module, stock: nn.Module, path: str) -> None:
     for name, child in module.named_children():
         if name not in stock._modules and (is_ours(child) or list(child.parameters())):
             found = f"has a rewritten forward that calls a {type(child).__name__}"
-            raise Foreign(f"{path}.{name}".strip("."), found)
+            raise Unlike(f"{path}.{name}".strip("."), found)
         kept = stock._modules.get(name)
         if kept is None and type(child).__name__ != "Elementwise":
-            raise Foreign(f"{path}.{name}".strip("."), f"is a {type(child).__name__} of a rewritten forward")
+            raise Unlike(f"{path}.{name}".strip("."), f"is a {type(child).__name__} of a rewritten forward")
 
 
 def _entry(module: nn.Module, stock: nn.Module, path: str) -> dict[str, Any]:
     kind = type(module).__name__
     if kind not in LAYERS or not (is_ours(module) or type(module).__module__.startswith("torch.nn")):
-        raise Foreign(path, f"is a {kind}, which a generated file does not hold")
+        raise Unlike(path, f"is a {kind}, which a generated file does not hold")
     if kind.endswith("Activation") and kind in WRAPPING and type(module.activation) is not type(stock):
-        raise Foreign(path, f"acts by {type(module.activation).__name__}, where its class has {type(stock).__name__}")
+        raise Unlike(path, f"acts by {type(module.activation).__name__}, where its class has {type(stock).__name__}")
     spec = {name: value for name, value in spec_of(module).items() if name not in _LEFT_OUT}
     layer = spec.pop("type")
     return {"path": path, "layer": layer, **spec}

@@ -148,7 +148,9 @@ def _written(
         made = Path(folder) / target.name
         facts = chosen.write(subject, made)
         proof = chosen.check(subject, made) if check else None
-        allowed = allowance(chosen, subject.model) if tolerance is None else tolerance
+        allowed = tolerance
+        if allowed is None:
+            allowed = max(allowance(chosen, subject.model), 0.0 if proof is None else proof.allowed)
         if proof is not None and not proof.error <= allowed:
             found = f"in {proof.runtime} it is {proof.error:.1e} off, relative, where {allowed:.0e} is allowed"
             remedy = (

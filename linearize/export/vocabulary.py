@@ -15,6 +15,7 @@ _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+_ROLES = {"bos": "cls", "eos": "sep"}  # what encoders put around a text
 _TEXTS = ["Hello world", "It's 12345 o'clock,  isn't it?\n\nYes.", "Grüße 你好 ", "x = [1, 2]  # done\t!"]
 
 
@@ -38,8 +39,15 @@ def open_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def add_vocabulary(writer: Any, tokenizer: Any, words: int, config: Any) -> str:
+def add_vocabulary(writer: Any, tokenizer: Any, words: int, config: Any, *, pieces: bool = False) -> str:
     """Write the vocabulary of a tokenizer, or one of numbers; what was written, in words.
+
+    Args:
+        writer: of the file.
+        tokenizer: a fast tokenizer, or its folder; None for numbers.
+        words: rows of the embedding.
+        config: of the model.
+        pieces: whether it is an encoder's, whose words are split into WordPieces.
 
     Raises:
         UsageError: llama.cpp is not known here to split texts as the tokenizer does.
@@ -59,6 +67,8 @@ def add_vocabulary(writer: Any, tokenizer: Any, words: int, config: Any) -> str:
         return f"numbers from 0 to {words - 1}, as no tokenizer was given"
     known = open_tokenizer(tokenizer)
     data = json.loads(known.backend_tokenizer.to_str())
+    if pieces:
+        return _add_pieces(writer, known, data, words)
     split = _split(data)
     tokens, types = _tokens(data, words)
     writer.add_tokenizer_model("gpt2")
@@ -76,6 +86,29 @@ def add_vocabulary(writer: Any, tokenizer: Any, words: int, config: Any) -> str:
     return f"{len(known)} tokens, split as {split}"
 
 
+def _add_pieces(writer: Any, tokenizer: Any, data: dict[str, Any], words: int) -> str:
+    """A vocabulary of WordPieces, which llama.cpp keeps with a sign before what begins a word."""
+    normal, kind = data.get("normalizer") or {}, data["model"]["type"]
+    if kind != "WordPiece" or normal.get("type") != "BertNormalizer" or not normal.get("lowercase"):
+        found = f"found a {kind} tokenizer" + (" that keeps capitals" if kind == "WordPiece" else "")
+        remedy = "Leave it out: programs then take numbers of tokens. Encoders need WordPiece in small letters."
+        raise UsageError("tokenizer", found, remedy)
+    tokens, types = _tokens(data, words)
+    prefix = data["model"]["continuing_subword_prefix"]
+    for i, (token, type_) in enumerate(zip(tokens, types, strict=True)):
+        if type_ == _NORMAL and not (token.startswith("[") and token.endswith("]")):
+            tokens[i] = token.removeprefix(prefix) if token.startswith(prefix) else f"\u2581{token}"
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for name in ("bos", "eos", "sep", "unk", "pad", "mask"):
+        number = getattr(tokenizer, f"{_ROLES.get(name, name)}_token_id", None)
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    return f"{len(tokenizer)} WordPieces"
+
+
 def check_tokenizer(path: Path, tokenizer: Any) -> None:
     """See that llama.cpp makes the same tokens of some texts.
 
@@ -87,9 +120,10 @@ def check_tokenizer(path: Path, tokenizer: Any) -> None:
     if tokenizer is None:
         return
     known = open_tokenizer(tokenizer)
-    _, _, found = ask(path, [], new=0, most=0, text=_TEXTS)
+    special = known.cls_token_id is not None  # an encoder's, whose texts stand between two of them
+    _, _, found = ask(path, [], text=_TEXTS, special=special)
     for text, ids in zip(_TEXTS, found, strict=True):
-        wanted = known(text, add_special_tokens=False)["input_ids"]
+        wanted = known(text, add_special_tokens=special)["input_ids"]
         if ids != wanted:
             what = f"llama.cpp makes {ids} of {text!r}, the tokenizer {wanted}"
             raise ExportError("tokenizer", what, "Leave tokenizer= out, and give the program numbers of tokens.")

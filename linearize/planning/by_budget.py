@@ -50,7 +50,7 @@ def to_budget(job: Job, request: Request) -> Made:
         raise UsageError("compress", "found no budget", "Pass exactly one.")
     if request.dry_run:
         with steps("plan"):
-            return _dry(found, _searched(job, found, request), budget)
+            return _dry(job, found, _searched(job, found, request), budget)
     decision, goal, small = decided(job, found, request, held)
     told = decision.told()
     if not decision.outcome.met:
@@ -80,6 +80,7 @@ def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             seed=request.seed,
             rounds=min(_rounds(request), 9),
             cache=request.table,
+            runtime=job.runtime,
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
             notes=job.notes,
@@ -142,7 +143,7 @@ def _settled(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Mo
         )
     else:
         settled, tried = settle_one(around), ()
-    told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
+    told = _told(job, found, budget, replace(settled, choice=unscaled(settled.choice, found)))
     told["notes"] += tried
     choices = tuple(site_choices(settled.choice).values())
     decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"], around.trials)
@@ -154,7 +155,8 @@ def timer(job: Job, request: Request) -> Callable[[nn.Module], float]:
 
     def time_ratio(small: nn.Module) -> float:
         pair = {"original": job.original, "collapsed": small}
-        timed = from_first(lambda: benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes))
+        how: dict[str, Any] = {"rounds": _rounds(request), "batch_sizes": request.batch_sizes, "runtime": job.runtime}
+        timed = from_first(lambda: benchmark(pair, job.batch, **how))
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
     return time_ratio
@@ -170,21 +172,21 @@ def drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
     return (f"{text} on {len(some)} batches; if labels do not ask for that, lower the learning rate",)
 
 
-def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
+def _dry(job: Job, found: Survey, around: Survey, budget: Budget) -> Made:
     picked = choose(around.groups, found.measure, budget.fraction * found.total - found.fixed)
     choice = unscaled(picked, found)
     choices = site_choices(choice)
     gated = edited(found, choices)
     predicted = (found.fixed + choice.cost) / found.total
-    outcome = outcome_of(found, budget, predicted, None, choice.loss, met=None)
+    outcome = outcome_of(job, found, budget, predicted, None, choice.loss, met=None)
     notes = (*found.notes, *_cache(found, choice))
     told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
     told["trials"] = around.trials
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
-def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
-    outcome = outcome_of(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
+def _told(job: Job, found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
+    outcome = outcome_of(job, found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
     notes = (*found.notes, *_cache(found, settled.choice))
     return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
 
@@ -197,13 +199,14 @@ def _cache(found: Survey, choice: Choice) -> list[str]:
 
 
 def outcome_of(
-    found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
+    job: Job, found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
 ) -> Outcome:
     """What became of a budget."""
     same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
     least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told
     other = None if same is None else same.loss
-    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met)
+    where = job.runtime.told if job.runtime is not None and budget.measure == "latency" else None
+    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met, where)
 
 
 def _trained(

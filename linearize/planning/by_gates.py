@@ -144,9 +144,8 @@ def by_gates(job: Job, request: Request) -> Made:
         end = made.kept(prior)
         if _count(prior) > before:
             made.notes.append(f"{_count(prior) - before} channels more went after training, to keep to the budget")
-    outcome = outcome_of(
-        made.found, budget, prior.share, end.reached, _predicted(made, prior), met=kept_to(budget, end.reached)
-    )
+    met = kept_to(budget, end.reached)
+    outcome = outcome_of(job, made.found, budget, prior.share, end.reached, _predicted(made, prior), met=met)
     if not outcome.met:
         _log.warning("%s", outcome)
     notes = (*made.found.notes, *made.notes, *drift(job, cut.small, end.small))

@@ -25,6 +25,8 @@ __all__ = ["DECISION_FILE", "Decision"]
 DECISION_FILE = "plan.json"
 
 _FORMAT = "linearize-decision-1"
+_WORDS: Mapping[str, Any] = {"measure": str, "met": bool | None, "runtime": str | None}
+"""Fields of an outcome that are no numbers, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ def _outcome(entry: Mapping[str, Any]) -> Outcome:
     for field in fields(Outcome):
         value = getattr(made, field.name)
         fits = value is None or is_number(value)
-        if field.name in ("measure", "met"):
-            fits = isinstance(value, str) if field.name == "measure" else value is None or isinstance(value, bool)
+        if field.name in _WORDS:
+            fits = isinstance(value, _WORDS[field.name])
         if not fits:
             raise TypeError(f"{field.name} is a {type(value).__name__}")
     return made

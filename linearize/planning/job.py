@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from linearize.export.runtimes import Runtime
 from linearize.plan import Plan
 from linearize.planning.resume import NOTHING, Notes
 from linearize.running.batches import Reading
@@ -32,6 +33,7 @@ class Job:
         options: of fine-tuning; 0 epochs for none.
         train: fine-tunes a gated model with a prior and these options, and gives the history.
         notes: of what an interrupted run has found out.
+        runtime: where latencies are measured; None for PyTorch.
     """
 
     original: nn.Module
@@ -42,6 +44,7 @@ class Job:
     options: Mapping[str, Any]
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
     notes: Notes = NOTHING
+    runtime: Runtime | None = None
 
     @property
     def training_steps(self) -> int:

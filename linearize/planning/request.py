@@ -13,6 +13,7 @@ from linearize import checks
 from linearize.errors import UsageError
 from linearize.export import registry as format_registry
 from linearize.export.face import Means
+from linearize.export.runtimes import check_runtime
 from linearize.families import registry as family_registry
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
@@ -66,6 +67,7 @@ class Request:
     uniform: bool | Sequence[str] = False
     stock: bool = False
     target: str | None = None
+    runtime: Any = None
     modules: bool = True
     families: Sequence[str] | None = None
     output: Choice = None
@@ -162,6 +164,8 @@ class Request:
             if self.linear is not None and not self.means.own_layers:
                 found = f'found beside linear=, which folds channels into layers that "{self.target}" cannot hold'
                 raise UsageError("target", found, "Pass a budget, such as flops=0.5.")
+        if self.runtime is not None:
+            check_runtime(self.runtime)
         plan: Any = self.plan
         if plan is not None and not isinstance(plan, Plan):
             found, remedy = f"found a {type(plan).__name__}", "Pass a Plan; Plan.from_json reads one from text."

@@ -16,6 +16,7 @@ from linearize.calibrate import fit_lines, line_collectors
 from linearize.convert import check_gated
 from linearize.cost import Cost, cost
 from linearize.errors import UsageError
+from linearize.export.runtimes import Runtime
 from linearize.families import registry
 from linearize.families.family import Context, Layers
 from linearize.families.option import Group, Measure, Option
@@ -106,6 +107,7 @@ def survey(
     seed: int = 0,
     rounds: int = 9,
     cache: Path | None = None,
+    runtime: Runtime | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
     notes: Notes = NOTHING,
@@ -128,6 +130,7 @@ def survey(
         seed: of random projections.
         rounds: measurements of each latency.
         cache: file of latencies; None remembers none.
+        runtime: where latencies are measured; None for PyTorch.
         progress: show bars.
         say: told what is going on.
         notes: of passes that an interrupted run has finished.
@@ -179,7 +182,7 @@ def survey(
         say("measure")
         found.groups = from_first(lambda: timed(
             original, gated, groups, lambda group, option: layers_of(found, group, option), batch, batch_sizes,
-            flops=float(before.flops), rounds=rounds, cache=cache,
+            flops=float(before.flops), rounds=rounds, cache=cache, runtime=runtime,
         ))  # fmt: skip
     return found
 

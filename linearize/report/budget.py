@@ -23,6 +23,7 @@ class Outcome:
         loss: predicted error of the model's output, before any fine-tuning.
         uniform_loss: the same for the best plan that makes one choice for all sites; None if none meets the budget.
         met: whether the budget is met; None after a dry run.
+        runtime: where a latency was measured, such as "ONNX Runtime 1.32.0"; None for PyTorch.
     """
 
     measure: str
@@ -33,13 +34,14 @@ class Outcome:
     loss: float
     uniform_loss: float | None
     met: bool | None
+    runtime: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        name = _NAMES.get(self.measure, self.measure)
+        name = _NAMES.get(self.measure, self.measure) + (f" in {self.runtime}" if self.runtime else "")
         if self.reached is None:
             if self.predicted > self.asked * (1 + 1e-9):
                 return f"CANNOT BE MET: {name} at {self.asked:.3g}; the least that can be reached is {self.least:.3g}"

@@ -112,7 +112,8 @@ class BenchmarkResult:
             spread = f"[{t.q1:.3g}, {t.q3:.3g}]"
             rows.append([t.model, t.batch_size, "yes" if t.compiled else "no", f"{t.median:.3g}", spread, ratio])
         facts = self.environment
-        title = f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}, torch {facts['torch']}"
+        where = facts.get("runtime") or f"torch {facts['torch']}"
+        title = f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}, {where}"
         headers = ["model", "batch", "compiled", "median s", "quartiles s", "ratio [quartiles]"]
         return f"{title}\n{render(headers, rows)}"
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.zoo.transformers_models import is_transformers
+from linearize.zoo.unlike import Unlike
 
-__all__ = ["Decoder", "DecoderLayer", "Unlike", "read_decoder"]
+__all__ = ["Decoder", "DecoderLayer", "read_decoder"]
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of configurations whose models are read here."""
@@ -22,19 +23,6 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _ONE = 1.2784645427610738  # where x * sigmoid(x) is 1
 _ATTENTION = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
 _FFN = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
-
-
-class Unlike(Exception):
-    """A model, or a part of it, is not as a Llama-like decoder is.
-
-    Args:
-        where: path of the module.
-        why: what was found there, as a part of a sentence.
-    """
-
-    def __init__(self, where: str, why: str) -> None:
-        super().__init__(where, why)
-        self.where, self.why = where, why
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.bench import benchmark
+from linearize.export.runtimes import Runtime
 from linearize.families.family import Layers
 from linearize.families.option import Group, Option
 from linearize.gating.gate import gates
@@ -32,6 +33,7 @@ def timed(
     flops: float,
     rounds: int,
     cache: Path | None,
+    runtime: Runtime | None = None,
 ) -> list[Group]:
     """The groups with latencies, as shares of the original's.
 
@@ -45,19 +47,33 @@ def timed(
         flops: of the original, for the batch.
         rounds: measurements of each.
         cache: file of ratios; None remembers none.
+        runtime: where latencies are measured; None for PyTorch. What cannot be run there by itself, such as heads of
+            attention, is given its share of the time in PyTorch.
     """
     size = _batch_size(batch)
     sizes = batch_sizes or [size]
     parts = {group.sites[0]: _modules_of(gated, group) for group in groups}
     shares = shares_in_place(original, batch, sizes, parts, rounds=rounds)
-    whole = _whole(original, batch, sizes, rounds)
+    whole = _whole(original, batch, sizes, rounds, runtime)
     inner = [group for group in groups if not group.encloses]
     table = LatencyTable.open(cache)
     inner = with_latencies(
-        gated, inner, layers, whole, batch=size, flops=flops, table=table, shares=shares, rounds=rounds
+        gated,
+        inner,
+        layers,
+        whole,
+        batch=size,
+        flops=flops,
+        table=table,
+        shares=shares,
+        rounds=rounds,
+        runtime=runtime,
     )
     outer = [group for group in groups if group.encloses]
-    return with_enclosing_latencies(original, [*inner, *outer], layers, shares, batch=size, rounds=rounds)
+    return with_enclosing_latencies(
+        original, [*inner, *outer], layers, shares, batch=size, rounds=rounds,
+        whole=None if runtime is None else whole, runtime=runtime,
+    )  # fmt: skip
 
 
 def _modules_of(gated: nn.Module, group: Group) -> list[str]:
@@ -78,7 +94,9 @@ def _batch_size(batch: Any) -> int:
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
-def _whole(original: nn.Module, batch: Any, sizes: Sequence[int], rounds: int) -> dict[int, float]:
+def _whole(
+    original: nn.Module, batch: Any, sizes: Sequence[int], rounds: int, runtime: Runtime | None
+) -> dict[int, float]:
     """Seconds of the whole model, by batch size."""
-    found = benchmark({"original": original}, batch, rounds=rounds, batch_sizes=list(sizes))
+    found = benchmark({"original": original}, batch, rounds=rounds, batch_sizes=list(sizes), runtime=runtime)
     return {timing.batch_size: timing.median for timing in found.timings}

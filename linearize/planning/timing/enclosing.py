@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.bench import interleaved
+from linearize.export.runtimes import Runtime
 from linearize.families.family import Layers
 from linearize.families.option import Group, Option
+from linearize.planning.timing.alone import runnable, seconds_of
 from linearize.planning.timing.in_place import Shares
 from linearize.running.models import evaluating
 
@@ -29,6 +30,8 @@ def with_enclosing_latencies(
     *,
     batch: int,
     rounds: int = 7,
+    whole: Mapping[int, float] | None = None,
+    runtime: Runtime | None = None,
 ) -> list[Group]:
     """The groups with measured latencies for those that enclose others, too, as shares of the whole model's.
 
@@ -39,6 +42,8 @@ def with_enclosing_latencies(
         shares: of the model's time, by path.
         batch: size of the example batch.
         rounds: measurements of each.
+        whole: seconds of the whole model in the runtime, by batch size; only with one.
+        runtime: in which places run by themselves; None for PyTorch.
 
     For a place that cannot be run by itself, FLOPs tell what an option would take of its time.
     """
@@ -52,26 +57,46 @@ def with_enclosing_latencies(
     outer = sorted((g for g in groups if g.encloses), key=lambda g: -len(g.sites[0].split(".")))  # innermost first
     for group in outer:
         path, (stay, *others) = group.sites[0], group.options
-        own, held = shares.get(path, {}), inner.get(path, 0.0)
+        own, held = dict(shares.get(path, {})), inner.get(path, 0.0)
+        alone = [
+            {size: _alone(original, group, layers(group, option), size, batch, rounds, runtime) for size in own}
+            for option in others
+        ]
+        if whole is not None:  # shares are of the time in PyTorch
+            own = {size: _share(share, [times[size] for times in alone], whole[size]) for size, share in own.items()}
         present = sum(own.values()) / max(1, len(own))
         total = stay.flops + flops.get(path, 0.0)
         found = []
-        for option in others:
+        for option, times in zip(others, alone, strict=True):
             by_flops = option.flops / max(1.0, total)
             time = 0.0
             for size, share in own.items():
-                ratio = _ratio(original, group, layers(group, option), size, batch, rounds)
-                time += share * (by_flops if ratio is None else ratio) / len(own)
+                measured = times[size]
+                time += share * (by_flops if measured is None else measured[0]) / len(own)
             found.append(replace(option, latency=min(time, max(present, held))))
-        alone = max(0.0, present - held)
-        inner[group.inside] = inner.get(group.inside, 0.0) + held + alone
+        rest = max(0.0, present - held)
+        inner[group.inside] = inner.get(group.inside, 0.0) + held + rest
         flops[group.inside] = flops.get(group.inside, 0.0) + total
-        known[path] = replace(group, options=(replace(stay, latency=alone), *found))
+        known[path] = replace(group, options=(replace(stay, latency=rest), *found))
     return [known[group.sites[0]] if group.encloses else group for group in groups]
 
 
-def _ratio(original: nn.Module, group: Group, layers: Layers, size: int, batch: int, rounds: int) -> float | None:
-    """Time of the layer that would stand for a place, relative to what stands there now."""
+def _share(otherwise: float, times: Sequence[tuple[float, float] | None], whole: float) -> float:
+    """Of the whole model's time in its runtime, from the seconds that stand behind some ratios."""
+    seconds = [found[1] for found in times if found is not None]
+    return min(1.0, sum(seconds) / len(seconds) / whole) if seconds else otherwise
+
+
+def _alone(
+    original: nn.Module,
+    group: Group,
+    layers: Layers,
+    size: int,
+    batch: int,
+    rounds: int,
+    runtime: Runtime | None,
+) -> tuple[float, float] | None:
+    """Time of the layer that would stand for a place, relative to what stands there now, and the seconds of this."""
     path = group.sites[0]
     if not group.shape or group.shape[0] % batch:
         return None
@@ -88,10 +113,14 @@ def _ratio(original: nn.Module, group: Group, layers: Layers, size: int, batch: 
             return None
         if _shape(out) is None or _shape(out) != _shape(made):
             return None
-        runs: dict[str, Any] = {"present": lambda: module(*args, **kwargs), "other": lambda: layer(x)}
-        samples = interleaved(runs, like.device, rounds, 2)
-    ratios = torch.tensor(samples["other"]) / torch.tensor(samples["present"])
-    return float(ratios.median())
+        try:
+            present, other = runnable(module, x, runtime, layers.keyword), runnable(layer, x, runtime)
+        except Exception as error:  # whatever an exporter raises
+            _log.debug("%s: cannot be brought to the runtime (%s); FLOPs tell what it takes", path, error)
+            return None
+        samples = seconds_of({"present": present, "other": other}, x, rounds, runtime)
+    seconds = float(samples["present"].median())
+    return (float((samples["other"] / samples["present"]).median()), seconds) if seconds > 0 else None
 
 
 def _shape(output: Any) -> tuple[int, ...] | None:

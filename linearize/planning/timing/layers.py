@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linearize.bench import interleaved
+from linearize.export.runtimes import Runtime
 from linearize.families.channels.editable import fold_of
 from linearize.families.channels.layers import released
 from linearize.families.family import Layers
 from linearize.families.option import Group, Option
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
+from linearize.planning.timing.alone import Run, filled, runnable, seconds_of, spread
 from linearize.planning.timing.in_place import Shares
 from linearize.planning.timing.table import LatencyTable
 from linearize.report.timing import environment
@@ -34,8 +35,9 @@ from linearize.sites.site import Port, Site
 __all__ = ["with_latencies"]
 
 _log = logging.getLogger(__name__)
-Run = Callable[[], Any]
 
+_EXPORTED = 6  # options of a group that are exported, which takes a second each; the others lie between them
+_LEAST = 1e-3  # a ratio that a table keeps
 _LARGEST_PART = 0.95  # of the whole model's time that the layers around activations can take
 
 
@@ -49,6 +51,7 @@ class _Bench:
     sizes: Sequence[int]
     rounds: int
     flops: float
+    runtime: Runtime | None
 
     @property
     def like(self) -> Tensor:
@@ -66,6 +69,7 @@ def with_latencies(
     table: LatencyTable,
     shares: Shares | None = None,
     rounds: int = 7,
+    runtime: Runtime | None = None,
 ) -> list[Group]:
     """The groups with measured latencies, as shares of the whole model's.
 
@@ -79,10 +83,11 @@ def with_latencies(
         table: where ratios are looked up and noted.
         shares: of the model's time, by the name of a group's first site; one that is not known is measured by itself.
         rounds: measurements of each.
+        runtime: in which layers run by themselves, and `whole` was measured; None for PyTorch.
 
     Options whose layers cannot be run by themselves are given the share of time that their FLOPs would take.
     """
-    bench = _Bench(model, layers, batch, list(whole), rounds, flops)
+    bench = _Bench(model, layers, batch, list(whole), rounds, flops, runtime)
     with evaluating(model):
         measured = [_measured(bench, group, whole, table, shares or {}) for group in groups]
     table.save()
@@ -101,7 +106,10 @@ def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: Laten
     for size, seconds in whole.items():
         ratios, own = _ratios(bench, group, size, table)
         by_flops = group.stay.flops / max(bench.flops, 1.0)
-        stay = shares.get(group.sites[0], {}).get(size, by_flops if own is None else own / seconds)
+        alone = by_flops if own is None else own / seconds
+        stay = shares.get(group.sites[0], {}).get(size, alone)
+        if bench.runtime is not None and own is not None:  # shares are of the time in PyTorch
+            stay = alone
         for index, ratio in enumerate(ratios):
             found[index] += ratio * stay / len(whole)
     options = tuple(replace(o, latency=share) for o, share in zip(group.options, found, strict=True))
@@ -122,36 +130,40 @@ def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tupl
     try:
         present = _present(bench.model, chain)
         present(x)
-        runs: dict[str, Run] = {"stay": lambda: present(x)}
-        keys = ["stay"]
-        for option in group.options[1:]:
-            layers = bench.layers(group, option)
-            key = _key(bench, chain, shape, layers.key)
-            keys.append(key)
+        runs: dict[str, Run] = {"stay": runnable(present, x, bench.runtime)}
+        keys: dict[int, str] = {}
+        for index in _chosen(bench, by_flops):
+            layers = bench.layers(group, group.options[index])
+            key = keys[index] = _key(bench, chain, shape, layers.key)
             if key not in table.entries and key not in runs:
                 call = _Chain(chain, layers.modules, {})
                 call(x)
-                runs[key] = _bound(call, x)
+                runs[key] = runnable(call, x, bench.runtime)
     except Exception as error:  # whatever stands between the maps may need the shapes that it knows
         _log.debug("%s: cannot be run by itself (%s); FLOPs tell what it takes", group.sites[0], error)
         return by_flops, None
-    samples = interleaved(runs, like.device, bench.rounds, 2)
+    samples = seconds_of(runs, x, bench.rounds, bench.runtime)
+    own = float(samples["stay"].median())
+    if own <= 0:  # nothing beside the call itself
+        return by_flops, None
     for key, values in samples.items():
         if key != "stay":
-            ratios = torch.tensor(values) / torch.tensor(samples["stay"])
-            table.entries[key] = float(ratios.median())
-    own = float(torch.tensor(samples["stay"]).median())
-    return [1.0, *(table.entries[key] for key in keys[1:])], own
+            table.entries[key] = max(_LEAST, float((values / samples["stay"]).median()))
+    return filled(by_flops, {0: 1.0, **{index: table.entries[key] for index, key in keys.items()}}), own
 
 
-def _bound(call: Callable[[Tensor], Any], x: Tensor) -> Run:
-    return lambda: call(x)
+def _chosen(bench: _Bench, by_flops: Sequence[float]) -> list[int]:
+    """The options that are timed: all; in another runtime only some, since each is exported for it."""
+    if bench.runtime is None:
+        return list(range(1, len(by_flops)))
+    return [1 + index for index in spread(by_flops[1:], _EXPORTED)]
 
 
 def _key(bench: _Bench, chain: Sequence[ChannelGate], shape: tuple[int, ...], text: str) -> str:
     like = bench.like
     facts = environment(like.device, like.dtype)
     where = {name: facts[name] for name in ("device", "threads", "dtype", "torch")}
+    where |= {} if bench.runtime is None else {"runtime": bench.runtime.told}
     sites = [(repr(released(gate)), gate.axis, gate.channels, len(_folds(gate.site))) for gate in chain]
     before = [(p.kind, p.total) for gate in chain if gate.site is not None for p in ports_of(gate.site)]
     told = json.dumps([where, shape, sites, before, text], sort_keys=True, default=str)
@@ -162,7 +174,7 @@ def _folds(site: Site | None) -> tuple[Any, ...]:
     return () if site is None else (*site.folds, *site.up_folds, *site.consumer_folds)
 
 
-def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> Callable[[Tensor], Any]:
+def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> nn.Module:
     """The layers of a group as they stand in the model, norms included, gates not."""
     ports = {port.module for gate in chain if gate.site is not None for port in ports_of(gate.site)}
     layers = {path: model.get_submodule(path) for path in ports}
@@ -176,15 +188,19 @@ def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> Callable[[Tensor
     return _Chain(chain, layers, folds)
 
 
-class _Chain:
+class _Chain(nn.Module):
     """Runs the layers of a group one after the other, as the model would."""
 
     def __init__(
         self, chain: Sequence[ChannelGate], layers: Mapping[str, nn.Module], folds: dict[str, tuple[Tensor, Tensor]]
     ) -> None:
-        self.gates, self.layers, self.folds = chain, layers, folds
+        super().__init__()
+        self.gates, self.layers, self.folds = tuple(chain), dict(layers), folds
+        self.held = nn.ModuleList(layers.values())  # an exporter looks for weights in modules only
+        self.training = False
 
-    def __call__(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Any:
+        """The outputs of the last layers."""
         outputs: list[Tensor] = []
         for gate in self.gates:
             site = gate.site
