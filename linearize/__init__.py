@@ -11,6 +11,7 @@ from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
 from linearize.collapse import collapse
 from linearize.compress import Result, compress
+from linearize.compress_blockwise import BlockwiseResult, compress_blockwise
 from linearize.convert import convert
 from linearize.errors import (
     CaptureError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BenchmarkResult",
+    "BlockwiseResult",
     "Calibration",
     "CaptureError",
     "ChannelGate",
@@ -69,6 +71,7 @@ __all__ = [
     "calibrate",
     "collapse",
     "compress",
+    "compress_blockwise",
     "convert",
     "export",
     "finetune",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from linearize import checks, zoo
-from linearize.algebra.finite import all_finite
 from linearize.errors import CheckpointError, LinearizeError
-from linearize.gating.sharded import REMEDY, is_sharded
 from linearize.sites.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
+from linearize.storage.content import check_value, is_plain_tensor, tensors_of
 from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import (
@@ -36,9 +36,9 @@ from linearize.storage.versions import names_since, renamed
 from linearize.surgery.specs import all_steps, replay
 from linearize.zoo.building import Limit, parameters_on_meta
 from linearize.zoo.sealed import sealed
-from linearize.zoo.structure import Difference, compare, plain_tensors, stored_tensors
+from linearize.zoo.structure import Difference, compare, plain_tensors
 
-__all__ = ["FILE", "load", "save"]
+__all__ = ["FILE", "load", "save", "save_from"]
 
 FILE = "linearize.safetensors"
 """Name of our file in a folder that a library's own `save_pretrained` has written."""
@@ -74,15 +74,35 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     checks.module("model", model)
     checks.path("path", path)
+    _save(model, path, None)
+
+
+def save_from(model: nn.Module, path: str | os.PathLike[str], value: Callable[[str], Tensor]) -> None:
+    """Like `save`, for a model that is too large for the memory: one tensor at a time is there.
+
+    Args:
+        model: parameters and persistent buffers without values are on the meta device.
+        path: the file to write; its folder must exist.
+        value: gives such a tensor by its name, when it is its turn to be written.
+
+    Raises:
+        CheckpointError: as for `save`.
+    """
+    _save(model, path, value)
+
+
+def _save(model: nn.Module, path: str | os.PathLike[str], value: Callable[[str], Tensor] | None) -> None:
     atomic.destination(path)  # before any work is done
     model = zoo.unwrap(model)
     record = record_of(model)
     content = Manifest(steps=all_steps(model))
     if record is not None:
         content.sites, content.inputs = [site.to_dict() for site in record.sites], record.inputs
-    tensors = _share(model, content)
+    tensors = tensors_of(model, content)
+    later = {name for name, tensor in tensors.items() if value is not None and tensor.is_meta}
     for name, tensor in tensors.items():
-        _check(name, tensor)
+        if name not in later:
+            check_value(name, tensor)
     difference = _find_recipe(model, content)
     for name, tensor in tensors.items():
         # A layer that the library itself builds with no elements is no shard.
@@ -91,11 +111,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(name, found, "Gather the full model on one process, then save.")
     content.attributes = [item for item in difference.attributes if may_hold(item[2])]
     for path_of_module, where, tensor in difference.tensors:
-        if tensor.dtype in tensorfile.DTYPE_NAMES and _is_plain_tensor(tensor) and not tensor.is_meta:
+        if tensor.dtype in tensorfile.DTYPE_NAMES and is_plain_tensor(tensor) and not tensor.is_meta:
             key = f"extra:{path_of_module}:{'/'.join(map(str, where))}"
             tensors[key] = tensor
             content.extras.append((key, path_of_module, where))
-    tensorfile.write(Path(path), tensors, content.to_texts())
+
+    def held(name: str) -> Tensor:
+        if value is None or name not in later:
+            return tensors[name]
+        tensor = value(name)
+        check_value(name, tensor)
+        return tensor
+
+    tensorfile.write(Path(path), tensors, content.to_texts(), held)
 
 
 def load(
@@ -197,48 +225,6 @@ def _find_recipe(model: nn.Module, content: Manifest) -> Difference:
     modules = model.named_modules()
     rest = [(name, where, item) for name, part in modules for where, item in plain_tensors(part).items()]
     return Difference(tensors=rest)
-
-
-def _share(model: nn.Module, content: Manifest) -> dict[str, Tensor]:
-    """The tensors to store, each once; ``content`` learns their further names, and which are frozen."""
-    first: dict[Any, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in stored_tensors(model).items():
-        key: Any = id(tensor)
-        if _is_plain_tensor(tensor) and not tensor.is_meta and tensor.data_ptr():
-            key = (str(tensor.device), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if key in first:
-            content.aliases[name] = first[key]
-            continue
-        first[key] = name
-        tensors[name] = tensor
-        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-            content.frozen.append(name)
-    return tensors
-
-
-def _is_plain_tensor(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
-
-
-def _check(name: str, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise CheckpointError(name, "it is on the meta device and has no values", "Load weights before saving.")
-    if is_sharded(tensor):
-        raise CheckpointError(name, "it is sharded over processes", REMEDY)
-    if not _is_plain_tensor(tensor) or tensor.dtype not in tensorfile.DTYPE_NAMES:
-        found = f"it is a {type(tensor).__name__} of {tensor.dtype}, which the format cannot hold"
-        raise CheckpointError(name, found, "Turn it into a plain tensor (dequantize it) before saving.")
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not _is_finite(tensor):
-        remedy = "Save the model from before training went wrong, or repair this tensor."
-        raise CheckpointError(name, "it holds NaN or infinite values", remedy)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if isinstance(tensor, nn.Parameter):
-        return all_finite(tensor)
-    # A buffer may be a mask with -inf, or a bound that is still open.
-    return not bool(tensor.isnan().any())
 
 
 def _base(path: Path, content: Manifest, model: nn.Module | None, limit: Limit) -> nn.Module:

@@ -13,7 +13,9 @@ from linearize.export.runtimes import Runtime
 from linearize.plan import Plan
 from linearize.planning.resume import NOTHING, Notes
 from linearize.running.batches import Reading
+from linearize.running.passes import Probe
 from linearize.running.steps import Steps
+from linearize.training.probes import projection
 
 __all__ = ["Job", "Made"]
 
@@ -34,6 +36,7 @@ class Job:
         train: fine-tunes a gated model with a prior and these options, and gives the history.
         notes: of what an interrupted run has found out.
         runtime: where latencies are measured; None for PyTorch.
+        probe: tells what an error costs, see `linearize.planning.survey.survey`.
     """
 
     original: nn.Module
@@ -45,6 +48,7 @@ class Job:
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
     notes: Notes = NOTHING
     runtime: Runtime | None = None
+    probe: Probe | None = projection
 
     @property
     def training_steps(self) -> int:

@@ -141,7 +141,7 @@ def run_passes(
         model: any model.
         batches: batches that can be read several times, as `linearize.running.batches` describes them.
         collectors: the statistics to gather. A collector that is in `notes` is filled from there.
-        probe: needed if a collector asks for gradients.
+        probe: gives the gradients that collectors ask for; None gives none, and the model runs forwards only.
         indices: numbers of the batches in the whole data, where these are only a part of it; None counts from 0.
         seed: of random draws.
         memory: bytes for the sums of one pass. Further collectors wait for another pass.
@@ -222,7 +222,7 @@ def _run(
     progress: bool,
 ) -> int:
     """Run the model over the batches, and say how many there were."""
-    gradients = any(collector.gradients for collector in collectors)
+    gradients = probe is not None and any(collector.gradients for collector in collectors)
     now = Moment(model, torch.zeros(()), seed)
     total = length_of(batches)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,30 @@ class Header:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    value: Callable[[str], Tensor] | None = None,
+) -> None:
     """Write a file completely or not at all: to another name, flushed, then renamed. A failure leaves the old file.
+
+    Args:
+        path: of the file.
+        tensors: by name. With `value`, only their shapes and dtypes count; they may be on the meta device.
+        metadata: texts by name.
+        value: makes a tensor when it is its turn to be written; one of them at a time is in memory. Names of equally
+            wide dtypes come in alphabetical order.
 
     Raises:
         CheckpointError: the folder is missing or not writable, or the disk is full.
     """
-    atomic.write(path, lambda file: _stream(file, tensors, metadata))
+    atomic.write(path, lambda file: _stream(file, tensors, metadata, value or tensors.__getitem__))
 
 
-def _stream(file: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _stream(
+    file: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], value: Callable[[str], Tensor]
+) -> None:
     # Wide dtypes first: then every tensor is aligned, and can be mapped into memory where it lies.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -114,7 +128,11 @@ def _stream(file: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     file.write(len(header).to_bytes(8, "little"))
     file.write(header)
     for name in names:
-        file.write(_bytes(tensors[name]))
+        tensor = value(name)
+        if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+            found = f"it became {tuple(tensor.shape)} of {tensor.dtype}, not {tuple(tensors[name].shape)}"
+            raise CheckpointError(name, found, "Please report this model.")
+        file.write(_bytes(tensor))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -188,6 +206,22 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise _foreign(path, f"the safetensors library refuses it: {error}") from error
     return tensors
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor, mapped.
+
+    Raises:
+        CheckpointError: the file is not in safetensors format, or has no such tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as held:
+            tensor: Tensor = held.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _foreign(path, f"the safetensors library refuses it: {error}") from error
+    return tensor
 
 
 def _truncated(path: Path, found: str) -> CheckpointError:

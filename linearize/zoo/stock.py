@@ -25,6 +25,7 @@ __all__ = [
     "library_class",
     "prove_stock",
     "stock_copy",
+    "turned_weights",
 ]
 
 _REMEDY = "Compress with stock=True, which keeps equal widths and adds no bias, or save it with linearize.save."
@@ -179,6 +180,11 @@ def library_class(kind: type[nn.Module]) -> type[nn.Module]:
         if getattr(sys.modules.get(base.__module__), base.__qualname__, None) is base:
             return base  # type: ignore[no-any-return]
     return kind
+
+
+def turned_weights(model: Any) -> set[str]:
+    """Names of the weights that the stock class of a model stores the other way round."""
+    return _turned(library_class(type(model)), model, model.config)
 
 
 def _turned(kind: type[nn.Module], model: nn.Module, config: Any) -> set[str]:
