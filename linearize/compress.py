@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from linearize.compare import kept_sites, report_of
 from linearize.convert import convert
 from linearize.cost import cost
+from linearize.data.text import TextSource, read_if_text
+from linearize.data.text_quality import TextQuality
 from linearize.export.fit import expect_fit, prove_fit
 from linearize.finetune import finetune as train
 from linearize.graph.state import same_modes
@@ -58,7 +60,7 @@ class Result:
 @same_modes()
 def compress(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Any] | os.PathLike[str],
     *,
     latency: float | None = None,
     flops: float | None = None,
@@ -69,6 +71,9 @@ def compress(
     plan: Plan | None = None,
     finetune: int | Mapping[str, Any] | None = None,
     evaluate: Evaluate | None = None,
+    tokenizer: Any = None,
+    context: int | None = None,
+    column: str | None = None,
     distill: bool = True,
     output: Choice = None,
     example_inputs: Any = None,
@@ -102,7 +107,8 @@ def compress(
     Args:
         model: a trained model. It is not changed.
         data: batches that can be read several times: tensors, tuples (inputs, labels) or dicts of keyword
-            arguments. Labels are needed for fine-tuning only.
+            arguments. Labels are needed for fine-tuning only. Or text: a .txt, .jsonl or .parquet file, a folder of
+            them, a data set with columns, or a list of texts (docs/language.md). A tenth of it is held back.
         latency: budget: fraction in (0, 1] of the original's measured latency.
         flops: budget: fraction of its FLOPs.
         params: budget: fraction of its parameters.
@@ -113,7 +119,11 @@ def compress(
         finetune: number of epochs, or keyword arguments of `linearize.finetune`; None trains nothing. With `gradual`,
             a share of the steps, the model moves to the planned state during these steps; 0, the default, starts there.
             With a budget or a plan, the default learning rate is 3e-4.
-        evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
+        evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it, or,
+            with text, gives the perplexity and the agreement with the original on the part that is held back.
+        tokenizer: with text: a tokenizer, or the path of one. None takes the one in the model's folder.
+        context: with text: number of tokens in a block. None takes 512, or fewer if the model is made for fewer.
+        column: with text: the column that holds it. None takes "text", or the only column of strings.
         distill: fine-tuning imitates the original model, in addition to the labels.
         output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
             ["boxes*"], or a dict of these with weights, or with kinds ("classes", "multilabel", "values"); None takes
@@ -168,9 +178,26 @@ def compress(
         batch_sizes=batch_sizes,
         rounds=rounds, cache=cache, checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
-    result, notes = carried_out(model, data, request)
+    source = read_if_text(
+        data,
+        model,
+        tokenizer=tokenizer,
+        context=context,
+        column=column,
+        labels=bool(request.training["epochs"]),
+        seed=seed,
+    )
+    if source is not None:
+        data, request = source.train, with_quality(request, model, source)
+    result, notes = carried_out(model, cast("Iterable[Any]", data), request)
     notes.forget()
     return result
+
+
+def with_quality(request: Request, model: nn.Module, source: TextSource) -> Request:
+    """The request, with an evaluation on held-back text, if it has none and the model predicts tokens."""
+    quality = TextQuality(model, source.test)
+    return replace(request, evaluate=quality) if request.evaluate is None and quality.fits else request
 
 
 def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, Notes]:
