@@ -14,15 +14,21 @@ from torch import nn
 from linearize.compare import kept_sites, report_of
 from linearize.convert import convert
 from linearize.cost import cost
-from linearize.data.text import TextSource, read_if_text
-from linearize.data.text_quality import TextQuality
+from linearize.data.text import read_if_text
+from linearize.data.text_quality import quality_of
 from linearize.export.fit import expect_fit, prove_fit
 from linearize.finetune import finetune as train
 from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_share import to_share
-from linearize.planning.first_batches import check_inputs, check_output, check_training_data, some_batches
+from linearize.planning.first_batches import (
+    check_inputs,
+    check_output,
+    check_served,
+    check_training_data,
+    some_batches,
+)
 from linearize.planning.job import Job, Made
 from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
@@ -67,6 +73,10 @@ def compress(
     params: float | None = None,
     speedup: float | None = None,
     activations: float | None = None,
+    decode: float | None = None,
+    prefill: float | None = None,
+    memory: float | None = None,
+    serving: tuple[int, int] | None = None,
     linear: float | None = None,
     plan: Plan | None = None,
     finetune: int | Mapping[str, Any] | None = None,
@@ -114,6 +124,10 @@ def compress(
         params: budget: fraction of its parameters.
         speedup: budget: a factor of at least 1; the same as `latency=1 / speedup`.
         activations: budget: fraction of its nonlinear unit evaluations.
+        decode: budget of a model that generates: a factor of at least 1 by which it writes more tokens per second.
+        prefill: budget: fraction of its time to the first token.
+        memory: budget: fraction of the bytes of its weights and its cache.
+        serving: the batch size and the context at which these three count. None takes one text of the data's length.
         linear: instead of a budget: share of all gated channels that become linear, in (0, 1].
         plan: instead of a budget: a plan that `compress` made for this model, to carry out again, perhaps edited.
         finetune: number of epochs, or keyword arguments of `linearize.finetune`; None trains nothing. With `gradual`,
@@ -159,7 +173,7 @@ def compress(
         report says so, and what can be reached.
 
     Raises:
-        UsageError: no budget or several, or an argument out of range.
+        UsageError: no budget, budgets that contradict each other, or an argument out of range.
         DataError: no batches, data that can be read only once, NaN, or missing labels for fine-tuning.
         LinearizeError: one of the steps failed. The model is not changed.
 
@@ -171,7 +185,8 @@ def compress(
         (True, True)
     """
     request = Request(
-        latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
+        latency=latency, flops=flops, params=params, speedup=speedup, activations=activations,
+        decode=decode, prefill=prefill, memory=memory, serving=serving, linear=linear, plan=plan,
         finetune=finetune, evaluate=evaluate, distill=distill, example_inputs=example_inputs, include=include,
         exclude=exclude, dry_run=dry_run, sequential=sequential, search=search, uniform=uniform, stock=stock,
         target=target, modules=modules, families=families, output=output, round_to=round_to, when=when,
@@ -188,16 +203,12 @@ def compress(
         seed=seed,
     )
     if source is not None:
-        data, request = source.train, with_quality(request, model, source)
+        data = source.train
+        if request.evaluate is None:
+            request = replace(request, evaluate=quality_of(model, source))
     result, notes = carried_out(model, cast("Iterable[Any]", data), request)
     notes.forget()
     return result
-
-
-def with_quality(request: Request, model: nn.Module, source: TextSource) -> Request:
-    """The request, with an evaluation on held-back text, if it has none and the model predicts tokens."""
-    quality = TextQuality(model, source.test)
-    return replace(request, evaluate=quality) if request.evaluate is None and quality.fits else request
 
 
 def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, Notes]:
@@ -219,8 +230,9 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             check_output(model, reading)
         if request.training["epochs"] and not request.dry_run:
             check_training_data(model, reading, request.training, distill=request.distill)
+        example = batches[0] if request.example_inputs is None else request.example_inputs
+        check_served(model, example, request)
         with steps("convert"):
-            example = batches[0] if request.example_inputs is None else request.example_inputs
             gated = convert(model, example, include=request.include, exclude=request.exclude)
         same_model(gated)
         notes = _notes(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files

@@ -14,7 +14,7 @@ from torch import nn
 from linearize import zoo
 from linearize.checkpoint import save
 from linearize.cli import common
-from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, text_for
+from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of, text_for
 from linearize.compress import Result, carried_out
 from linearize.data import DataSource, TextSource
 from linearize.data.documents import is_text
@@ -60,6 +60,19 @@ def compress(
     params: Annotated[float | None, typer.Option(help="Budget: fraction of the original's parameters.")] = None,
     activations: Annotated[
         float | None, typer.Option(help="Budget: fraction of the original's nonlinear unit evaluations.")
+    ] = None,
+    decode: Annotated[
+        float | None, typer.Option(help="Budget: how many times as many tokens per second it writes, such as 1.5.")
+    ] = None,
+    prefill: Annotated[
+        float | None, typer.Option(help="Budget: fraction of the original's time to the first token.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Budget: fraction of the bytes of the original's weights and cache.")
+    ] = None,
+    serving: Annotated[
+        str | None,
+        typer.Option(metavar="B,T", help="Batch size and context for these three. Default: 1 and the data's length."),
     ] = None,
     linear: Annotated[
         float | None,
@@ -129,6 +142,9 @@ def compress(
         "flops": flops,
         "params": params,
         "activations": activations,
+        "decode": decode,
+        "prefill": prefill,
+        "memory": memory,
     }
     if linear is None and all(value is None for value in budgets.values()):
         linear = _SHARE
@@ -141,7 +157,8 @@ def compress(
         epochs = 0 if is_words and linear is None else _EPOCHS
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target,
+            **budgets, serving=pair_of(serving), linear=linear,
+            dry_run=dry_run, uniform=uniform, stock=stock, target=target,
             modules=modules, families=family or None, output=parts,
             search=search,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,

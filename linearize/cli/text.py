@@ -9,10 +9,11 @@ import typer
 from torch import nn
 
 from linearize.cli import common
-from linearize.data import DataSource, TextQuality, TextSource, load_text
+from linearize.data import DataSource, TextSource, load_text
+from linearize.data.text_quality import quality_of
 from linearize.errors import DataError, UsageError
 
-__all__ = ["Column", "Context", "Tokenizer", "evaluation_of", "text_for"]
+__all__ = ["Column", "Context", "Tokenizer", "evaluation_of", "pair_of", "text_for"]
 
 Tokenizer = Annotated[
     str | None,
@@ -57,9 +58,24 @@ def text_for(
         raise DataError(where, error.found, remedy) from error
 
 
+def pair_of(text: str | None) -> tuple[int, ...] | None:
+    """Two numbers with a comma between them.
+
+    Raises:
+        UsageError: the text is something else.
+
+    Examples:
+        >>> pair_of("8,1024")
+        (8, 1024)
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError("--serving", f"found {text!r}", "Write a batch size and a context, for example 8,1024.")
+    return int(parts[0]), int(parts[1])
+
+
 def evaluation_of(network: nn.Module, source: DataSource | TextSource) -> Any:
     """What is evaluated before and after: test images, or held-back text."""
-    if isinstance(source, DataSource):
-        return source.test
-    quality = TextQuality(network, source.test)
-    return quality if quality.fits else None
+    return source.test if isinstance(source, DataSource) else quality_of(network, source)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
-from linearize.data.text import TextBatches
+from linearize.data.text import TextBatches, TextSource
 from linearize.errors import LinearizeError
 from linearize.running.batches import read_batches
 from linearize.running.models import evaluating
@@ -20,7 +20,7 @@ from linearize.zoo.caches import generates
 from linearize.zoo.inputs import unwrap
 from linearize.zoo.transformers_models import is_transformers
 
-__all__ = ["TextQuality"]
+__all__ = ["TextQuality", "quality_of"]
 
 
 class TextQuality:
@@ -86,6 +86,12 @@ class TextQuality:
                 found = (main_part(batch.checked(self.original, index)).tensor for index, batch in batches)
                 self._likely = [scores.argmax(-1).cpu() for scores in found]
         return self._likely
+
+
+def quality_of(model: nn.Module, source: TextSource) -> TextQuality | None:
+    """The quality on what is held back; None if the model does not score tokens."""
+    quality = TextQuality(model, source.test)
+    return quality if quality.fits else None
 
 
 def _ids(batch: Any) -> Tensor:

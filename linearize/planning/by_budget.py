@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,23 +11,26 @@ from torch import Tensor, nn
 
 from linearize.bench import benchmark
 from linearize.errors import CollapseError, UsageError
-from linearize.families.option import SiteChoice
+from linearize.families.option import Measure, SiteChoice
 from linearize.families.registry import family_of
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
-from linearize.planning.budget import Budget
+from linearize.planning.budget import SERVED, TIMED, Budget
 from linearize.planning.carry_out import collapsed, edited, explained, planned, replaced, site_choices
 from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job, Made
-from linearize.planning.knapsack import Choice, choose, uniform
+from linearize.planning.knapsack import Choice, uniform
 from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
-from linearize.planning.settle import Settled, settle
+from linearize.planning.settle import Gauges, Settled, settle, within
+from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey, descriptions, survey
 from linearize.report.budget import Outcome
 from linearize.running.processes import agreed, from_first
+from linearize.serving.memory import memory
+from linearize.serving.turns import ratio_of
 from linearize.surgery.form_choice import mask_of
 from linearize.training.distance import check_seen, real_loss, some_of
 
@@ -39,17 +42,15 @@ _REMEDY = "Make the plan from this model."
 
 def to_budget(job: Job, request: Request) -> Made:
     """Compress to a budget, or by a plan that was made before."""
-    steps, budget = job.steps, request.budget
-    ask = budget is not None and not request.dry_run
+    steps, budgets = job.steps, request.budgets
+    ask = bool(budgets) and not request.dry_run
     held = from_first(lambda: job.notes.decision(job.gated)) if ask else None
     found = _surveyed(job, request, held)
     if request.plan is not None:
         return _replayed(job, found, request.plan)
-    if budget is None:
-        raise UsageError("compress", "found no budget", "Pass exactly one.")
     with steps("plan"):
         if request.dry_run:
-            return _dry(found, _searched(job, found, request), budget)
+            return _dry(found, _searched(job, found, request), budgets, _at(job, request))
         if held is None:
             decision, goal, small = _decided(job, found, request)
             job.notes.decide(decision)
@@ -75,14 +76,18 @@ def to_budget(job: Job, request: Request) -> Made:
 def _surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
     """The survey; without latencies if the plan is settled."""
     steps, means = job.steps, request.means
-    measure = "flops" if request.budget is None else request.budget.measure
+    asked = [budget.measure for budget in request.budgets] or ["flops"]
+    if held is not None and set(asked) & {*TIMED, *SERVED}:
+        asked = ["flops"]
     with steps("survey"):
         return survey(
             job.original,
             job.gated,
             job.data,
             job.batch,
-            measure="flops" if held is not None and measure == "latency" else measure,
+            measure=asked[0],
+            also=asked[1:],
+            point=job.point(request),
             batch_sizes=request.batch_sizes,
             round_to=means.round_to,
             uniform=request.uniform or means.uniform,
@@ -104,26 +109,48 @@ def _rounds(request: Request) -> int:
 
 
 def _searched(job: Job, found: Survey, request: Request) -> Survey:
-    if not request.search or request.budget is None:
+    if not request.search:
         return found
-    aim = request.budget.fraction * found.total - found.fixed
-    return searched(found, aim, job.data, trials=request.search, seed=request.seed, say=job.steps.say)
+    return searched(
+        found, _limits(found, request.budgets), job.data, trials=request.search, seed=request.seed, say=job.steps.say
+    )
+
+
+def _limits(found: Survey, budgets: Sequence[Budget]) -> dict[Measure, float]:
+    """What the options may cost together, by measure."""
+    return found.limits({budget.measure: budget.fraction for budget in budgets})
+
+
+def _at(job: Job, request: Request) -> str:
+    """Where the model is served, in words."""
+    point = job.point(request)
+    return "" if point is None else str(point)
+
+
+def _gauges(job: Job, request: Request) -> Gauges:
+    """What tells the costs that are not counted for the example: times, and the memory of a model that is served."""
+    point, rounds = job.point(request), _rounds(request)
+
+    def latency(small: nn.Module) -> float:
+        pair = {"original": job.original, "collapsed": small}
+        timed = from_first(lambda: benchmark(pair, job.batch, rounds=rounds, batch_sizes=request.batch_sizes))
+        return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
+
+    found: dict[Measure, Callable[[nn.Module], float]] = {"latency": latency}
+    if point is not None:
+        whole = memory(job.original, point).total
+        found["memory"] = lambda small: memory(small, point).total / whole
+        found["decode"] = lambda small: from_first(lambda: ratio_of(job.original, small, point, "decode", rounds))
+        found["prefill"] = lambda small: from_first(lambda: ratio_of(job.original, small, point, "prefill", rounds))
+    return found
 
 
 def _decided(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Module, nn.Module]:
-    """What is decided for the budget; the model in its planned state, and the same collapsed."""
-    budget = request.budget
-    if budget is None:
-        raise UsageError("compress", "found no budget", "Pass exactly one.")
-
-    def time_ratio(small: nn.Module) -> float:
-        pair = {"original": job.original, "collapsed": small}
-        timed = from_first(lambda: benchmark(pair, job.batch, rounds=_rounds(request), batch_sizes=request.batch_sizes))
-        return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
-
+    """What is decided for the budgets; the model in its planned state, and the same collapsed."""
     around = _searched(job, found, request)
-    settled = settle(around, budget, job.batch, time_ratio=time_ratio, say=job.steps.say)
-    told = _told(found, budget, replace(settled, choice=unscaled(settled.choice, found)))
+    settled = settle(around, request.budgets, job.batch, gauges=_gauges(job, request), say=job.steps.say)
+    settled = replace(settled, choice=unscaled(settled.choice, found))
+    told = _told(found, request.budgets, settled, _at(job, request))
     choices = tuple(site_choices(settled.choice).values())
     decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"])
     return decision, settled.gated, settled.small
@@ -139,20 +166,21 @@ def _drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
     return (f"{text} on {len(some)} batches; if labels do not ask for that, lower the learning rate",)
 
 
-def _dry(found: Survey, around: Survey, budget: Budget) -> Made:
-    picked = choose(around.groups, found.measure, budget.fraction * found.total - found.fixed)
+def _dry(found: Survey, around: Survey, budgets: Sequence[Budget], at: str) -> Made:
+    picked = choose_within(around.groups, _limits(found, budgets))
     choice = unscaled(picked, found)
     choices = site_choices(choice)
     gated = edited(found, choices)
-    predicted = (found.fixed + choice.cost) / found.total
-    outcome = _outcome(found, budget, predicted, None, choice.loss, met=None)
+    each = {budget.measure: (found.share(budget.measure, choice.options), None) for budget in budgets}
+    outcome = _outcome(found, budgets, each, choice.loss, at, met=None)
     notes = (*found.notes, *_cache(found, choice))
     told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
     return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
 
 
-def _told(found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
-    outcome = _outcome(found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
+def _told(found: Survey, budgets: Sequence[Budget], settled: Settled, at: str) -> dict[str, Any]:
+    each = settled.each or {budgets[0].measure: (settled.predicted, settled.reached)}
+    outcome = _outcome(found, budgets, each, settled.choice.loss, at, met=settled.met)
     notes = (*found.notes, *_cache(found, settled.choice))
     return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
 
@@ -165,12 +193,31 @@ def _cache(found: Survey, choice: Choice) -> list[str]:
 
 
 def _outcome(
-    found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
+    found: Survey,
+    budgets: Sequence[Budget],
+    each: Mapping[Measure, tuple[float, float | None]],
+    loss: float,
+    at: str,
+    *,
+    met: bool | None,
 ) -> Outcome:
-    same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
-    least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told
-    other = None if same is None else same.loss
-    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met)
+    """What became of a budget, or of several."""
+    parts = []
+    for budget in budgets:
+        predicted, reached = each[budget.measure]
+        least, other = found.least_of(budget.measure), None
+        least = least if reached is None else min(least, reached)  # maps that became one cost less than told
+        if len(budgets) == 1:
+            same = uniform(found.groups, budget.measure, _limits(found, budgets)[budget.measure])
+            other = None if same is None else same.loss
+        own = met if reached is None or len(budgets) == 1 else within(budget, reached)
+        where = at if budget.measure in SERVED else ""
+        parts.append(Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, own, at=where))
+    if len(parts) == 1:
+        return parts[0]
+    predicted, least = (max(getattr(part, name) / part.asked for part in parts) for name in ("predicted", "least"))
+    reached = max((part.reached / part.asked for part in parts if part.reached is not None), default=None)
+    return Outcome("together", 1.0, predicted, reached, least, loss, None, met, tuple(parts))
 
 
 def _trained(

@@ -133,12 +133,13 @@ def _choice(entry: Mapping[str, Any]) -> SiteChoice:
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
-    made = Outcome(**entry)
+    made = Outcome(**{**entry, "parts": tuple(_outcome(part) for part in entry.get("parts", ()))})
     for field in fields(Outcome):
         value = getattr(made, field.name)
         fits = value is None or is_number(value)
-        if field.name in ("measure", "met"):
-            fits = isinstance(value, str) if field.name == "measure" else value is None or isinstance(value, bool)
+        if field.name in ("measure", "met", "at", "parts"):
+            kinds = {"met": bool | None, "parts": tuple}
+            fits = isinstance(value, kinds.get(field.name, str))
         if not fits:
             raise TypeError(f"{field.name} is a {type(value).__name__}")
     return made

@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from linearize.plan import Plan
+from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes
 from linearize.running.batches import Reading
 from linearize.running.steps import Steps
+from linearize.serving.point import Point, size_of
 
 __all__ = ["Job", "Made"]
 
@@ -40,6 +42,10 @@ class Job:
     options: Mapping[str, Any]
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
     notes: Notes = NOTHING
+
+    def point(self, request: Request) -> Point | None:
+        """Where the model is served, if a budget asks for it."""
+        return request.point(size_of(self.batch)[1])
 
     @property
     def training_steps(self) -> int:
