@@ -10,6 +10,7 @@ Shape letters: C channels of a gate, R rows (every token or pixel of every sampl
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from linearize import checks
 from linearize.algebra.moments import Moments, SiteCalibration
+from linearize.data.text import read_if_text
 from linearize.errors import DataError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.running.devices import check_whole
@@ -114,7 +116,15 @@ class LineCollector:
         self.moments.restore(state)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> Calibration:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    context: int | None = None,
+    column: str | None = None,
+    progress: bool = True,
+) -> Calibration:
     """Fit the line of every channel to its inputs on data, by least squares. One pass, and no activation is stored.
 
     This sets `slope` and `intercept` of every channel that is not linear yet. A linear channel keeps its line. `alpha`
@@ -126,6 +136,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
         batches: any iterable of tensors, tuples (inputs, labels) or dicts of keyword arguments. If a batch holds an
             `attention_mask` (B, T) that fits a site's input (B, T, C), also in a nested dict, padding is left out. For
             a decoder, its own mask is used. If its input is made from labels, the labels that are -100 are padding.
+            Or text, as for `linearize.compress`; nothing of it is held back.
+        tokenizer: with text: a tokenizer, or the path of one. None takes the one in the model's folder.
+        context: with text: number of tokens in a block.
+        column: with text: the column that holds it.
         progress: show a bar, if standard error is a terminal.
 
     Returns:
@@ -147,7 +161,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = True
     checks.boolean("progress", progress)
     model = checks.module("model", model)
     model = getattr(model, "_orig_mod", model)  # compiled
-    if isinstance(batches, str | bytes | Mapping) or hasattr(batches, "__array__") or not hasattr(batches, "__iter__"):
+    source = read_if_text(batches, model, tokenizer=tokenizer, context=context, column=column, hold_back=False)
+    batches = batches if source is None else source.train
+    if isinstance(batches, str | bytes | Mapping) or hasattr(batches, "__array__") or not isinstance(batches, Iterable):
         remedy = "Pass an iterable of batches, such as a list of tensors or a DataLoader."
         raise DataError("batches", f"found a {type(batches).__name__}", remedy)
     collectors = line_collectors(model)

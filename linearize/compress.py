@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from linearize.compare import kept_sites, report_of
 from linearize.convert import converted
 from linearize.cost import cost
+from linearize.data.text import read_if_text
+from linearize.data.text_quality import quality_of
 from linearize.export.fit import expect_fit, prove_fit
 from linearize.export.runtimes import runtime_of
 from linearize.finetune import finetune as train
@@ -22,7 +24,13 @@ from linearize.plan import Plan, When
 from linearize.planning.by_budget import to_budget
 from linearize.planning.by_gates import by_gates
 from linearize.planning.by_share import to_share
-from linearize.planning.first_batches import check_inputs, check_output, check_training_data, some_batches
+from linearize.planning.first_batches import (
+    check_inputs,
+    check_output,
+    check_served,
+    check_training_data,
+    some_batches,
+)
 from linearize.planning.job import Job, Made
 from linearize.planning.request import Method, Request
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
@@ -61,19 +69,26 @@ class Result:
 @same_modes()
 def compress(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Any] | os.PathLike[str],
     *,
     latency: float | None = None,
     flops: float | None = None,
     params: float | None = None,
     speedup: float | None = None,
     activations: float | None = None,
+    decode: float | None = None,
+    prefill: float | None = None,
+    memory: float | None = None,
+    serving: tuple[int, int] | None = None,
     linear: float | None = None,
     plan: Plan | None = None,
     finetune: int | Mapping[str, Any] | None = None,
     method: Method = "plan",
     candidates: int = 1,
     evaluate: Evaluate | None = None,
+    tokenizer: Any = None,
+    context: int | None = None,
+    column: str | None = None,
     distill: bool = True,
     output: Choice = None,
     example_inputs: Any = None,
@@ -108,12 +123,17 @@ def compress(
     Args:
         model: a trained model. It is not changed.
         data: batches that can be read several times: tensors, tuples (inputs, labels) or dicts of keyword
-            arguments. Labels are needed for fine-tuning only.
+            arguments. Labels are needed for fine-tuning only. Or text: a .txt, .jsonl or .parquet file, a folder of
+            them, a data set with columns, or a list of texts (docs/language.md). A tenth of it is held back.
         latency: budget: fraction in (0, 1] of the original's measured latency.
         flops: budget: fraction of its FLOPs.
         params: budget: fraction of its parameters.
         speedup: budget: a factor of at least 1; the same as `latency=1 / speedup`.
         activations: budget: fraction of its nonlinear unit evaluations.
+        decode: budget of a model that generates: a factor of at least 1 by which it writes more tokens per second.
+        prefill: budget: fraction of its time to the first token.
+        memory: budget: fraction of the bytes of its weights and its cache.
+        serving: the batch size and the context at which these three count. None takes one text of the data's length.
         linear: instead of a budget: share of all gated channels that become linear, in (0, 1].
         plan: instead of a budget: a plan that `compress` made for this model, to carry out again, perhaps edited.
         finetune: number of epochs, or keyword arguments of `linearize.finetune`; None trains nothing. With `gradual`,
@@ -124,7 +144,11 @@ def compress(
             channels between sites). The last two need `finetune`.
         candidates: number of plans of different kinds (only widths, with blocks, with whole modules, everything) that
             are trained for a tenth of the steps each before one is taken (docs/compress.md). 1 compares none.
-        evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it.
+        evaluate: test batches, or a function of a model that gives a number or a dict of numbers; None skips it, or,
+            with text, gives the perplexity and the agreement with the original on the part that is held back.
+        tokenizer: with text: a tokenizer, or the path of one. None takes the one in the model's folder.
+        context: with text: number of tokens in a block. None takes 512, or fewer if the model is made for fewer.
+        column: with text: the column that holds it. None takes "text", or the only column of strings.
         distill: fine-tuning imitates the original model, in addition to the labels.
         output: the parts of the output that count, in plans, measured losses and fine-tuning, such as "logits" or
             ["boxes*"], or a dict of these with weights, or with kinds ("classes", "multilabel", "values"); None takes
@@ -163,7 +187,7 @@ def compress(
         report says so, and what can be reached.
 
     Raises:
-        UsageError: no budget or several, or an argument out of range.
+        UsageError: no budget, budgets that contradict each other, or an argument out of range.
         DataError: no batches, data that can be read only once, NaN, or missing labels for fine-tuning.
         LinearizeError: one of the steps failed. The model is not changed.
 
@@ -175,14 +199,28 @@ def compress(
         (True, True)
     """
     request = Request(
-        latency=latency, flops=flops, params=params, speedup=speedup, activations=activations, linear=linear, plan=plan,
+        latency=latency, flops=flops, params=params, speedup=speedup, activations=activations,
+        decode=decode, prefill=prefill, memory=memory, serving=serving, linear=linear, plan=plan,
         finetune=finetune, method=method, candidates=candidates, evaluate=evaluate, distill=distill,
         example_inputs=example_inputs, include=include, exclude=exclude, dry_run=dry_run, sequential=sequential,
         search=search, uniform=uniform, stock=stock, target=target, runtime=runtime, modules=modules, families=families,
         output=output, round_to=round_to, when=when, batch_sizes=batch_sizes, rounds=rounds, cache=cache,
         checkpoint_dir=checkpoint_dir, seed=seed, progress=progress,
     )  # fmt: skip
-    result, notes = carried_out(model, data, request)
+    source = read_if_text(
+        data,
+        model,
+        tokenizer=tokenizer,
+        context=context,
+        column=column,
+        labels=bool(request.training["epochs"]),
+        seed=seed,
+    )
+    if source is not None:
+        data = source.train
+        if request.evaluate is None:
+            request = replace(request, evaluate=quality_of(model, source))
+    result, notes = carried_out(model, cast("Iterable[Any]", data), request)
     notes.forget()
     return result
 
@@ -207,8 +245,9 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
             check_output(model, reading)
         if request.training["epochs"] and not request.dry_run:
             check_training_data(model, reading, request.training, distill=request.distill)
+        example = batches[0] if request.example_inputs is None else request.example_inputs
+        check_served(model, example, request)
         with steps("convert"):
-            example = batches[0] if request.example_inputs is None else request.example_inputs
             gated = converted(model, example, request.include, request.exclude)
         same_model(gated)
         notes = _notes(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files

@@ -135,7 +135,7 @@ def test_compress_to_a_budget_and_a_dry_run(capsys: pytest.CaptureFixture[str], 
     assert len({len(site["linear"]) for site in json.loads((out / "plan.json").read_text())["sites"]}) == 1
     assert run([*arguments, "--flops", "0.7"]) == 2
     assert "--out" in capsys.readouterr().err
-    assert run([*arguments, "--flops", "0.7", "--params", "0.5", "--dry-run"]) == 2
+    assert run([*arguments, "--latency", "0.7", "--speedup", "1.5", "--dry-run"]) == 2
     assert "2 budgets" in capsys.readouterr().err
 
 

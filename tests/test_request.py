@@ -22,6 +22,7 @@ OTHER: dict[str, Any] = {
     "distill": False, "example_inputs": torch.ones(2, 8), "include": ["a"], "exclude": ["a"], "sequential": True,
     "search": 3, "output": "logits", "uniform": True, "stock": True, "modules": False, "round_to": 4, "when": "always",
     "batch_sizes": [1, 7], "rounds": 3, "seed": 1, "target": "gguf", "families": ("channels", "heads"),
+    "decode": 3, "prefill": 0.4, "memory": 0.4, "serving": (8, 64),
 }  # fmt: skip
 ASIDE = {"evaluate", "dry_run", "cache", "checkpoint_dir", "progress", "plan"}
 ELSEWHERE = {"method", "candidates"}  # in test_method.py: they need more options
@@ -33,8 +34,9 @@ def test_every_option_is_in_the_key_or_said_to_be_aside() -> None:
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_another_option_is_another_request(name: str) -> None:
-    budget = name in ("latency", "flops", "params", "speedup", "activations", "linear")
-    first = Request(**({name: 0.5 if name != "speedup" else 2} if budget else {"flops": 0.5}))
+    budget = name in ("latency", "flops", "params", "speedup", "activations", "linear", "decode", "prefill", "memory")
+    other = {"memory": 0.5} if name == "serving" else {"flops": 0.5}
+    first = Request(**({name: 0.5 if name not in ("speedup", "decode") else 2} if budget else other))
     keys = [fingerprint(nn.Identity(), request.key) for request in (first, replace(first, **{name: OTHER[name]}))]
     assert keys[0] != keys[1]
     assert keys[0] == fingerprint(nn.Identity(), replace(first).key)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from torch import nn
 
 from linearize.bench import benchmark
 from linearize.cli import common
 from linearize.cli import suite as suites
 from linearize.errors import UsageError
 from linearize.export.runtimes import check_runtime
+from linearize.report.timing import BenchmarkResult
+from linearize.serving.bench import GenerationResult, benchmark_generation
 
 __all__ = ["bench"]
 
@@ -19,7 +23,20 @@ _COMPILE = {"no": [False], "yes": [True], "both": [False, True]}
 
 
 # Options that a suite says in its file, and a report does not need.
-_OF_ONE = ("batch_sizes", "rounds", "warmup", "dtype", "threads", "compile_", "shape", "seed")
+_OF_ONE = (
+    "batch_sizes",
+    "rounds",
+    "warmup",
+    "dtype",
+    "threads",
+    "compile_",
+    "shape",
+    "seed",
+    "runtime",
+    "generate",
+    "prompts",
+    "new_tokens",
+)
 _OF_MODELS = ("device", "model_arg", "pretrained", "suite", "retry")
 
 
@@ -33,6 +50,14 @@ def bench(
         ),
     ],
     batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes, separated by commas.")] = "1,32",
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Measure how they generate: first token, tokens per second, and memory."),
+    ] = False,
+    prompts: Annotated[
+        str, typer.Option(metavar="N,N,...", help="With --generate: lengths of the prompt, in tokens.")
+    ] = "128",
+    new_tokens: Annotated[int, typer.Option(min=1, help="With --generate: tokens that are written.")] = 32,
     rounds: Annotated[
         int, typer.Option(min=1, help="Number of measurements of each model. The models take turns.")
     ] = 15,
@@ -88,8 +113,22 @@ def bench(
     reference, candidate = models
     if compile_ not in _COMPILE:
         raise UsageError("--compile", f"found {compile_!r}", f"Known are {', '.join(_COMPILE)}.")
-    sizes = _numbers(batch_sizes)
+    sizes = _numbers("--batch-sizes", batch_sizes)
     a, b = common.open_pair(reference, candidate, model_arg, pretrained=pretrained, seed=seed)
+    if generate:
+        if compile_ != "no" or shape is not None or runtime is not None:
+            found = "found with --compile, --shape or --runtime, which it does not take"
+            raise UsageError("--generate", found, "Leave them out.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        lengths, place = _numbers("--prompts", prompts), _device(device)
+        kind = common.parse_dtype(dtype)
+        pair = {name: _moved(model, place, kind) for name, model in (("A", a), ("B", b))}
+        with common.named_as_typed():
+            _show(benchmark_generation(
+                pair, prompts=lengths, new_tokens=new_tokens, batch_sizes=sizes, rounds=rounds, progress=common.say
+            ), out, json=json)  # fmt: skip
+        return None
     result = benchmark(
         {"A": a, "B": b},
         common.inputs_for(a, batch=max(sizes), shape=shape, seed=seed),
@@ -103,19 +142,28 @@ def bench(
         runtime=_runtime(runtime),
         progress=common.say,
     )
+    return _show(result, out, json=json)
+
+
+def _show(result: BenchmarkResult | GenerationResult, out: Path | None, *, json: bool) -> None:
     if out is not None:
         result.save(out)
     if json:
         common.print_json(result.to_dict())
     else:
         typer.echo(str(result))
-    return None
 
 
-def _numbers(text: str) -> list[int]:
+def _moved(model: nn.Module, device: str | None, dtype: torch.dtype | None) -> nn.Module:
+    """The model, which is the command's own, where and as it is measured."""
+    model = model if device is None else model.to(device)
+    return model if dtype is None else model.to(dtype)
+
+
+def _numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) for part in parts):
-        raise UsageError("--batch-sizes", f"found {text!r}", "Write whole numbers from 1 on, for example 1,32.")
+        raise UsageError(option, f"found {text!r}", "Write whole numbers from 1 on, for example 1,32.")
     return [int(part) for part in parts]
 
 
@@ -129,8 +177,6 @@ def _runtime(name: str | None) -> str | None:
 
 def _device(name: str | None) -> str | None:
     """The device's name, checked by making the smallest tensor on it."""
-    import torch
-
     if name is not None:
         try:
             torch.empty(1, device=name)

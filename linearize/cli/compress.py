@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,10 @@ from torch import nn
 from linearize import zoo
 from linearize.checkpoint import save
 from linearize.cli import common
+from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of, text_for
 from linearize.compress import Result, carried_out
-from linearize.data import DataSource
+from linearize.data import DataSource, TextSource
+from linearize.data.documents import is_text
 from linearize.errors import UsageError
 from linearize.finetune import finetune
 from linearize.planning.request import Request
@@ -30,6 +33,8 @@ __all__ = ["compress"]
 _SHARE = 0.6  # of linear channels, where nothing else is asked for
 _RATE = 1e-3  # of training before
 _REPORTS = "report.json", "report.html"
+_EPOCHS = 10
+_IMAGES = 64  # in a batch
 _TRAIN_FIRST = 15  # epochs for a model that comes with random weights
 
 
@@ -39,7 +44,8 @@ def compress(
         str,
         typer.Option(
             metavar="DATA",
-            help="digits, a folder with idx .gz files, or a folder with one subfolder of images per class.",
+            help="digits, a folder with idx .gz files, a folder with one subfolder of images per class, or text: "
+            "a .txt, .jsonl or .parquet file, or a folder of these.",
         ),
     ],
     out: Annotated[
@@ -56,11 +62,27 @@ def compress(
     activations: Annotated[
         float | None, typer.Option(help="Budget: fraction of the original's nonlinear unit evaluations.")
     ] = None,
+    decode: Annotated[
+        float | None, typer.Option(help="Budget: how many times as many tokens per second it writes, such as 1.5.")
+    ] = None,
+    prefill: Annotated[
+        float | None, typer.Option(help="Budget: fraction of the original's time to the first token.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Budget: fraction of the bytes of the original's weights and cache.")
+    ] = None,
+    serving: Annotated[
+        str | None,
+        typer.Option(metavar="B,T", help="Batch size and context for these three. Default: 1 and the data's length."),
+    ] = None,
     linear: Annotated[
         float | None,
         typer.Option(help="Instead of a budget: share of channels that become linear. 0.6 if there is no budget."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning. 0 skips it.")] = 10,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Epochs of fine-tuning. 0 skips it. Default: 10, or 0 for text and a budget."),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -110,9 +132,14 @@ def compress(
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: 1e-3, or 3e-4 with a budget.", show_default=False)
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 64,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Number of images (default 64) or blocks of text (8) in a batch.")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of images or blocks.")] = None,
+    tokenizer: Tokenizer = None,
+    context: Context = None,
+    column: Column = None,
     model_arg: common.ModelArgument = None,
     pretrained: common.Pretrained = None,
     seed: common.Seed = 0,
@@ -132,6 +159,9 @@ def compress(
         "flops": flops,
         "params": params,
         "activations": activations,
+        "decode": decode,
+        "prefill": prefill,
+        "memory": memory,
     }
     if linear is None and all(value is None for value in budgets.values()):
         linear = _SHARE
@@ -139,9 +169,13 @@ def compress(
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
     unfinished = None if out is None or dry_run else out / "unfinished"
     parts = _parts(output)
+    is_words = is_text(data)
+    if epochs is None:
+        epochs = 0 if is_words and linear is None else _EPOCHS
     with common.named_as_typed():
         request = Request(
-            **budgets, linear=linear, dry_run=dry_run, uniform=uniform, stock=stock, target=target, runtime=runtime,
+            **budgets, serving=pair_of(serving), linear=linear,
+            dry_run=dry_run, uniform=uniform, stock=stock, target=target, runtime=runtime,
             modules=modules, families=family or None, output=parts,
             search=search, method=decides, candidates=candidates,
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
@@ -151,8 +185,12 @@ def compress(
         raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
     folder = None if out is None else _folder(out)
     sizes: dict[str, Any] = {"batch": batch, "size": size, "limit": limit}
-    network, source = _open(model, data, model_arg, pretrained, parts, seed=seed, **sizes)
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
+    reading = {"tokenizer": tokenizer, "context": context, "column": column}
+    network, source = _open(
+        model, data, model_arg, pretrained, parts, reading, seed=seed, labels=bool(first or epochs), **sizes
+    )
+    evaluate = evaluation_of(network, source)
     trained_in: Path | None = None
     if first:
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
@@ -162,12 +200,10 @@ def compress(
         trained_in = None if unfinished is None else unfinished / f"first-{key[:12]}"
         torch.manual_seed(seed)
         finetune(
-            network, source.train, epochs=first, lr=rate, output=parts, evaluate=source.test, on_epoch=_tell,
+            network, source.train, epochs=first, lr=rate, output=parts, evaluate=evaluate, on_epoch=_tell,
             checkpoint_dir=trained_in, resume=trained_in is not None,
         )  # fmt: skip
-    result, notes = carried_out(
-        network, source.train, replace(request, evaluate=source.test, checkpoint_dir=unfinished)
-    )
+    result, notes = carried_out(network, source.train, replace(request, evaluate=evaluate, checkpoint_dir=unfinished))
     if folder is not None:
         _write(folder, network, result, dry_run=dry_run)
         if stock and not dry_run and hasattr(result.model, "save_pretrained"):
@@ -215,12 +251,20 @@ def _open(
     arguments: list[str] | None,
     pretrained: bool | None,
     parts: Choice,
+    reading: Mapping[str, Any],
     *,
     seed: int,
+    labels: bool,
     **options: Any,
-) -> tuple[nn.Module, DataSource]:
+) -> tuple[nn.Module, DataSource | TextSource]:
     """The model and its data; a new timm model gets as many classes as the data has."""
     network = common.open_model(spec, arguments, pretrained=pretrained, seed=seed)
+    if is_text(data):
+        return network, text_for(network, spec, data, {**reading, "labels": labels}, seed=seed, **options)
+    for name, value in reading.items():
+        if value is not None:
+            raise UsageError(f"--{name}", "found with data that are no text", "Leave it out.")
+    options["batch"] = options["batch"] or _IMAGES
     source = common.data_for(network, data, seed=seed, **options)
     given = [text.partition("=")[0] for text in arguments or []]
     if spec.startswith("timm:") and "num_classes" not in given:
@@ -247,7 +291,8 @@ def _is_random(spec: str, pretrained: bool | None) -> bool:
 
 
 def _tell(record: dict[str, float]) -> None:
-    common.say(f"  epoch {record['epoch']:.0f}, loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}")
+    told = [f"{name} {record[name]:.4f}" for name in ("loss", "accuracy", "perplexity") if name in record]
+    common.say(f"  epoch {record['epoch']:.0f}, {', '.join(told)}")
 
 
 def _write(folder: Path, original: nn.Module, result: Result, *, dry_run: bool) -> None:

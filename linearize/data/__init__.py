@@ -1,4 +1,4 @@
-"""Data sets for the command line and the demo: handwritten digits, idx files, folders of images."""
+"""Data sets for the command line and the demo: handwritten digits, idx files, folders of images; and text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from linearize.data.batches import Batches, Images, Transform
 from linearize.data.digits import read_digits
 from linearize.data.files import looks_like_classes, read_folder
 from linearize.data.idx import looks_like_idx, read_idx
+from linearize.data.text import TextBatches, TextSource, load_text
+from linearize.data.text_quality import TextQuality
 from linearize.errors import DataError, UsageError
 
-__all__ = ["Batches", "DataSource", "Transform", "load_data"]
+__all__ = [
+    "Batches",
+    "DataSource",
+    "TextBatches",
+    "TextQuality",
+    "TextSource",
+    "Transform",
+    "load_data",
+    "load_text",
+]
 
 
 @dataclass(frozen=True)

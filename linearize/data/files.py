@@ -12,9 +12,9 @@ from torch import Tensor
 from linearize.data.batches import Images
 from linearize.errors import DataError
 
-__all__ = ["looks_like_classes", "read_folder"]
+__all__ = ["SUFFIXES", "looks_like_classes", "read_folder"]
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # By content, whatever the name: others of the library start programs (Ghostscript for EPS).
 _DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _LONGEST_SIDE = 2**16
@@ -55,7 +55,7 @@ def read_folder(folder: Path, size: tuple[int, int]) -> tuple[Images, Images, li
 
 def _check(folder: Path, train: dict[str, list[Path]], test: dict[str, list[Path]]) -> None:
     if not any(train.values()):
-        raise DataError(str(folder), "found no image", f"Supported are {', '.join(sorted(_SUFFIXES))}.")
+        raise DataError(str(folder), "found no image", f"Supported are {', '.join(sorted(SUFFIXES))}.")
     if len(train) < 2:
         remedy = "Pass a folder with one subfolder of images for each of two classes or more."
         raise DataError(str(folder), f"found one class only, {next(iter(train))!r}", remedy)
@@ -78,7 +78,7 @@ def _subfolders(folder: Path) -> list[Path]:
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Image files of every class."""
     return {
-        sub.name: sorted(f for f in sub.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+        sub.name: sorted(f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         for sub in _subfolders(folder)
     }
 

@@ -5,6 +5,7 @@ Shape letters: C channels, K channels that stay nonlinear, r rank of the linear 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ from linearize.text_table import render
 
 __all__ = ["MEASURES", "Group", "Measure", "Option", "SiteChoice", "frontier"]
 
-Measure = Literal["latency", "flops", "params", "activations"]
-MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations")
+Measure = Literal["latency", "flops", "params", "activations", "memory", "decode", "prefill", "together"]
+MEASURES: tuple[Measure, ...] = ("latency", "flops", "params", "activations", "memory", "decode", "prefill")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Option:
         flops, params, activations: cost of the group's maps and nonlinear units, for the example batch.
         latency: share of the original model's latency, mean over batch sizes; None if not measured.
         cache: bytes of keys and values that a model which generates keeps, for the example batch.
+        memory: bytes of weights and cache as the model is served; None if nobody asked.
+        decode, prefill: shares of the original's time for a token, and to the first token; likewise.
+        together: of several budgets, weighed against each other; None for one budget.
     """
 
     choices: tuple[SiteChoice, ...]
@@ -72,6 +76,10 @@ class Option:
     activations: float
     latency: float | None = None
     cache: float = 0.0
+    memory: float | None = None
+    decode: float | None = None
+    prefill: float | None = None
+    together: float | None = None
 
     def cost(self, measure: Measure) -> float:
         """The cost that a budget limits."""
@@ -117,7 +125,8 @@ class Group:
     @property
     def gone(self) -> Option:
         """The option that stands for this group if the module around it is replaced."""
-        return Option(tuple(SiteChoice(site, 0, form=self.gone_form) for site in self.sites), 0.0, 0.0, 0.0, 0.0, 0.0)
+        choices = tuple(SiteChoice(site, 0, form=self.gone_form) for site in self.sites)
+        return Option(choices, 0.0, 0.0, 0.0, 0.0, 0.0, memory=0.0, decode=0.0, prefill=0.0, together=0.0)
 
     def pareto(self, measure: Measure) -> Group:
         """Only the options that no other beats in both loss and cost. A group that encloses others keeps all."""
@@ -135,6 +144,10 @@ class Group:
         if any(option.cache for option in self.options):
             head.append("cache bytes")
             rows = [[*row, f"{option.cache:.0f}"] for row, option in zip(rows, self.options, strict=True)]
+        for name in ("memory", "decode", "prefill"):
+            if self.stay.__dict__[name] is not None:
+                head.append(_HEADS[name])
+                rows = [[*row, _HOW[name](o.cost(name))] for row, o in zip(rows, self.options, strict=True)]
         return render(head, rows)
 
 
@@ -151,6 +164,14 @@ def frontier(options: tuple[Option, ...], measure: Measure) -> list[Option]:
         if not found or option.loss < found[-1].loss:
             found.append(option)
     return found[::-1]
+
+
+_HEADS = {"memory": "bytes served", "decode": "share of a token's time", "prefill": "share of the prefill's time"}
+_HOW: dict[str, Callable[[float], str]] = {
+    "memory": "{:.0f}".format,
+    "decode": "{:.4f}".format,
+    "prefill": "{:.4f}".format,
+}
 
 
 def _share(value: float | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The budget that a user asks for, checked before any work begins."""
+"""The budgets that a user asks for, checked before any work begins."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from linearize import checks
 from linearize.errors import UsageError
 from linearize.families.option import MEASURES, Measure
+from linearize.report.budget import NAMES
 
-__all__ = ["Budget", "read_budget"]
+__all__ = ["SERVED", "TIMED", "Budget", "read_budgets"]
+
+TIMED: tuple[Measure, ...] = ("latency", "decode", "prefill")
+"""What is measured with a clock; everything else is counted."""
+
+SERVED: tuple[Measure, ...] = ("decode", "prefill", "memory")
+"""What only models that generate have, at a batch size and a context."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class Budget:
     """The share of a cost that may remain.
 
     Attributes:
-        measure: "latency", "flops", "params" or "activations".
+        measure: "latency", "flops", "params", "activations", "memory", "decode" or "prefill".
         fraction: of the original's, in (0, 1].
     """
 
@@ -24,26 +31,36 @@ class Budget:
     fraction: float
 
     def __str__(self) -> str:
-        name = {"flops": "FLOPs", "params": "parameters", "activations": "nonlinear units"}.get(self.measure)
-        return f"{name or self.measure} at {self.fraction:.3g} of the original's"
+        return f"{NAMES.get(self.measure, self.measure)} at {self.fraction:.3g} of the original's"
 
 
-def read_budget(*, speedup: float | None, **fractions: float | None) -> Budget | None:
-    """The one budget that was given; None if there is none.
+def read_budgets(
+    *, speedup: float | None = None, decode: float | None = None, **fractions: float | None
+) -> tuple[Budget, ...]:
+    """The budgets that were given; none if there are none.
 
     Raises:
-        UsageError: more than one is given, or a value is out of range.
+        UsageError: two say something of the same cost, one counts only for itself, or a value is out of range.
 
     Examples:
-        >>> read_budget(speedup=2, latency=None, flops=None)
-        Budget(measure='latency', fraction=0.5)
+        >>> read_budgets(speedup=2, latency=None, flops=None)
+        (Budget(measure='latency', fraction=0.5),)
+        >>> [str(budget) for budget in read_budgets(decode=1.25, memory=0.7)]
+        ["weights and cache at 0.7 of the original's", "time per token at 0.8 of the original's"]
     """
-    given = {name: value for name, value in {**fractions, "speedup": speedup}.items() if value is not None}
-    if len(given) > 1:
-        raise UsageError("compress", f"found {len(given)} budgets: {', '.join(given)}", "Pass exactly one.")
+    given = {
+        name: value for name, value in {**fractions, "speedup": speedup, "decode": decode}.items() if value is not None
+    }
+    if {"latency", "speedup"} <= given.keys():
+        found = "found 2 budgets for the latency: latency, speedup"
+        raise UsageError("compress", found, "Pass one of them: speedup=2 is latency=0.5.")
+    if "activations" in given and len(given) > 1:
+        found = f"found {len(given)} budgets: {', '.join(given)}"
+        raise UsageError("compress", found, "Pass activations= by itself: its options are others.")
+    wanted: dict[str, float] = {}
     for name, value in given.items():
-        if name == "speedup":
-            return Budget("latency", 1 / checks.number("speedup", value, least=1))
-        number = checks.share(name, value, "fraction of the original's", positive=True)
-        return next(Budget(measure, number) for measure in MEASURES if measure == name)
-    return None
+        if name in ("speedup", "decode"):
+            wanted["latency" if name == "speedup" else name] = 1 / checks.number(name, value, least=1)
+        else:
+            wanted[name] = checks.share(name, value, "fraction of the original's", positive=True)
+    return tuple(Budget(measure, wanted[measure]) for measure in MEASURES if measure in wanted)

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
-from linearize.bench import benchmark
 from linearize.errors import CollapseError, UsageError
 from linearize.families.option import SiteChoice
 from linearize.families.registry import family_of
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import UNCHANGED, Plan, SitePlan
-from linearize.planning.budget import Budget
+from linearize.planning.budget import SERVED, TIMED
 from linearize.planning.candidates import best_after_recovery
 from linearize.planning.carry_out import collapsed, edited, explained, planned, replaced, site_choices
 from linearize.planning.decision import Decision
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job, Made
-from linearize.planning.knapsack import Choice, choose, uniform
+from linearize.planning.outcomes import drift, dry, gauges, limits, measurements, told_of
 from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, settle
-from linearize.planning.survey import Survey, descriptions, survey
-from linearize.report.budget import Outcome
+from linearize.planning.survey import Survey, survey
 from linearize.running.processes import agreed, from_first
 from linearize.surgery.form_choice import mask_of
-from linearize.training.distance import check_seen, real_loss, some_of
+from linearize.training.distance import check_seen
 
-__all__ = ["decided", "drift", "outcome_of", "surveyed", "timer", "to_budget"]
+__all__ = ["decided", "surveyed", "to_budget"]
 
 _log = logging.getLogger(__name__)
 _REMEDY = "Make the plan from this model."
@@ -40,17 +37,15 @@ _REMEDY = "Make the plan from this model."
 
 def to_budget(job: Job, request: Request) -> Made:
     """Compress to a budget, or by a plan that was made before."""
-    steps, budget = job.steps, request.budget
-    ask = budget is not None and not request.dry_run
+    steps = job.steps
+    ask = bool(request.budgets) and not request.dry_run
     held = from_first(lambda: job.notes.decision(job.gated)) if ask else None
     found = surveyed(job, request, held)
     if request.plan is not None:
         return _replayed(job, found, request.plan)
-    if budget is None:
-        raise UsageError("compress", "found no budget", "Pass exactly one.")
     if request.dry_run:
         with steps("plan"):
-            return _dry(job, found, _searched(job, found, request), budget)
+            return dry(job, request, found, _searched(job, found, request))
     decision, goal, small = decided(job, found, request, held)
     told = decision.told()
     if not decision.outcome.met:
@@ -63,14 +58,18 @@ def to_budget(job: Job, request: Request) -> Made:
 def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
     """The survey; without latencies if the plan is settled."""
     steps, means = job.steps, request.means
-    measure = "flops" if request.budget is None else request.budget.measure
+    asked = [budget.measure for budget in request.budgets] or ["flops"]
+    if held is not None and set(asked) & {*TIMED, *SERVED}:
+        asked = ["flops"]
     with steps("survey"):
         return survey(
             job.original,
             job.gated,
             job.data,
             job.batch,
-            measure="flops" if held is not None and measure == "latency" else measure,
+            measure=asked[0],
+            also=asked[1:],
+            point=job.point(request),
             batch_sizes=request.batch_sizes,
             round_to=means.round_to,
             uniform=request.uniform or means.uniform,
@@ -78,7 +77,7 @@ def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             modules=means.modules,
             families=request.families,
             seed=request.seed,
-            rounds=min(_rounds(request), 9),
+            rounds=min(measurements(request), 9),
             cache=request.table,
             runtime=job.runtime,
             progress=steps.bars,
@@ -94,10 +93,10 @@ def _rounds(request: Request) -> int:
 
 
 def _searched(job: Job, found: Survey, request: Request) -> Survey:
-    if not request.search or request.budget is None:
+    if not request.search:
         return found
-    aim = request.budget.fraction * found.total - found.fixed
-    return searched(found, aim, job.data, trials=request.search, seed=request.seed, say=job.steps.say)
+    most = limits(found, request.budgets)
+    return searched(found, most, job.data, trials=request.search, seed=request.seed, say=job.steps.say)
 
 
 def decided(job: Job, found: Survey, request: Request, held: Decision | None) -> tuple[Decision, nn.Module, nn.Module]:
@@ -128,86 +127,25 @@ def decided(job: Job, found: Survey, request: Request, held: Decision | None) ->
 
 
 def _settled(job: Job, found: Survey, request: Request) -> tuple[Decision, nn.Module, nn.Module]:
-    budget = request.budget
-    if budget is None:
-        raise UsageError("compress", "found no budget", "Pass exactly one.")
-
+    """What is decided for the budgets; the model in its planned state, and the same collapsed."""
     around = _searched(job, found, request)
 
     def settle_one(survey: Survey) -> Settled:
-        return settle(survey, budget, job.batch, time_ratio=timer(job, request), say=job.steps.say)
+        return settle(survey, request.budgets, job.batch, gauges=gauges(job, request), say=job.steps.say)
 
+    tried: tuple[str, ...] = ()
     if request.candidates > 1:
-        left = budget.fraction * found.total - found.fixed
+        most = limits(found, request.budgets)
         settled, tried = best_after_recovery(
-            job, found, around, left, settle_one, count=request.candidates, distill=request.distill
+            job, found, around, most, settle_one, count=request.candidates, distill=request.distill
         )
     else:
-        settled, tried = settle_one(around), ()
-    told = _told(job, found, budget, replace(settled, choice=unscaled(settled.choice, found)))
+        settled = settle_one(around)
+    told = told_of(job, request, found, replace(settled, choice=unscaled(settled.choice, found)))
     told["notes"] += tried
     choices = tuple(site_choices(settled.choice).values())
     decision = Decision(settled.plan, choices, told["outcome"], told["options"], told["notes"], around.trials)
     return decision, settled.gated, settled.small
-
-
-def timer(job: Job, request: Request) -> Callable[[nn.Module], float]:
-    """What measures the latency of a model as a share of the original's."""
-
-    def time_ratio(small: nn.Module) -> float:
-        pair = {"original": job.original, "collapsed": small}
-        how: dict[str, Any] = {"rounds": _rounds(request), "batch_sizes": request.batch_sizes, "runtime": job.runtime}
-        timed = from_first(lambda: benchmark(pair, job.batch, **how))
-        return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
-
-    return time_ratio
-
-
-def drift(job: Job, small: nn.Module, tuned: nn.Module) -> tuple[str, ...]:
-    """A note, if fine-tuning took the model away from the original; by labels it may well do so, and rightly."""
-    some = some_of(job.data, 4)
-    before, after = (real_loss(job.original, model, some) for model in (small, tuned))
-    if after <= before:
-        return ()
-    text = f"fine-tuning took the outputs further from the original's, from {before:.3g} to {after:.3g}"
-    return (f"{text} on {len(some)} batches; if labels do not ask for that, lower the learning rate",)
-
-
-def _dry(job: Job, found: Survey, around: Survey, budget: Budget) -> Made:
-    picked = choose(around.groups, found.measure, budget.fraction * found.total - found.fixed)
-    choice = unscaled(picked, found)
-    choices = site_choices(choice)
-    gated = edited(found, choices)
-    predicted = (found.fixed + choice.cost) / found.total
-    outcome = outcome_of(job, found, budget, predicted, None, choice.loss, met=None)
-    notes = (*found.notes, *_cache(found, choice))
-    told = {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
-    told["trials"] = around.trials
-    return Made(found.gated, found.gated, explained(planned(gated, choices, choice), found), told=told)
-
-
-def _told(job: Job, found: Survey, budget: Budget, settled: Settled) -> dict[str, Any]:
-    outcome = outcome_of(job, found, budget, settled.predicted, settled.reached, settled.choice.loss, met=settled.met)
-    notes = (*found.notes, *_cache(found, settled.choice))
-    return {"outcome": outcome, "options": descriptions(found.groups, found.measure), "notes": notes}
-
-
-def _cache(found: Survey, choice: Choice) -> list[str]:
-    """What becomes of the keys and values that a model keeps, if it keeps any."""
-    before = sum(group.stay.cache for group in found.groups)
-    after = sum(option.cache for option in choice.options)
-    return [f"keys and values kept of the example batch: {after:.0f} of {before:.0f} bytes"] if before else []
-
-
-def outcome_of(
-    job: Job, found: Survey, budget: Budget, predicted: float, reached: float | None, loss: float, *, met: bool | None
-) -> Outcome:
-    """What became of a budget."""
-    same = uniform(found.groups, found.measure, budget.fraction * found.total - found.fixed)
-    least = found.least if reached is None else min(found.least, reached)  # maps that became one cost less than told
-    other = None if same is None else same.loss
-    where = job.runtime.told if job.runtime is not None and budget.measure == "latency" else None
-    return Outcome(budget.measure, budget.fraction, predicted, reached, least, loss, other, met, where)
 
 
 def _trained(

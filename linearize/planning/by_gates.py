@@ -18,14 +18,15 @@ from linearize.families.option import Group, SiteChoice
 from linearize.gating.gate import gates
 from linearize.plan import Plan
 from linearize.planning.budget import Budget
-from linearize.planning.by_budget import decided, drift, outcome_of, surveyed, timer
+from linearize.planning.by_budget import decided, surveyed
 from linearize.planning.carry_out import collapsed, explained, planned, replaced, site_choices
 from linearize.planning.decision import Decision
 from linearize.planning.job import Job, Made
 from linearize.planning.knapsack import choose
 from linearize.planning.market import Market, market_of, without_idle_biases
+from linearize.planning.outcomes import drift, gauges, outcome_of
 from linearize.planning.request import Request
-from linearize.planning.settle import fraction_of, kept_to
+from linearize.planning.settle import fraction_of, within
 from linearize.planning.survey import Survey, descriptions
 from linearize.report.course import Course, SiteMoves
 from linearize.running.copies import duplicate
@@ -84,8 +85,7 @@ class _Job:
         except CollapseError:  # the forms chosen do not go together: let collapsing choose
             plan = planned(model, replaced(choices))
             small = collapsed(model, plan)
-        ratio = timer(self.job, self.request)
-        reached = fraction_of(self.found, self.budget, model, small, self.job.batch, ratio)
+        reached = fraction_of(self.found, self.budget, model, small, self.job.batch, gauges(self.job, self.request))
         self.job.steps.say(
             f"  promised {prior.share:.3f}, reached {reached:.3f} of the original's {self.budget.measure}"
         )
@@ -106,7 +106,7 @@ class _Job:
             prior.finish()
             found = self.measured(prior)
             wrong = found.reached - prior.share
-            if last == _ROUNDS - 1 or (kept_to(self.budget, found.reached) and abs(wrong) < _RIGHT) or _all_gone(prior):
+            if last == _ROUNDS - 1 or (within(self.budget, found.reached) and abs(wrong) < _RIGHT) or _all_gone(prior):
                 break
             self.market.offset += wrong
         return prior, found
@@ -115,7 +115,7 @@ class _Job:
         """What becomes of a model whose gates are decided, with more channels gone as long as the budget is missed."""
         found = self.measured(prior)
         for _ in range(_ROUNDS):
-            if kept_to(self.budget, found.reached) or _all_gone(prior):
+            if within(self.budget, found.reached) or _all_gone(prior):
                 break
             prior.finish(prior.aim - (found.reached - self.budget.fraction) * 1.1 - 1e-4)
             found = self.measured(prior)
@@ -144,8 +144,9 @@ def by_gates(job: Job, request: Request) -> Made:
         end = made.kept(prior)
         if _count(prior) > before:
             made.notes.append(f"{_count(prior) - before} channels more went after training, to keep to the budget")
-    met = kept_to(budget, end.reached)
-    outcome = outcome_of(job, made.found, budget, prior.share, end.reached, _predicted(made, prior), met=met)
+    met = within(budget, end.reached)
+    each = {budget.measure: (prior.share, end.reached)}
+    outcome = outcome_of(job, request, made.found, each, _predicted(made, prior), met=met)
     if not outcome.met:
         _log.warning("%s", outcome)
     notes = (*made.found.notes, *made.notes, *drift(job, cut.small, end.small))

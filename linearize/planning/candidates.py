@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from linearize.families.option import Group, Option
+from linearize.families.option import Group, Measure, Option
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job
-from linearize.planning.knapsack import choose
 from linearize.planning.search import DEAR, kinds, unscaled, without
 from linearize.planning.settle import Settled
+from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey
 from linearize.running.batches import read_batches
 from linearize.running.models import evaluating
@@ -84,7 +84,7 @@ def best_after_recovery(
     job: Job,
     found: Survey,
     around: Survey,
-    budget: float,
+    limits: Mapping[Measure, float],
     settle_one: Callable[[Survey], Settled],
     *,
     count: int,
@@ -96,7 +96,7 @@ def best_after_recovery(
         job: what is compressed, and how it is trained.
         found: the survey.
         around: the survey after the search.
-        budget: cost that the groups may have in all.
+        limits: costs that the groups may have in all, by measure.
         settle_one: the plan for the budget in a survey.
         count: how many are trained.
         distill: whether training imitates the original.
@@ -105,7 +105,7 @@ def best_after_recovery(
     seen: set[tuple[Option, ...]] = set()
     every: list[_Candidate] = []
     for kind, survey in surveys_of(found, around).items():
-        choice = choose(survey.groups, found.measure, budget)
+        choice = choose_within(survey.groups, limits)
         picked = unscaled(choice, found).options
         if picked not in seen and choice.loss < DEAR:
             seen.add(picked)

@@ -25,7 +25,7 @@ __all__ = ["DECISION_FILE", "Decision"]
 DECISION_FILE = "plan.json"
 
 _FORMAT = "linearize-decision-1"
-_WORDS: Mapping[str, Any] = {"measure": str, "met": bool | None, "runtime": str | None}
+_WORDS: Mapping[str, Any] = {"measure": str, "met": bool | None, "runtime": str | None, "at": str, "parts": tuple}
 """Fields of an outcome that are no numbers, and what they are."""
 
 
@@ -141,7 +141,7 @@ def _choice(entry: Mapping[str, Any]) -> SiteChoice:
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
-    made = Outcome(**entry)
+    made = Outcome(**{**entry, "parts": tuple(_outcome(part) for part in entry.get("parts", ()))})
     for field in fields(Outcome):
         value = getattr(made, field.name)
         fits = value is None or is_number(value)

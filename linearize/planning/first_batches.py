@@ -13,13 +13,15 @@ from torch import nn
 from linearize import checks
 from linearize.convert import unwrapped
 from linearize.errors import DataError, UsageError
+from linearize.planning.request import Request
 from linearize.running.batches import Batch, labels_are_inputs, read_batch, to_device
 from linearize.running.devices import check_whole
 from linearize.running.models import device_of, evaluating
+from linearize.serving.point import check_serving, size_of
 from linearize.training.losses import has_loss
 from linearize.training.objective import Objective
 
-__all__ = ["check_inputs", "check_output", "check_training_data", "some_batches"]
+__all__ = ["check_inputs", "check_output", "check_served", "check_training_data", "some_batches"]
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +86,17 @@ def _needs_labels(model: nn.Module, batch: Batch) -> bool:
             else:
                 return needed
     return False
+
+
+def check_served(model: nn.Module, example: Any, request: Request) -> None:
+    """Check that a model can be served as its budgets ask for.
+
+    Raises:
+        UsageError: it does not generate text, or not from a context of this length.
+    """
+    point = request.point(size_of(example)[1])
+    if point is not None:
+        check_serving(model, point, request.served[0].measure)
 
 
 def check_training_data(model: nn.Module, data: Iterable[Any], options: Mapping[str, Any], *, distill: bool) -> None:

@@ -11,10 +11,12 @@ from torch import nn
 
 from linearize.export.runtimes import Runtime
 from linearize.plan import Plan
+from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes
 from linearize.running.batches import Reading
 from linearize.running.passes import Probe
 from linearize.running.steps import Steps
+from linearize.serving.point import Point, size_of
 from linearize.training.probes import projection
 
 __all__ = ["Job", "Made"]
@@ -49,6 +51,10 @@ class Job:
     notes: Notes = NOTHING
     runtime: Runtime | None = None
     probe: Probe | None = projection
+
+    def point(self, request: Request) -> Point | None:
+        """Where the model is served, if a budget asks for it."""
+        return request.point(size_of(self.batch)[1])
 
     @property
     def training_steps(self) -> int:

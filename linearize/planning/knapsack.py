@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from linearize.families.option import Group, Measure, Option
 
-__all__ = ["Choice", "choose", "uniform"]
+__all__ = ["Choice", "Tree", "choose", "uniform"]
 
 _LIMIT = 20_000
+_STRIDE = 1.02  # by which steps along a front grow
 Numbers = NDArray[np.float64]
 
 
@@ -54,7 +55,7 @@ def choose(groups: Sequence[Group], measure: Measure, budget: float, *, limit: i
         >>> found.loss, found.cost
         (1.0, 13.0)
     """
-    tree = _Tree(groups, measure, limit)
+    tree = Tree(groups, measure, limit)
     cheapest = tree.cheapest()
     if sum(o.cost(measure) for o in cheapest) > budget * (1 + 1e-12):
         return _sum(cheapest, measure, reachable=False)
@@ -73,7 +74,7 @@ class _Front:
 
 
 @dataclass(frozen=True)
-class _Tree:
+class Tree:
     """Groups, some of which enclose others, which are gone when the outer one is replaced."""
 
     groups: Sequence[Group]
@@ -93,6 +94,20 @@ class _Tree:
         front = self._joined(roots, budget * (1 + 1e-12))
         found = front.pick(int(front.losses.argmin()))
         return [found[index] for index in range(len(self.groups))]
+
+    def first(self, budget: float, accepts: Callable[[list[Option]], bool]) -> list[Option] | None:
+        """The options of least loss within a budget that are accepted; None if none of those that were tried is."""
+        front = self._joined(self._inside(""), budget * (1 + 1e-12))
+        order = front.losses.argsort()
+        position, step = 0, 1.0
+        while position < len(order):
+            found = front.pick(int(order[position]))
+            options = [found[index] for index in range(len(self.groups))]
+            if accepts(options):
+                return options
+            position += int(step)
+            step *= _STRIDE
+        return None
 
     def _inside(self, path: str) -> list[int]:
         return [index for index, group in enumerate(self.groups) if group.inside == path]

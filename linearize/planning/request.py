@@ -17,9 +17,10 @@ from linearize.export.runtimes import check_runtime
 from linearize.families import registry as family_registry
 from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
-from linearize.planning.budget import Budget, read_budget
+from linearize.planning.budget import SERVED, Budget, read_budgets
 from linearize.planning.timing.table import cache_file
 from linearize.running.outputs import Choice
+from linearize.serving.point import Point, read_point
 from linearize.training.arguments import check_numbers
 from linearize.training.kept import check_folder
 
@@ -28,6 +29,7 @@ __all__ = ["Method", "Request"]
 Method = Literal["plan", "gates", "both"]
 
 
+_BUDGETS = "latency, flops, params, speedup, activations, decode, prefill, memory"
 _GENTLE = 3e-4  # learning rate behind a plan: the model is close already, and a large rate takes it away
 
 # What neither the plan nor the weights depend on.
@@ -39,7 +41,7 @@ class Request:
     """The arguments of `linearize.compress`, which describes them. They are checked when the object is made.
 
     Raises:
-        UsageError: no budget or several, or an option out of range.
+        UsageError: no budget, budgets that contradict each other, or an option out of range.
 
     Examples:
         >>> Request(speedup=2).budget
@@ -51,6 +53,10 @@ class Request:
     params: float | None = None
     speedup: float | None = None
     activations: float | None = None
+    decode: float | None = None
+    prefill: float | None = None
+    memory: float | None = None
+    serving: Any = None
     linear: float | None = None
     plan: Plan | None = None
     finetune: int | Mapping[str, Any] | None = None
@@ -136,6 +142,9 @@ class Request:
         checks.choice("method", self.method, get_args(Method))
         if self.method == "plan":
             return
+        if len(self.budgets) > 1 or self.served:
+            found = f"found {self.method!r} with budgets in {' and '.join(b.measure for b in self.budgets)}"
+            raise UsageError("method", found, "Pass one of latency=, flops=, params= or activations=.")
         for name, bad, remedy in (
             ("finetune", not self.training["epochs"], "Pass finetune=, such as finetune=10: gates decide in training."),
             ("finetune", "gradual" in self.training, 'Leave "gradual" out: gates move in steps of their own.'),
@@ -151,11 +160,11 @@ class Request:
                 raise UsageError(name, f"found {_short(getattr(self, name))} with method={self.method!r}", remedy)
 
     def _check_what(self) -> None:
-        """Exactly one of a budget, a share and a plan."""
-        given = (self.budget is not None) + (self.linear is not None) + (self.plan is not None)
+        """Exactly one of budgets, a share and a plan."""
+        given = bool(self.budgets) + (self.linear is not None) + (self.plan is not None)
         if given != 1:
             found = "found no budget" if not given else "found a budget beside linear= or plan="
-            remedy = "Pass exactly one of latency, flops, params, speedup, activations (or linear, or plan)."
+            remedy = f"Pass at least one of {_BUDGETS} (or linear, or plan, by itself)."
             raise UsageError("compress", found, remedy)
         if self.linear is not None:
             checks.share("linear", self.linear, positive=True)
@@ -171,17 +180,40 @@ class Request:
             found, remedy = f"found a {type(plan).__name__}", "Pass a Plan; Plan.from_json reads one from text."
             raise UsageError("plan", found, remedy)
         if self.dry_run is True and self.budget is None:
-            remedy = "Pass one of latency, flops, params, speedup, activations."
-            raise UsageError("dry_run", "found without a budget", remedy)
+            raise UsageError("dry_run", "found without a budget", f"Pass one of {_BUDGETS}.")
+        if self.serving is not None:
+            self._set("serving", read_point(self.serving))
+            if not self.served:
+                remedy = "Pass it with decode=, prefill= or memory=."
+                raise UsageError("serving", "found without a budget that it is for", remedy)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     @cached_property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The shares of costs that may remain; none if a share of channels or a plan was given."""
+        given = {
+            name: getattr(self, name) for name in ("latency", "flops", "params", "activations", "prefill", "memory")
+        }
+        return read_budgets(speedup=self.speedup, decode=self.decode, **given)
+
+    @property
     def budget(self) -> Budget | None:
-        """The share of a cost that may remain; None if a share of channels or a plan was given."""
-        given = {name: getattr(self, name) for name in ("latency", "flops", "params", "activations")}
-        return read_budget(speedup=self.speedup, **given)
+        """The first of the budgets."""
+        return next(iter(self.budgets), None)
+
+    @property
+    def served(self) -> tuple[Budget, ...]:
+        """The budgets that only models which generate can have."""
+        return tuple(budget for budget in self.budgets if budget.measure in SERVED)
+
+    def point(self, context: int) -> Point | None:
+        """Where the model is served, if a budget asks for it: as the user says, or one text of the data's length."""
+        if not self.served:
+            return None
+        chosen: Point | None = self.serving
+        return chosen or Point(1, max(4, context))
 
     @cached_property
     def training(self) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ Source of the idea: Frantar and Alistarh, "SPDY: Accurate Pruning with Speedup G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 
 from linearize.errors import CollapseError
 from linearize.families import registry
-from linearize.families.option import Group, Option
+from linearize.families.option import Group, Measure, Option
 from linearize.planning.carry_out import carry_out, site_choices
-from linearize.planning.knapsack import Choice, choose
+from linearize.planning.knapsack import Choice
+from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey
 from linearize.report.trial import Trial
 from linearize.running.copies import Workbench
@@ -33,7 +34,7 @@ DEAR = 1e6  # a loss that nobody takes who has another choice
 
 def searched(
     found: Survey,
-    budget: float,
+    budget: float | Mapping[Measure, float],
     data: Iterable[Any],
     *,
     trials: int,
@@ -45,7 +46,7 @@ def searched(
 
     Args:
         found: the survey; its own choice is the one to start from.
-        budget: cost that the groups may have in all.
+        budget: cost that the groups may have in all; by measure, if there are several budgets.
         data: re-iterable batches; some spread over all of it are used.
         trials: choices to try, besides those without the options of some families; 0 tries none of either.
         batches: number of batches to measure on.
@@ -53,7 +54,8 @@ def searched(
         say: told what is going on.
     """
     generator = torch.Generator().manual_seed(seed)
-    race = _Race(found, budget, some_of(data, batches), say)
+    limits = budget if isinstance(budget, Mapping) else {found.measure: budget}
+    race = _Race(found, limits, some_of(data, batches), say)
     best = found.groups
     race.wins(found.groups, "at the start")
     for name, forms in kinds().items():
@@ -76,8 +78,10 @@ class _Race:
     The original runs once; all choices are carried out on one copy of the model, which is put back in between.
     """
 
-    def __init__(self, found: Survey, budget: float, batches: Sequence[Any], say: Callable[[str], None]) -> None:
-        self.found, self.budget, self.say = found, budget, say
+    def __init__(
+        self, found: Survey, limits: Mapping[Measure, float], batches: Sequence[Any], say: Callable[[str], None]
+    ) -> None:
+        self.found, self.limits, self.say = found, limits, say
         self.measure = Yardstick(found.gated, batches)
         self.bench = Workbench(found.gated, CollapseError)
         self.best: list[float] = []
@@ -86,7 +90,7 @@ class _Race:
 
     def wins(self, groups: list[Group], of: str) -> bool:
         """Whether the choice among these groups has the least real loss so far; not if it has been tried."""
-        choice = unscaled(choose(groups, self.found.measure, self.budget), self.found)
+        choice = unscaled(choose_within(groups, self.limits), self.found)
         if choice.options in self.tried:
             return False
         self.tried.add(choice.options)

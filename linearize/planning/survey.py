@@ -25,12 +25,15 @@ from linearize.families.ties import tied
 from linearize.gating.gate import gates
 from linearize.planning.knapsack import choose
 from linearize.planning.resume import NOTHING, Notes
+from linearize.planning.serving import with_memory, with_steps
 from linearize.planning.timing.all import timed
 from linearize.report.trial import Trial
 from linearize.running.batches import read_batches
 from linearize.running.models import evaluating
 from linearize.running.passes import Collector, Probe, run_passes
 from linearize.running.processes import from_first
+from linearize.serving.memory import memory
+from linearize.serving.point import Point
 from linearize.surgery.bake import bake
 from linearize.training.distance import some_of
 from linearize.training.probes import projection
@@ -50,6 +53,7 @@ class Survey:
         before: parameters and FLOPs of the original.
         places: by the name of a family, where it applies; only the family itself looks inside.
         trials: plans that were tried with the real loss.
+        also: totals in the measures of further budgets.
     """
 
     context: Context
@@ -59,6 +63,7 @@ class Survey:
     before: Cost
     places: dict[str, Any] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
+    also: dict[Measure, float] = field(default_factory=dict)
 
     @property
     def gated(self) -> nn.Module:
@@ -71,21 +76,42 @@ class Survey:
         return [*self.context.warned, *self.context.told]
 
     @property
+    def totals(self) -> dict[Measure, float]:
+        """The original's cost in every measure that a budget limits."""
+        return {self.measure: self.total, **self.also}
+
+    @property
     def fixed(self) -> float:
         """The part of the total that no option changes."""
-        return self.total - sum(group.stay.cost(self.measure) for group in self.groups)
+        return self.fixed_of(self.measure)
+
+    def fixed_of(self, measure: Measure) -> float:
+        """The same in another measure."""
+        return self.totals[measure] - sum(group.stay.cost(measure) for group in self.groups)
+
+    def limits(self, fractions: Mapping[Measure, float]) -> dict[Measure, float]:
+        """What the options may cost together in each measure, for fractions of the totals."""
+        return {measure: share * self.totals[measure] - self.fixed_of(measure) for measure, share in fractions.items()}
+
+    def share(self, measure: Measure, options: Iterable[Option]) -> float:
+        """The fraction of the original's cost that some options leave, as predicted."""
+        return (self.fixed_of(measure) + sum(option.cost(measure) for option in options)) / self.totals[measure]
 
     @property
     def least(self) -> float:
         """The smallest fraction of the total that the options can reach, as predicted."""
-        return (self.fixed + choose(self.groups, self.measure, -math.inf).cost) / self.total
+        return self.least_of(self.measure)
+
+    def least_of(self, measure: Measure) -> float:
+        """The same in another measure."""
+        return self.share(measure, choose(self.groups, measure, -math.inf).options)
 
     @property
     def reasons(self) -> dict[str, str]:
         """By name, the reason of each site that stays for another reason than its loss."""
         found: dict[str, str] = {}
         for group in self.groups:
-            cheaper = any(o.cost(self.measure) < group.stay.cost(self.measure) for o in group.options[1:])
+            cheaper = any(o.cost(m) < group.stay.cost(m) for o in group.options[1:] for m in self.totals)
             why = group.reason or (None if cheaper else "no other option costs less")
             found |= dict.fromkeys(() if group.encloses or why is None else group.sites, str(why))
         return found
@@ -98,6 +124,8 @@ def survey(
     batch: Any,
     *,
     measure: Measure,
+    also: Sequence[Measure] = (),
+    point: Point | None = None,
     batch_sizes: Sequence[int] | None = None,
     round_to: int | None = None,
     uniform: bool | Sequence[str] = False,
@@ -121,6 +149,8 @@ def survey(
         data: re-iterable batches.
         batch: one of them, without labels: costs are for this batch.
         measure: what the budget will limit.
+        also: what further budgets will limit.
+        point: where the model is served, for measures that ask for it.
         batch_sizes: for measured latency; None takes that of the batch.
         round_to: widths are multiples of this; None decides by site.
         uniform: True keeps equal numbers of channels in all sites of the same shape; or glob patterns of site names,
@@ -176,17 +206,47 @@ def survey(
     for names in ties:
         groups = tied(groups, set(names))
     _warn(context.warned)
-    total = {"flops": float(before.flops), "params": float(before.parameters)}.get(measure, 1.0)
-    if measure == "activations":
-        total = sum(group.stay.activations for group in groups)
-    found = Survey(context, measure, groups, total, before, places)
-    if measure == "latency":
+    units = sum(group.stay.activations for group in groups)
+    counted = {"flops": float(before.flops), "params": float(before.parameters), "activations": units}
+    found = Survey(context, measure, groups, counted.get(measure, 1.0), before, places)
+    found.also = {other: counted.get(other, 1.0) for other in also}
+    if "memory" in found.totals and point is not None:
+        whole = memory(original, point)
+        found.groups = with_memory(gated, found.groups, whole)
+        found.also = {name: whole.total if name == "memory" else total for name, total in found.also.items()}
+        found.total = whole.total if measure == "memory" else found.total
+    if {"latency", "decode", "prefill"} & set(found.totals):
         say("measure")
-        found.groups = from_first(lambda: timed(
-            original, gated, groups, lambda group, option: layers_of(found, group, option), batch, batch_sizes,
-            flops=float(before.flops), rounds=rounds, cache=cache, runtime=runtime,
+        found.groups = from_first(lambda: _timed(
+            original, found, batch, batch_sizes, point, runtime=runtime, rounds=rounds, cache=cache
         ))  # fmt: skip
     return found
+
+
+def _timed(
+    original: nn.Module,
+    found: Survey,
+    batch: Any,
+    batch_sizes: Sequence[int] | None,
+    point: Point | None,
+    *,
+    runtime: Runtime | None,
+    **options: Any,
+) -> list[Group]:
+    """The groups with all shares of times that budgets ask for."""
+    groups, flops = found.groups, float(found.before.flops)
+
+    def layers(group: Group, option: Option) -> Layers:
+        return layers_of(found, group, option)
+
+    for kind in ("decode", "prefill"):
+        if kind in found.totals and point is not None:
+            groups = with_steps(kind, original, found.gated, groups, layers, batch, point, flops=flops, **options)
+    if "latency" in found.totals:
+        groups = timed(
+            original, found.gated, groups, layers, batch, batch_sizes, flops=flops, runtime=runtime, **options
+        )
+    return groups
 
 
 def layers_of(found: Survey, group: Group, option: Option) -> Layers:

@@ -14,6 +14,7 @@ from linearize.text_table import render, render_html, render_markdown
 
 __all__ = ["Report", "outcome_table"]
 
+_ALSO = ("next_token_agreement",)  # shown besides the metric
 _SHOWN = 5  # sites that stay, in what is printed
 
 
@@ -83,8 +84,9 @@ def _figures(report: Report) -> dict[str, str]:
     """Name and value of every figure."""
     found: dict[str, str] = {}
     if report.metric is not None:
-        for stage, value in report.quality[report.metric].items():
-            found[f"{report.metric} {stage}"] = f"{value:.4f}"
+        for name in (report.metric, *(name for name in _ALSO if name in report.quality)):
+            for stage, value in report.quality[name].items():
+                found[f"{name.replace('_', ' ')} {stage}"] = f"{value:.4f}"
     found["linear channels"] = f"{report.summary.linear} of {report.summary.channels} ({report.summary.share:.1%})"
     found["parameters"] = _change(report.before.parameters, report.after.parameters)
     found["FLOPs per batch"] = _change(report.before.flops, report.after.flops)

@@ -15,11 +15,11 @@ from linearize.families.option import Group, Option
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
 from linearize.planning.timing.enclosing import with_enclosing_latencies
-from linearize.planning.timing.in_place import shares_in_place
+from linearize.planning.timing.in_place import Shares, shares_in_place
 from linearize.planning.timing.layers import with_latencies
 from linearize.planning.timing.table import LatencyTable
 
-__all__ = ["timed"]
+__all__ = ["batch_size", "parts_of", "priced", "timed"]
 
 
 def timed(
@@ -50,11 +50,48 @@ def timed(
         runtime: where latencies are measured; None for PyTorch. What cannot be run there by itself, such as heads of
             attention, is given its share of the time in PyTorch.
     """
-    size = _batch_size(batch)
+    size = batch_size(batch)
     sizes = batch_sizes or [size]
-    parts = {group.sites[0]: _modules_of(gated, group) for group in groups}
-    shares = shares_in_place(original, batch, sizes, parts, rounds=rounds)
+    shares = shares_in_place(original, batch, sizes, parts_of(gated, groups), rounds=rounds)
     whole = _whole(original, batch, sizes, rounds, runtime)
+    how: dict[str, Any] = {"size": size, "flops": flops, "rounds": rounds, "cache": cache, "runtime": runtime}
+    return priced(original, gated, groups, layers, shares, whole, **how)
+
+
+def parts_of(gated: nn.Module, groups: Sequence[Group]) -> dict[str, list[str]]:
+    """By the first site of each group, the modules that belong to it."""
+    return {group.sites[0]: _modules_of(gated, group) for group in groups}
+
+
+def priced(
+    original: nn.Module,
+    gated: nn.Module,
+    groups: Sequence[Group],
+    layers: Callable[[Group, Option], Layers],
+    shares: Shares,
+    whole: dict[int, float],
+    *,
+    size: int,
+    flops: float,
+    rounds: int,
+    cache: Path | None,
+    runtime: Runtime | None = None,
+) -> list[Group]:
+    """The groups with latencies, from the shares of time that their present layers take.
+
+    Args:
+        original: the model as it came.
+        gated: the same, converted.
+        groups: of sites, and of places that enclose them, with the shapes of their inputs.
+        layers: what would stand for an option of a group.
+        shares: measured inside the model.
+        whole: seconds of the whole model, by batch size.
+        size: of the batch in which the shapes are.
+        flops: of the original, for that batch.
+        rounds: measurements of each.
+        cache: file of ratios; None remembers none.
+        runtime: where layers are timed; None for PyTorch.
+    """
     inner = [group for group in groups if not group.encloses]
     table = LatencyTable.open(cache)
     inner = with_latencies(
@@ -88,7 +125,8 @@ def _modules_of(gated: nn.Module, group: Group) -> list[str]:
     return list(dict.fromkeys((*ports, *folds)))
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
+    """Length of the first tensor of a batch."""
     from torch.utils import _pytree as pytree
 
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from linearize.bench import resized
 from linearize.running.models import batches_of, device_of, evaluating, move
 
-__all__ = ["Shares", "shares_in_place"]
+__all__ = ["Shares", "shares_in_place", "shares_of"]
 
 Shares = dict[str, dict[int, float]]
 """By name of the part and batch size."""
@@ -39,21 +40,43 @@ def shares_in_place(
         >>> found["first"][4] < found["all"][4] <= 1
         True
     """
+    batches = {size: resized(batches_of(batch)[0], size) for size in sizes}
+
+    def fresh(size: int) -> Callable[[], Any]:
+        args, kwargs = move(batches[size], device_of(model))  # anew: a model may overwrite it
+        return lambda: model(*args, **kwargs)
+
+    return shares_of(model, {size: partial(fresh, size) for size in sizes}, parts, rounds=rounds)
+
+
+def shares_of(
+    model: nn.Module,
+    runs: Mapping[int, Callable[[], Callable[[], Any]]],
+    parts: Mapping[str, Sequence[str]],
+    *,
+    rounds: int,
+) -> Shares:
+    """As `shares_in_place`, for anything that runs the model.
+
+    Args:
+        model: any.
+        runs: by batch size, what gives a new run each time it is called; getting ready is not measured.
+        parts: paths of modules, by name.
+        rounds: a third of the number of runs.
+    """
     found: Shares = {name: {} for name in parts}
     clock = _Clock(device_of(model))
     with evaluating(model):
         handles = clock.watch(model, {path for paths in parts.values() for path in paths})
         try:
-            for size in sizes:
-                sized = resized(batches_of(batch)[0], size)
-                runs: dict[str, list[float]] = {name: [] for name in parts}
+            for size, fresh in runs.items():
+                times: dict[str, list[float]] = {name: [] for name in parts}
                 for run in range(_WARMUP + _RUNS_PER_ROUND * rounds):
-                    args, kwargs = move(sized, device_of(model))  # anew: a model may overwrite it
-                    whole = clock.run(lambda: model(*args, **kwargs))  # noqa: B023 - called at once
+                    whole = clock.run(fresh())
                     for name, paths in parts.items() if run >= _WARMUP else ():
                         if paths and all(len(clock.starts.get(path, ())) == 1 for path in paths):
-                            runs[name].append(clock.span(paths) / max(whole, 1e-12))
-                for name, values in runs.items():
+                            times[name].append(clock.span(paths) / max(whole, 1e-12))
+                for name, values in times.items():
                     if values:
                         found[name][size] = float(torch.tensor(values).median())
         finally:
