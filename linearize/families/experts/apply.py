@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from linearize.families.experts.layout import axis_of
 from linearize.families.experts.place import Channels, Experts, Meaning
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Record, Step, record_of, set_record
@@ -46,7 +47,8 @@ def slice_experts(model: nn.Module, place: Experts, gone: Sequence[int]) -> list
         module = model.get_submodule(path)
         tensors = tensors_of(module, names)
         index = torch.tensor(keep, device=next(iter(tensors.values())).device)
-        spec = put_smaller(module, {name: value[index] for name, value in tensors.items()})
+        axes = {name: axis_of(value, place.count) or 0 for name, value in tensors.items()}
+        spec = put_smaller(module, {name: value.index_select(axes[name], index) for name, value in tensors.items()})
         steps.append({"path": path, "module": spec})
     if place.listed:
         steps += _shortened(model, place.bank, keep)

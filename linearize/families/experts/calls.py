@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.families.enclosing import is_in
+from linearize.families.experts.layout import numbers_for
 from linearize.families.experts.place import Experts, Key
 from linearize.families.experts.twin import first_tensor, without
 from linearize.graph.dryrun import first_line
@@ -103,7 +104,7 @@ def called(model: nn.Module, place: Experts, calls: Mapping[str, Call]) -> Exper
 
 
 def checked(model: nn.Module, place: Experts, hooked: Mapping[str, str], calls: Mapping[str, Call]) -> Experts | str:
-    """The place, if its tensors may be sliced, and if each token is mapped by itself."""
+    """The place, if its tensors may be sliced; told why no expert can go, if it does not run without one."""
     if any(map(is_in(place.path), hooked)):
         return "a module inside has a hook, which would be lost"
     names = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
@@ -116,18 +117,29 @@ def checked(model: nn.Module, place: Experts, hooked: Mapping[str, str], calls: 
         )
         if odd is not None:
             return f"a tensor of {path} is {odd}"
+    found = _tried(model, place, calls)
+    if isinstance(found, str) and not place.listed:  # they may still be narrower
+        return replace(place, fixed=found)
+    return found
+
+
+def _tried(model: nn.Module, place: Experts, calls: Mapping[str, Call]) -> Experts | str:
+    """The place, if the mixture runs without an expert, and maps each token by itself; or why not."""
     if place.count <= place.least:
-        return f"each token picks all of its {place.count} experts" if place.picks else ""
+        return f"each token picks all of its {place.count} experts"
     mixture = model.get_submodule(place.path)
     whole = calls[place.path]
     x, y = next(iter(whole.tensors.values())), first_tensor(whole.output)
     if y is None:
         return f"{place.path} gives no tensor"
-    try:
-        with evaluating(mixture), untouched(mixture):
-            return _apart(mixture, place, x, y, calls)
-    except Exception as error:  # whatever the mixture's own code raises
-        return "" if place.listed else f"{place.path} does not run without an expert ({first_line(error)})"
+    why = ""
+    for attributes in numbers_for(model, place):
+        try:
+            with evaluating(mixture), untouched(mixture):
+                return _apart(mixture, replace(place, attributes=attributes), x, y, calls)
+        except Exception as error:  # whatever the mixture's own code raises
+            why = why or f"{place.path} does not run without an expert ({first_line(error)})"
+    return "" if place.listed else why
 
 
 def _apart(mixture: nn.Module, place: Experts, x: Tensor, y: Tensor, calls: Mapping[str, Call]) -> Experts | str:
@@ -145,8 +157,10 @@ def _apart(mixture: nn.Module, place: Experts, x: Tensor, y: Tensor, calls: Mapp
                 if _run(without(mixture, place, range(least, place.count)), place, rows[half]) is not None:
                     return replace(place, picks=least)
         return ""
-    twin = without(mixture, place, (0,))
-    picked = (calls[place.bank].tensors[place.given[1]] == 0).any(1)
+    index = calls[place.bank].tensors[place.given[1]]
+    rarest = int(torch.bincount(index.flatten(), minlength=place.count).argmin())
+    picked = (index == rarest).any(1)
+    twin = without(mixture, place, (rarest,))
     if bool(picked.all()):
         return replace(place, closed=False)
     free = (~picked).nonzero().flatten()

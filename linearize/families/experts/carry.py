@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from linearize.errors import CollapseError, LinearizeError
 from linearize.families.experts.apply import slice_channels, slice_experts, tensors_of, zero_channels
 from linearize.families.experts.hidden import Bank
-from linearize.families.experts.layout import channels_of, numbers_for, parameters_of, widths_for
+from linearize.families.experts.layout import axis_of, channels_of, numbers_for, parameters_of, widths_for
 from linearize.families.experts.mask import Unpicked
 from linearize.families.experts.place import Experts
 from linearize.families.experts.twin import argument, borrowed
@@ -41,7 +41,7 @@ _ROWS = 64  # on which experts are looked at by themselves
 
 
 def carried(model: nn.Module, places: Sequence[Experts], inputs: Inputs) -> tuple[list[Experts], dict[str, str], bool]:
-    """The places where experts can go, told what follows; by bank, why others stay; whether they must be equally many.
+    """The places where anything can go, told what follows; by bank, why experts stay; whether as many must everywhere.
 
     Args:
         model: gated; it is left as it was.
@@ -51,19 +51,20 @@ def carried(model: nn.Module, places: Sequence[Experts], inputs: Inputs) -> tupl
     if not places:
         return [], {}, False
     trial = _rough(duplicate(model, CollapseError), places)
-    good, equal = _together(trial, places, inputs)
-    reasons: dict[str, str] = {}
-    if not good:
-        equal = True
-        for place in places:
-            made, why = _alone(trial, place, inputs)
-            good += [] if made is None else [made]
-            reasons |= {} if why is None else {place.bank: f"the code around it takes no fewer experts ({why})"}
+    free = [place for place in places if place.fixed is None]
+    made, equal = _together(trial, free, inputs) if free else ([], False)
+    if free and not made:
+        made, equal = [_alone(trial, place, inputs) for place in free], True
+        good = [place for place in made if place.fixed is None]
         why = _fewer(trial, good, inputs, equal=True) if len(good) > 1 else None
         if why is not None:
-            reasons |= {place.bank: f"not all mixtures can lose experts at once ({why})" for place in good}
-            good = []
-    return [place if place.listed else _with_channels(trial, place, inputs) for place in good], reasons, equal
+            why = f"not all mixtures can lose experts at once ({why})"
+            made = [replace(place, fixed=place.fixed or why, attributes={}) for place in made]
+    known = {place.bank: place for place in made}
+    whole = [known.get(place.bank, place) for place in places]
+    whole = [place if place.listed else _with_channels(trial, place, inputs) for place in whole]
+    reasons = {place.bank: place.fixed for place in whole if place.fixed is not None}
+    return [p for p in whole if p.fixed is None or not (p.listed or p.narrow)], reasons, equal
 
 
 def _together(trial: nn.Module, places: Sequence[Experts], inputs: Inputs) -> tuple[list[Experts], bool]:
@@ -77,15 +78,16 @@ def _together(trial: nn.Module, places: Sequence[Experts], inputs: Inputs) -> tu
     return [], True
 
 
-def _alone(trial: nn.Module, place: Experts, inputs: Inputs) -> tuple[Experts | None, str | None]:
+def _alone(trial: nn.Module, place: Experts, inputs: Inputs) -> Experts:
+    """A place by the first reading that holds for it; or told why none does."""
     why: str | None = None
     for reading in numbers_for(trial, place):
         made = replace(place, attributes=reading)
         failure = _fewer(trial, [made], inputs, equal=True)
         if failure is None:
-            return made, None
+            return made
         why = why or failure
-    return None, why
+    return replace(place, fixed=f"the code around it takes no fewer experts ({why})", attributes={})
 
 
 def _some(place: Experts, *, more: bool) -> tuple[int, ...]:
@@ -129,10 +131,11 @@ def _masked(
     for path, names in place.rows.items():
         module = model.get_submodule(path)
         for name, value in tensors_of(module, names).items() if path != place.bank else ():
-            if value.dim() == 2:
+            axis = axis_of(value, place.count) or 0
+            if value.numel() > place.count:
                 yield getattr(module, name), gone
-            elif biases and value.dim() == 1 and value.is_floating_point():
-                changed = value.index_fill(0, torch.tensor(gone, device=value.device), float("-inf"))
+            elif biases and value.is_floating_point():
+                changed = value.index_fill(axis, torch.tensor(gone, device=value.device), float("-inf"))
                 if name in module._parameters:
                     module._parameters[name] = nn.Parameter(changed)
                 else:

@@ -128,8 +128,9 @@ class ExpertsCollector:
             sums.rows += torch.bincount(rows["index"].flatten(), minlength=count).to(sums.rows)
             index = some["index"]
             self._add_experts(now, some)
-        mixture = now.model.get_submodule(self.place.path)
-        self._add_changes(some, index, changes_of(mixture, self.place, some["x"], some["y"], index))
+        if self.place.fixed is None:
+            mixture = now.model.get_submodule(self.place.path)
+            self._add_changes(some, index, changes_of(mixture, self.place, some["x"], some["y"], index))
 
     def _add_changes(self, some: Mapping[str, Tensor], index: Tensor, change: Tensor) -> None:
         """Take in what changes (S, k, O) without each of the experts that tokens pick."""

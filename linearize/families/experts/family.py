@@ -85,7 +85,9 @@ class MixturesOfExperts(Family):
         )
         if places.equal and len(made) > 1:
             touches = tuple(path for group in made for path in group.touches)
-            listed = any(place.listed for place in seen)
+            listed = [place.bank for place in seen if place.listed]
+            if listed:
+                context.told += told(dict.fromkeys(listed, "lists of experts are not shortened to equal lengths"))
             made = [] if listed else [replace(g, touches=touches) for g in tied(made, {p.name for p in seen})]
         homes = homes_of(context.gated, groups_of(context.gated))
         whole = list(groups)
@@ -99,6 +101,8 @@ class MixturesOfExperts(Family):
 
     def layers(self, model: nn.Module, places: ExpertPlaces, group: Group, option: Option) -> Layers:
         """None that could be run by themselves: who picks which expert, only the router knows."""
+        if group.encloses:  # FLOPs tell what they take
+            return Layers({group.sites[0]: nn.Identity()}, "experts")
         raise ValueError(f"{group.sites[0]}: experts are not timed by themselves")
 
     def apply(
@@ -138,7 +142,12 @@ class MixturesOfExperts(Family):
             lost = None if parts is None else len(parts[0])
         else:
             lost = len(gone)
-        if site.channels != units or not gone or lost is None or place.count - lost < place.least:
+        if (
+            site.channels != units
+            or not gone
+            or lost is None
+            or place.count - lost < (place.count if place.fixed else place.least)
+        ):
             found = (
                 f"found {len(gone)} of {site.channels} gone; it has {units}, of which {place.least} experts must stay"
             )

@@ -74,7 +74,7 @@ def mixtures_of(model: nn.Module, batch: Any) -> Found:
         elif made:
             reasons[path] = made
     places, more, equal = carried(model, good, one_sample(batches_of(batch)[0])[0])
-    if not places and good:  # whatever a model has against a single sample
+    if good and all(place.fixed or place.narrow for place in places):  # whatever a model has against a single sample
         places, more, equal = carried(model, good, batches_of(batch)[0])
     return Found(places, reasons | more, equal)
 
@@ -127,9 +127,7 @@ def _routed(model: nn.Module, bank: str, count: int, *, listed: bool) -> Experts
             rows: dict[str, list[str]] = {} if listed else {bank: with_rows(model.get_submodule(bank), count)}
             for name, module in others.items():
                 some = with_rows(module, count)
-                if name == routers[0] or (
-                    some and not any(v.dim() > 1 for v in module._parameters.values() if v is not None)
-                ):
+                if all(own in some for own, value in module._parameters.items() if value is not None):
                     rows[name] = some
             return Experts(path, bank, routers[0], count, listed=listed, rows={n: s for n, s in rows.items() if s})
         if routers and not listed:

@@ -15,7 +15,7 @@ from linearize.gating.gate import ChannelGate
 from linearize.surgery.attributes import numbers_of
 from linearize.tensors import oddity
 
-__all__ = ["Attributes", "channels_of", "numbers_for", "parameters_of", "widths_for", "with_rows"]
+__all__ = ["Attributes", "axis_of", "channels_of", "numbers_for", "parameters_of", "widths_for", "with_rows"]
 
 Attributes = dict[tuple[str, str], Meaning]
 
@@ -30,15 +30,27 @@ def parameters_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in module.named_parameters() if id(value) not in gates]
 
 
+def axis_of(value: Tensor, count: int) -> int | None:
+    """The axis of experts in a tensor: the first, or the last of one that has a number for each; None if it has none.
+
+    Examples:
+        >>> [axis_of(torch.zeros(shape), 3) for shape in ((3, 5), (1, 3), (5, 3), ())]
+        [0, 1, None, None]
+    """
+    if value.dim() and len(value) == count:
+        return 0
+    return value.dim() - 1 if value.dim() and value.numel() == value.shape[-1] == count else None
+
+
 def with_rows(module: nn.Module, count: int) -> list[str]:
-    """Names of a module's own tensors that have a row for each expert.
+    """Names of a module's own tensors that have a row, or a number, for each expert.
 
     Examples:
         >>> with_rows(nn.Linear(4, 3), 3), with_rows(nn.Linear(3, 4), 3)
         (['weight', 'bias'], [])
     """
     held = {**module._parameters, **module._buffers}
-    return [name for name, value in held.items() if value is not None and value.dim() and len(value) == count]
+    return [name for name, value in held.items() if value is not None and axis_of(value, count) is not None]
 
 
 def numbers_for(model: nn.Module, place: Experts) -> Iterator[Attributes]:

@@ -94,6 +94,8 @@ def split(place: Experts, channels: Sequence[int]) -> tuple[tuple[int, ...], dic
 
 def _candidates(place: Experts) -> list[tuple[int, ...]]:
     """Sets of experts that may go: for some numbers, those of two orders."""
+    if place.fixed is not None:
+        return []
     most = place.count - place.least
     unpicked = int((place.sums.rows == 0).sum())
     step = max(1, most // _STEPS)
@@ -157,7 +159,7 @@ def _option(model: nn.Module, place: Experts, choice: SiteChoice, loss: float, c
     for path, names in place.rows.items():
         module = model.get_submodule(path)
         for name, value in tensors_of(module, names).items():
-            size = value[0].numel() if name in module._parameters else 0
+            size = value.numel() // place.count if name in module._parameters else 0
             if path != place.bank:
                 router += size
             elif place.channels is not None and name in place.channels.slots:

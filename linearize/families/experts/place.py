@@ -85,6 +85,7 @@ class Experts:
         attributes: numbers that forwards read, by path of the module and name, and what they count.
         channels: of the experts; None if they are not known.
         closed: True if tokens that do not pick an expert do not notice that it goes.
+        fixed: why no expert can go; None if some can.
         narrow: why the experts cannot be narrower; None if they can.
         sums: what the pass found.
     """
@@ -103,6 +104,7 @@ class Experts:
     attributes: Mapping[tuple[str, str], Meaning] = field(default_factory=dict)
     channels: Channels | None = None
     closed: bool = True
+    fixed: str | None = None
     narrow: str | None = None
     sums: Any = None
 

@@ -26,7 +26,9 @@ def _of(place: Experts) -> list[str]:
     found = []
     if nobody:
         change = "can go with no change on this data"
-        if not place.closed:
+        if place.fixed is not None:
+            change = "no data tells how to narrow"
+        elif not place.closed:
             change = "can go; what others weigh grows by its share, as the router does not divide by their sum"
         found.append(f"{place.bank}: no token picks {_named(nobody)}, which {change}")
     if scarce:
