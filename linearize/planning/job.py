@@ -12,9 +12,7 @@ from torch import nn
 from linearize.plan import Plan
 from linearize.planning.resume import NOTHING, Notes
 from linearize.running.batches import Reading
-from linearize.running.passes import Probe
 from linearize.running.steps import Steps
-from linearize.training.probes import projection
 
 __all__ = ["Job", "Made"]
 
@@ -32,7 +30,7 @@ class Job:
         options: of fine-tuning; 0 epochs for none.
         train: fine-tunes a gated model with a prior and these options, and gives the history.
         notes: of what an interrupted run has found out.
-        probe: tells what an error costs, see `linearize.planning.survey.survey`.
+        lean: see `linearize.planning.survey.survey`.
     """
 
     original: nn.Module
@@ -43,7 +41,7 @@ class Job:
     options: Mapping[str, Any]
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
     notes: Notes = NOTHING
-    probe: Probe | None = projection
+    lean: bool = False
 
     @property
     def training_steps(self) -> int:
