@@ -97,7 +97,6 @@ def compress(folder: Path, out: Path, shape: Shape, tokens: int, length: int, pa
     result = linearize.compress_blockwise(folder, data, out, params=params, progress=_say)
     seconds = time.perf_counter() - start
     report = result.report
-    print(result.plan, report.notes, file=sys.stderr)
     return {
         "seconds": seconds, "peak": _peak(), "before": before, "asked": params, "reached": report.reached,
         "blocks": [note.seconds for note in report.blocks], "engine": report.engine, "drift": report.drift,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import linearize
@@ -19,6 +20,8 @@ from linearize import CheckpointError, DataError, UsageError
 from linearize.blockwise.chain import Form, chain_of
 from linearize.blockwise.states import reference_batches
 from linearize.blockwise.told import NotAChain
+from linearize.cli import run
+from linearize.cli.blockwise import batches_of_tensors
 from linearize.compress_blockwise import compress_blockwise
 from linearize.cost import cost
 from linearize.running.batches import Reading
@@ -206,6 +209,46 @@ def share(small: Any, position: int) -> float:
 
 def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).double().norm() / other.double().norm())
+
+
+class TestCommand:
+    def test_from_disk_to_disk(self, file: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "out"
+        save_file({"input_ids": torch.cat(tokens())}, tmp_path / "tokens.safetensors")
+        arguments = ["compress", f"hf:{file.folder}", "--data", str(tmp_path / "tokens.safetensors"), "--batch", "4"]
+        assert run([*arguments, "--params", "0.8", "--engine", "blockwise", "--out", str(out)]) == 0
+        assert "model.layers.1" in capsys.readouterr().out
+        assert sorted(path.name for path in out.iterdir()) == ["compressed.safetensors", "plan.json", "report.json"]
+        assert (out / "compressed.safetensors").read_bytes() == file.result.path.read_bytes()
+        assert linearize.Plan.from_json((out / "plan.json").read_text()) == file.result.plan
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["--speedup", "2"], "--speedup"),
+            (["--params", "0.8", "--family", "heads"], "--family"),
+            (["--params", "0.8", "--engine", "other"], "--engine"),
+            ([], "budgets"),
+        ],
+    )
+    def test_what_it_does_not_have(
+        self, options: list[str], told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        save_file({"input_ids": torch.cat(tokens())}, tmp_path / "tokens.safetensors")
+        more = ["--data", str(tmp_path / "tokens.safetensors"), "--out", str(tmp_path / "out"), "--engine", "blockwise"]
+        assert run(["compress", f"hf:{folder}", *more, *options]) == 2
+        assert told in capsys.readouterr().err
+        assert not list((tmp_path / "out").glob("*"))
+
+    def test_batches_of_a_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "some.safetensors"
+        save_file({"a": torch.arange(5), "b": torch.ones(5, 2)}, path)
+        found = batches_of_tensors(path, 2)
+        assert [len(batch["a"]) for batch in found] == [2, 2, 1]
+        assert found[1]["a"].tolist() == [2, 3]
+        save_file({"a": torch.arange(5), "b": torch.ones(4, 2)}, path)
+        with pytest.raises(DataError, match="lengths"):
+            batches_of_tensors(path, 2)
 
 
 class TestInMemory:
