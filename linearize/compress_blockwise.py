@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,13 @@ def compress_blockwise(
         try:
             opened = source_of_model(source) if isinstance(source, nn.Module) else source_of_folder(_folder(source))
             result = _blockwise(opened, repeated, asked, place, steps)
-        except NotAChain as reason:
-            result = _whole(source, data, asked, str(reason), steps)
+        except NotAChain as error:
+            Work(place, "").forget()
+            result = _whole(source, data, asked, f"{error.where}: {error.found}", steps)
         finally:
             repeated.restore()
+            with suppress(OSError):  # unless there is something to continue with, or of somebody else
+                place.rmdir()
     return result
 
 

@@ -50,7 +50,9 @@ class Covariance:
     @property
     def scatter(self) -> Tensor:
         """The sum of products about the mean (F, F)."""
-        return self._lower.tril() + self._lower.tril(-1).t()
+        found = self._lower.tril()
+        found += found.tril(-1).t()  # in place: of large ones no more copies than needed
+        return found
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
         """Add rows (R, F), each counted `weights` (R,) times."""
@@ -131,7 +133,7 @@ class Covariance:
     @property
     def covariance(self) -> Tensor:
         """The covariance (F, F); zeros before any row."""
-        return self.scatter / max(self.weight, 1e-300)
+        return self.scatter.div_(max(self.weight, 1e-300))
 
     @property
     def finite(self) -> bool:

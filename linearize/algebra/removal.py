@@ -51,7 +51,9 @@ def regularised(covariance: Tensor, ridge: float) -> Tensor:
     """
     diagonal = covariance.diagonal()
     floor = diagonal.mean().clamp(min=1e-300) * 1e-8
-    return covariance + torch.diag(ridge * diagonal + floor)
+    found = covariance.clone()
+    found.diagonal().add_(ridge * diagonal + floor)
+    return found
 
 
 def removal_order(covariance: Tensor, weight: Tensor, *, group: int = 1, ridge: float = 1e-6) -> Removal:
@@ -156,7 +158,11 @@ class _Rest:
         stay = (~self.gone).nonzero().flatten()
         features = (~self.gone).repeat_interleave(self.group).nonzero().flatten()
         half = self.waiting[: self.filled, features]
-        self.inverse = torch.addmm(self.inverse[features][:, features], half.t(), half, alpha=-1)
+        rows = self.inverse[features]
+        del self.inverse  # each takes as much memory as the covariance
+        self.inverse = rows[:, features]
+        del rows
+        self.inverse.addmm_(half.t(), half, alpha=-1)
         self.b = self.b[:, features].contiguous()
         self.channels = self.channels[stay]
         self._start()

@@ -142,7 +142,7 @@ class Engine:
             return block, Plan(()), 0.0, (str(error),)
         request = Request(**{**self.options, self.share.measure: fraction}, seed=self.seed, progress=False)
         steps, reading = Steps(progress=False), Reading(block, inputs)
-        job = Job(block, gated, reading, example, steps, request.training, _untrained, probe=None)
+        job = Job(block, gated, reading, example, steps, request.training, _untrained, lean=True)
         made = to_budget(job, request)
         outcome = made.told["outcome"]
         notes = (*made.told["notes"], *(() if outcome.met else (str(outcome),)))

@@ -11,9 +11,9 @@ import torch
 import typer
 from torch import nn
 
-from linearize import zoo
+from linearize import checks, zoo
 from linearize.checkpoint import save
-from linearize.cli import common
+from linearize.cli import blockwise, common
 from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of, text_for
 from linearize.compress import Result, carried_out
 from linearize.data import DataSource, TextSource
@@ -45,7 +45,8 @@ def compress(
         typer.Option(
             metavar="DATA",
             help="digits, a folder with idx .gz files, a folder with one subfolder of images per class, or text: "
-            "a .txt, .jsonl or .parquet file, or a folder of these.",
+            "a .txt, .jsonl or .parquet file, or a folder of these. With --engine blockwise also a .safetensors file "
+            "with the inputs by name.",
         ),
     ],
     out: Annotated[
@@ -128,6 +129,13 @@ def compress(
             help="A part of the output that counts: logits, 'boxes*' or depth=2. Default: all. Can be repeated.",
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="ENGINE",
+            help="whole, or blockwise: an hf:FOLDER from disk to disk, with one of its blocks in memory at a time.",
+        ),
+    ] = "whole",
     search: Annotated[int, typer.Option(min=0, help="Number of other plans to try with the real loss.")] = 16,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: 1e-3, or 3e-4 with a budget.", show_default=False)
@@ -163,6 +171,18 @@ def compress(
         "prefill": prefill,
         "memory": memory,
     }
+    if checks.choice("--engine", engine, ("whole", "blockwise")) == "blockwise":
+        given = {name: value for name, value in {**budgets, "linear": linear}.items() if value is not None}
+        told = {
+            "dry-run": dry_run, "train": train, "target": target, "family": family, "output": output, "lr": lr,
+            "method": method != "plan", "candidates": candidates > 1, "runtime": runtime, "serving": serving,
+        }  # fmt: skip
+        blockwise.run(
+            model, data, _folder(_required(out)), given, stock=stock, batch=batch, seed=seed, json=json,
+            reading={"tokenizer": tokenizer, "context": context, "column": column},
+            refused=[name for name, value in told.items() if value], size=size, limit=limit,
+        )  # fmt: skip
+        return
     if linear is None and all(value is None for value in budgets.values()):
         linear = _SHARE
     if linear is not None and dry_run:
@@ -181,8 +201,8 @@ def compress(
             finetune={"epochs": epochs, **({} if lr is None else {"lr": lr})} if epochs else None,
             seed=seed, progress=common.say,
         )  # fmt: skip
-    if out is None and not dry_run:
-        raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
+    if not dry_run:
+        _required(out)
     folder = None if out is None else _folder(out)
     sizes: dict[str, Any] = {"batch": batch, "size": size, "limit": limit}
     first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
@@ -233,6 +253,12 @@ def _parts(texts: list[str] | None) -> dict[str, float | str] | None:
         except ValueError:
             found[name] = value  # a kind, or nothing that the choice takes
     return found or None
+
+
+def _required(out: Path | None) -> Path:
+    if out is None:
+        raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
+    return out
 
 
 def _folder(out: Path) -> Path:

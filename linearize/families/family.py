@@ -38,6 +38,7 @@ class Context:
         stock: only options that leave ordinary layers.
         modules: whether whole modules may be replaced.
         families: names of those that offer options; None for all.
+        lean: gather only what options of this kind need.
         progress: show bars.
         calibration: by site name, the line of each channel and its residual; known after the pass over the data.
         warned: texts about doubtful results, such as too little data at a site. Families add to it.
@@ -55,6 +56,7 @@ class Context:
     stock: bool = False
     modules: bool = True
     families: frozenset[str] | None = None
+    lean: bool = False
     progress: bool = False
     calibration: Mapping[str, SiteCalibration] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)

@@ -83,7 +83,7 @@ def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
             notes=job.notes,
-            probe=job.probe,
+            lean=job.lean,
         )
 
 

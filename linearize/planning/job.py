@@ -14,10 +14,8 @@ from linearize.plan import Plan
 from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes
 from linearize.running.batches import Reading
-from linearize.running.passes import Probe
 from linearize.running.steps import Steps
 from linearize.serving.point import Point, size_of
-from linearize.training.probes import projection
 
 __all__ = ["Job", "Made"]
 
@@ -38,7 +36,7 @@ class Job:
         train: fine-tunes a gated model with a prior and these options, and gives the history.
         notes: of what an interrupted run has found out.
         runtime: where latencies are measured; None for PyTorch.
-        probe: tells what an error costs, see `linearize.planning.survey.survey`.
+        lean: see `linearize.planning.survey.survey`.
     """
 
     original: nn.Module
@@ -50,7 +48,7 @@ class Job:
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
     notes: Notes = NOTHING
     runtime: Runtime | None = None
-    probe: Probe | None = projection
+    lean: bool = False
 
     def point(self, request: Request) -> Point | None:
         """Where the model is served, if a budget asks for it."""

@@ -30,7 +30,7 @@ from linearize.planning.timing.all import timed
 from linearize.report.trial import Trial
 from linearize.running.batches import read_batches
 from linearize.running.models import evaluating
-from linearize.running.passes import Collector, Probe, run_passes
+from linearize.running.passes import Collector, run_passes
 from linearize.running.processes import from_first
 from linearize.serving.memory import memory
 from linearize.serving.point import Point
@@ -139,7 +139,7 @@ def survey(
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
     notes: Notes = NOTHING,
-    probe: Probe | None = projection,
+    lean: bool = False,
 ) -> Survey:
     """Observe a model on data, and list what could be done to each site.
 
@@ -165,7 +165,8 @@ def survey(
         progress: show bars.
         say: told what is going on.
         notes: of passes that an interrupted run has finished.
-        probe: tells what an error costs at the output; None: an error costs its own square where it happens.
+        lean: gather only what these options need, and run forwards only: an error costs its own square where it
+            happens. Notes of that are of no use to other requests.
     """
     with evaluating(gated):  # before anything else may blame the model
         next(iter(read_batches(gated, data))).checked(gated, 0)
@@ -185,6 +186,7 @@ def survey(
         stock=stock,
         modules=modules,
         families=None if families is None else frozenset(families),
+        lean=lean,
         progress=progress,
     )
     # The first family's groups hold the sites that all others build upon.
@@ -195,7 +197,7 @@ def survey(
     wanted: list[Collector] = [*lines]
     for family in asked:
         wanted += family.collectors(context, places[family.name])
-    run_passes(gated, data, wanted, probe=probe, seed=seed, progress=progress, notes=notes)
+    run_passes(gated, data, wanted, probe=None if lean else projection, seed=seed, progress=progress, notes=notes)
     context.calibration = fit_lines(gated, lines).sites
     say("options")
     groups: list[Group] = []

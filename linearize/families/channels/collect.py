@@ -154,7 +154,7 @@ class SiteCollector:
 
 
 def site_collectors(
-    model: nn.Module, sites: Iterable[str] | None = None, *, sensitivity: bool = True
+    model: nn.Module, sites: Iterable[str] | None = None, *, sensitivity: bool = True, skips: bool = True
 ) -> list[SiteCollector]:
     """A collector for every site that can be refitted, in order of execution.
 
@@ -162,6 +162,7 @@ def site_collectors(
         model: with gates.
         sites: names of those to observe; None takes all that can be refitted.
         sensitivity: also the sensitivity of the output, for which passes run backwards.
+        skips: also the inputs, for linear skips.
     """
     wanted = None if sites is None else set(sites)
     found = []
@@ -169,7 +170,8 @@ def site_collectors(
         if gate.site is None or (wanted is not None and name not in wanted):
             continue
         if obstacle_to_refit(model, gate.site) is None:
-            found.append(SiteCollector(_empty(model, gate.site), skip_source(model, gate.site), sensitivity))
+            start = skip_source(model, gate.site) if skips else None
+            found.append(SiteCollector(_empty(model, gate.site, start), start, sensitivity))
     return found
 
 
@@ -214,9 +216,8 @@ def observe(
     return {collector.name: collector.found for collector in collectors}
 
 
-def _empty(model: nn.Module, site: Site) -> Observation:
+def _empty(model: nn.Module, site: Site, source: Source | None) -> Observation:
     consumers = consumers_of(model, site)
-    source = skip_source(model, site)
     inputs = source.inputs if source is not None else 0
     device = device_of(model)
     place = torch.device("cpu") if device.type == "mps" else device

@@ -31,8 +31,9 @@ __all__ = [
     "write_matrix",
 ]
 
-# Features of a spatial consumer beyond which the covariance would not fit a sensible memory or time.
-_WIDEST = 5000
+# Features beyond which the covariance would not fit a sensible memory or time. Gathering patches takes its time, too; a
+# matrix that reads more channels than that is one of a large model.
+_WIDEST_SPATIAL, _WIDEST = 5000, 32_000
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,9 @@ def obstacle_to_refit(model: nn.Module, site: Site | None) -> str | None:
         return "several consumers, or not of two dimensions, that look at more than one position"
     if kinds[0].spatial and (isinstance(kinds[0].module.padding, str) or not has_own_forward(kinds[0].module)):
         return "the padding of its consumer depends on the size, or is given in words"
-    if kinds[0].group * site.channels > _WIDEST:
-        return f"its consumer reads {kinds[0].group * site.channels} features, more than {_WIDEST}"
+    features, most = kinds[0].group * site.channels, _WIDEST_SPATIAL if kinds[0].spatial else _WIDEST
+    if features > most:
+        return f"its consumer reads {features} features, more than {most}"
     return None
 
 

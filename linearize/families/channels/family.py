@@ -76,7 +76,8 @@ class Channels(Family):
             return ChannelPlaces([], dict.fromkeys(gates(context.gated), "families= leaves channels out"))
         barred = _uncollapsible(context.gated)
         names = [name for name in gates(context.gated) if name not in barred]
-        return ChannelPlaces(site_collectors(context.gated, names), barred)
+        skips = not (context.lean and context.stock)  # options without a skip read nothing but the channels
+        return ChannelPlaces(site_collectors(context.gated, names, skips=skips), barred)
 
     def collectors(self, context: Context, places: ChannelPlaces) -> Sequence[Collector]:
         """Covariances and sensitivities of the sites."""

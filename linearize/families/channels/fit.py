@@ -67,7 +67,10 @@ class Curve:
     def covariance(self) -> Tensor:
         """The covariance of (x, h)."""
         rows = self.observation.rows
-        return rows.covariance + rows.mean.outer(rows.mean) if self._unbiased else rows.covariance
+        found = rows.covariance
+        if self._unbiased:
+            found += rows.mean.outer(rows.mean)
+        return found
 
     @cached_property
     def mean(self) -> Tensor:
