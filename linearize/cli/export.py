@@ -36,6 +36,9 @@ def export(
     external_data: Annotated[
         bool | None, typer.Option("--external-data/--one-file", help="ONNX: weights in a file beside.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="ONNX: one step of a model that generates, with keys and values.")
+    ] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="GGUF: folder of the tokenizer; without: numbers for words.")
     ] = None,
@@ -68,6 +71,7 @@ def export(
             tolerance=tolerance,
             opset=opset,
             external_data=external_data,
+            cache=cache or None,
             tokenizer=tokenizer,
             card=card,
         )

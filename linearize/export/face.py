@@ -56,11 +56,13 @@ class Subject:
         model: the model in eval mode; no format changes it.
         batches: inputs of several shapes, the one that is traced first.
         options: what the caller chose for this format, by name.
+        axes: for each tensor of a batch, axes whose size shall be open, with names; None finds them by their sizes.
     """
 
     model: nn.Module
     batches: list[Inputs]
     options: Mapping[str, Any] = field(default_factory=dict)
+    axes: tuple[Mapping[int, str], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linearize.export.batches import tensors_in
 from linearize.export.compare import distance, expected
 from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import Program, program_of
+from linearize.export.stepping import Stepping, decoded, stepping
 from linearize.graph.capture import Inputs, silent
+from linearize.report.verification import worst
 
 __all__ = ["Onnx", "OrtSession", "version"]
 
@@ -33,7 +36,7 @@ class Onnx:
     runs: Mapping[str, str] = {"onnxruntime": "onnx"}
     means = Means()
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
-    options: tuple[str, ...] = ("opset", "external_data")
+    options: tuple[str, ...] = ("opset", "external_data", "cache")
     library = "onnxruntime"
     near: tuple[str, ...] = ("openvino", "pt2", "remote")
 
@@ -49,6 +52,7 @@ class Onnx:
 
     def write(self, subject: Subject, path: Path) -> Mapping[str, Any]:
         """Capture, translate, save."""
+        subject = _asked(subject)
         program = program_of(subject)
         size = sum(t.numel() * t.element_size() for t in program.exported.state_dict.values())
         wanted = subject.options.get("external_data")
@@ -62,20 +66,33 @@ class Onnx:
             "outputs": ", ".join(program.outputs),
             "open sizes": program.told,
             "external data": outside,
+            **({"cache": "keys and values"} if isinstance(subject.model, Stepping) else {}),
         }
 
     def check(self, subject: Subject, path: Path) -> Proof:
         """Run the file in a session on the CPU."""
-        session = OrtSession(path)
+        subject, session = _asked(subject), OrtSession(path)
+
+        def run(batch: Inputs) -> list[Tensor]:
+            return [torch.from_numpy(output) for output in session.run(batch)()]
+
         batches = [batch for batch in subject.batches if session.fits(batch)]
-        found = [[torch.from_numpy(output) for output in session.run(batch)()] for batch in batches]
         if not batches:  # the one that was traced fits, unless the exporter has lost an axis
             return Proof(version(), math.inf, 0)
-        return Proof(version(), distance(expected(Subject(subject.model, batches)), found), len(batches))
+        error = distance(expected(Subject(subject.model, batches)), [run(batch) for batch in batches])
+        if not isinstance(subject.model, Stepping):
+            return Proof(version(), error, len(batches))
+        other, told = decoded(subject.model, subject.batches[1], run)
+        return Proof(version(), worst([error, other]), len(batches), told)
 
     def usage(self, model: nn.Module) -> str:
         """A program that loads the file."""
         return "import onnxruntime\n\nsession = onnxruntime.InferenceSession('NAME')"
+
+
+def _asked(subject: Subject) -> Subject:
+    """The subject, or one step of it where a cache is asked for."""
+    return stepping(subject) if subject.options.get("cache") else subject
 
 
 def version() -> str:
@@ -126,7 +143,7 @@ def _translated(program: Program, opset: int | None) -> Any:
         )
     names: dict[str, str] = {}
     for value, axes in zip(made.model.graph.inputs, program.open, strict=True):
-        names |= {str(value.shape[axis]): name for axis, name in axes.items() if name not in names.values()}
+        names |= {str(value.shape[axis]): name for axis, name in axes.items()}
     _rename(made.model.graph, names)
     return made
 
@@ -134,7 +151,11 @@ def _translated(program: Program, opset: int | None) -> Any:
 def _rename(graph: Any, names: Mapping[str, str]) -> None:
     import onnx_ir
 
+    def said(size: Any) -> Any:
+        """Sums of sizes, too."""
+        return size if isinstance(size, int) else re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size))
+
     values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
     for value in {id(value): value for value in values}.values():
-        if any(str(size) in names for size in value.shape or ()):
-            value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
+        if any(not isinstance(size, int) for size in value.shape or ()):
+            value.shape = onnx_ir.Shape([said(size) for size in value.shape])

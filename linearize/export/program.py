@@ -72,7 +72,9 @@ def program_of(subject: Subject) -> Program:
     model, batch = subject.model, subject.batches[0]
     tensors = [t.detach().clone() for t in tensors_in(batch)]
     names = input_names(model, batch)
-    wanted = [_wanted(t, axis, tensors[0]) for t, axis in zip(tensors, length_axes(batch), strict=True)]
+    wanted = [dict(axes) for axes in subject.axes or ()]
+    if not wanted:
+        wanted = [_wanted(t, axis, tensors[0]) for t, axis in zip(tensors, length_axes(batch), strict=True)]
     shapes = ([dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in wanted],)
     try:
         with untouched(model), warnings.catch_warnings(), torch.no_grad(), silent():
@@ -118,17 +120,20 @@ def input_names(model: nn.Module, batch: Inputs) -> tuple[str, ...]:
     except (TypeError, ValueError):
         known = []
     nest = {**{known[i] if i < len(known) else f"input_{i}": value for i, value in enumerate(args)}, **kwargs}
-    return tuple(_word(name) for name, value in leaves_of(nest) if isinstance(value, Tensor))
+    return tuple(_word(model, name) for name, value in leaves_of(nest) if isinstance(value, Tensor))
 
 
 def output_names(model: nn.Module, batch: Inputs) -> list[str]:
     """The tensors of the model's output by their paths in it; "output" for a single one."""
     args, kwargs = copied(batch)
     output = model(*args, **kwargs)
-    names = [_word(name) if name else "output" for name, value in leaves_of(output) if isinstance(value, Tensor)]
+    names = [_word(model, name) if name else "output" for name, value in leaves_of(output) if isinstance(value, Tensor)]
     count = len(tensors_of(output))
     return names if len(names) == count == len(set(names)) else [f"output_{i}" for i in range(count)]
 
 
-def _word(name: str) -> str:
+def _word(model: nn.Module, name: str) -> str:
+    """A path as a name: other programs take dots for parts of an object, but where they are used to them."""
+    if getattr(model, "dotted", False):
+        return name
     return name.replace(".", "_") if not name[:1].isdigit() else f"output_{name.replace('.', '_')}"

@@ -76,6 +76,7 @@ def export(
     tolerance: float | None = None,
     opset: int | None = None,
     external_data: bool | None = None,
+    cache: bool | None = None,
     tokenizer: Any = None,
     card: bool | Report = False,
 ) -> Exported:
@@ -95,6 +96,7 @@ def export(
         tolerance: the largest relative error that passes; None takes that of the format.
         opset: version of ONNX's operators; None takes that of torch's exporter.
         external_data: ONNX weights in a file beside; None does so where they are too large for one file.
+        cache: True writes one step of a model that generates, with keys and values in and out (docs/deploy.md).
         tokenizer: of a GGUF file: a fast tokenizer of transformers, or its folder; None writes numbers for words.
         card: write a model card, too: README.md of a folder, or a file beside with .md behind its name. The report of
             `linearize.compress` in its place adds what was measured.
@@ -125,7 +127,7 @@ def export(
         checks.refuse("card", card, "True, False, or the report of linearize.compress")
     if tolerance is not None:
         checks.number("tolerance", tolerance, least=0)
-    options = _options(chosen, opset=opset, external_data=external_data, tokenizer=tokenizer)
+    options = _options(chosen, opset=opset, external_data=external_data, cache=cache, tokenizer=tokenizer)
     _check_place(target, chosen, overwrite=overwrite)
     model = unwrap(model)
     check_fit(model, chosen.name)
@@ -190,8 +192,8 @@ def _options(chosen: Format, **given: Any) -> dict[str, Any]:
             raise UsageError(name, f'found {value!r:.80}, which "{chosen.name}" does not take', f"It is for {takers}.")
     if "opset" in found:
         checks.whole("opset", found["opset"], 18)
-    if "external_data" in found:
-        checks.boolean("external_data", found["external_data"])
+    for name in {"external_data", "cache"} & found.keys():
+        checks.boolean(name, found[name])
     return found
 
 
