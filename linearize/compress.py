@@ -4,66 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from linearize.compare import kept_sites, report_of
-from linearize.convert import converted
-from linearize.cost import cost
+from linearize.compression import Result, carried_out
 from linearize.data.text import read_if_text
 from linearize.data.text_quality import quality_of
-from linearize.export.fit import expect_fit, prove_fit
-from linearize.export.runtimes import runtime_of
-from linearize.finetune import finetune as train
 from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
-from linearize.planning.by_budget import to_budget
-from linearize.planning.by_gates import by_gates
-from linearize.planning.by_share import to_share
-from linearize.planning.first_batches import (
-    check_inputs,
-    check_output,
-    check_served,
-    check_training_data,
-    some_batches,
-)
-from linearize.planning.job import Job, Made
 from linearize.planning.request import Method, Request
-from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
-from linearize.report.compression import Report
-from linearize.report.versions import versions
-from linearize.running.batches import Reading
-from linearize.running.devices import staying
-from linearize.running.order import Repeated
 from linearize.running.outputs import Choice
-from linearize.running.processes import place, same_model
-from linearize.running.randomness import randomness_kept, seed_everything
-from linearize.running.steps import Steps
-from linearize.storage.folders import make_folder
-from linearize.storage.lock import alone_in
-from linearize.summary import summary
 from linearize.training.losses import Evaluate
 
 __all__ = ["Result", "compress"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of `compress`.
-
-    Attributes:
-        model: the collapsed model: same class, no gates, in eval mode. After a dry run: the model that you passed.
-        plan: what happened, or would happen, to every channel.
-        report: quality, cost and latency before and after, and whether the budget is met.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
 
 
 @same_modes()
@@ -223,97 +179,3 @@ def compress(
     result, notes = carried_out(model, cast("Iterable[Any]", data), request)
     notes.forget()
     return result
-
-
-def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, Notes]:
-    """Carry out a request. Gives the result, and the notes of the run, to be deleted once the result is stored.
-
-    Raises:
-        LinearizeError: as for `compress`.
-    """
-    check_inputs(model, data)
-    expect_fit(model, stock=request.stock, target=request.target)
-    runtime = None if request.runtime is None else runtime_of(request.runtime)
-    steps, repeated = Steps(progress=request.progress), Repeated(data, request.seed)
-    with ExitStack() as around:
-        around.enter_context(staying(model))
-        around.enter_context(randomness_kept())
-        around.callback(repeated.restore)
-        reading = Reading(model, repeated, request.output)
-        batches = some_batches(model, reading)
-        if request.output is not None:
-            check_output(model, reading)
-        if request.training["epochs"] and not request.dry_run:
-            check_training_data(model, reading, request.training, distill=request.distill)
-        example = batches[0] if request.example_inputs is None else request.example_inputs
-        check_served(model, example, request)
-        with steps("convert"):
-            gated = converted(model, example, request.include, request.exclude)
-        same_model(gated)
-        notes = _notes(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files
-        if notes.folder is not None:
-            make_folder(notes.folder)
-            around.enter_context(alone_in(notes.folder, "checkpoint_dir"))
-        trainer = _trainer(repeated, steps, request, model)
-        job = Job(model, gated, reading, example, steps, request.training, trainer, notes, runtime)
-        if request.linear is not None:
-            made = to_share(job, request.linear, request.when)
-        else:
-            made = to_budget(job, request) if request.method == "plan" else by_gates(job, request)
-        if request.dry_run:
-            costs = cost(model, example)
-            report = Report({}, summary(gated), costs, costs, None, None, seconds=steps.seconds)
-            return _result(model, made, report), NOTHING
-        models = {"before": model, "gated": made.gated, "collapsed": made.small}
-        seed_everything(request.seed)
-        report = report_of(models, batches, example, request, steps, made.history, runtime)
-        prove_fit(made.small, example, stock=request.stock, target=request.target)
-        return _result(made.small, made, report), notes
-
-
-def _result(model: nn.Module, made: Made, report: Report) -> Result:
-    """All of it, with what the plan tells."""
-    about: dict[str, Any] = {"planned": made.plan, "model": type(model).__name__, "versions": versions()}
-    told = replace(report, kept=kept_sites(report, made.plan), plan=made.plan.sha256, **about, **made.told)
-    return Result(model, made.plan, told)
-
-
-def _notes(request: Request, gated: nn.Module, reading: Reading, steps: Steps) -> Notes:
-    """Where an interrupted run goes on. Statistics are good for any request; plan and training are for the same one."""
-    trained_in = request.training.get("checkpoint_dir") if request.training["epochs"] else None
-    if request.checkpoint_dir is None and trained_in is None:
-        return NOTHING
-    # What errors cost depends on the parts of the output that count.
-    facts = [*facts_of(reading.data), reading.meaning.weights, reading.meaning.kinds]
-    key = fingerprint(gated, facts, request.seed)
-    whole = fingerprint(gated, facts, request.key)
-    beside = None if trained_in is None else Path(trained_in)
-    if request.checkpoint_dir is None:
-        return Notes(None, key, whole, beside)
-    own = Path(request.checkpoint_dir) / f"unfinished-{key[:12]}"  # the folder may hold other things
-    others = [path.name for path in sorted(own.parent.glob("unfinished-*")) if path != own]
-    if others and not own.exists():
-        steps.say(f"  nothing to resume: {', '.join(others)} in {own.parent} is of other weights or other data")
-    return Notes(own, key, whole, beside)
-
-
-def _trainer(data: Repeated, steps: Steps, request: Request, model: nn.Module) -> Callable[..., list[dict[str, float]]]:
-    """A function that fine-tunes a gated model with a prior, and gives the history."""
-
-    def run(gated: nn.Module, prior: Any, options: Mapping[str, Any]) -> list[dict[str, float]]:
-        chosen = {name: value for name, value in options.items() if name != "gradual"}
-        chosen.setdefault("steps_per_epoch", len(data))
-        data.start()  # as if nothing had been drawn before
-        found = train(
-            gated,
-            data.data,
-            prior=prior,
-            teacher=model if request.distill else None,
-            evaluate=request.evaluate,
-            progress=steps.bars,
-            on_epoch=steps.epoch,
-            **chosen,
-        )
-        return found.history
-
-    return run

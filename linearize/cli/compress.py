@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,17 +13,15 @@ from torch import nn
 from linearize import checks, zoo
 from linearize.checkpoint import save
 from linearize.cli import blockwise, common
-from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of, text_for
-from linearize.compress import Result, carried_out
-from linearize.data import DataSource, TextSource
+from linearize.cli.opened import folder_for, is_random, opened, parts_of, required
+from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of
+from linearize.compression import Result, carried_out
 from linearize.data.documents import is_text
 from linearize.errors import UsageError
 from linearize.finetune import finetune
 from linearize.planning.request import Request
 from linearize.planning.resume import facts_of, fingerprint
-from linearize.running.models import evaluating
 from linearize.running.order import Repeated
-from linearize.running.outputs import Choice, Meaning, main_part
 from linearize.storage.folders import clear, write_text
 from linearize.training.state import EPOCH_FILE
 
@@ -34,7 +31,6 @@ _SHARE = 0.6  # of linear channels, where nothing else is asked for
 _RATE = 1e-3  # of training before
 _REPORTS = "report.json", "report.html"
 _EPOCHS = 10
-_IMAGES = 64  # in a batch
 _TRAIN_FIRST = 15  # epochs for a model that comes with random weights
 
 
@@ -178,7 +174,7 @@ def compress(
             "method": method != "plan", "candidates": candidates > 1, "runtime": runtime, "serving": serving,
         }  # fmt: skip
         blockwise.run(
-            model, data, _folder(_required(out)), given, stock=stock, batch=batch, seed=seed, json=json,
+            model, data, folder_for(required(out)), given, stock=stock, batch=batch, seed=seed, json=json,
             reading={"tokenizer": tokenizer, "context": context, "column": column},
             refused=[name for name, value in told.items() if value], size=size, limit=limit,
         )  # fmt: skip
@@ -188,7 +184,7 @@ def compress(
     if linear is not None and dry_run:
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
     unfinished = None if out is None or dry_run else out / "unfinished"
-    parts = _parts(output)
+    parts = parts_of(output)
     is_words = is_text(data)
     if epochs is None:
         epochs = 0 if is_words and linear is None else _EPOCHS
@@ -202,12 +198,12 @@ def compress(
             seed=seed, progress=common.say,
         )  # fmt: skip
     if not dry_run:
-        _required(out)
-    folder = None if out is None else _folder(out)
+        required(out)
+    folder = None if out is None else folder_for(out)
     sizes: dict[str, Any] = {"batch": batch, "size": size, "limit": limit}
-    first = train if train is not None else (_TRAIN_FIRST if _is_random(model, pretrained) else 0)
+    first = train if train is not None else (_TRAIN_FIRST if is_random(model, pretrained) else 0)
     reading = {"tokenizer": tokenizer, "context": context, "column": column}
-    network, source = _open(
+    network, source = opened(
         model, data, model_arg, pretrained, parts, reading, seed=seed, labels=bool(first or epochs), **sizes
     )
     evaluate = evaluation_of(network, source)
@@ -241,79 +237,6 @@ def compress(
     if folder is not None:
         names = ["plan.json", *_REPORTS, *([] if dry_run else ["original.safetensors", "compressed.safetensors"])]
         typer.echo(f"written to {folder}: {', '.join(names)}")
-
-
-def _parts(texts: list[str] | None) -> dict[str, float | str] | None:
-    """Parts of the output, each with a weight, or with its kind."""
-    found: dict[str, float | str] = {}
-    for text in texts or ():
-        name, _, value = text.partition("=")
-        try:
-            found[name] = float(value or 1)
-        except ValueError:
-            found[name] = value  # a kind, or nothing that the choice takes
-    return found or None
-
-
-def _required(out: Path | None) -> Path:
-    if out is None:
-        raise UsageError("--out", "is missing", "Pass a folder for the results, or --dry-run.")
-    return out
-
-
-def _folder(out: Path) -> Path:
-    """The folder, made before any work is done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        remedy = "Pass a folder that can be written."
-        raise UsageError("--out", f"cannot make the folder {str(out)!r} ({error.strerror})", remedy) from error
-    return out
-
-
-def _open(
-    spec: str,
-    data: str,
-    arguments: list[str] | None,
-    pretrained: bool | None,
-    parts: Choice,
-    reading: Mapping[str, Any],
-    *,
-    seed: int,
-    labels: bool,
-    **options: Any,
-) -> tuple[nn.Module, DataSource | TextSource]:
-    """The model and its data; a new timm model gets as many classes as the data has."""
-    network = common.open_model(spec, arguments, pretrained=pretrained, seed=seed)
-    if is_text(data):
-        return network, text_for(network, spec, data, {**reading, "labels": labels}, seed=seed, **options)
-    for name, value in reading.items():
-        if value is not None:
-            raise UsageError(f"--{name}", "found with data that are no text", "Leave it out.")
-    options["batch"] = options["batch"] or _IMAGES
-    source = common.data_for(network, data, seed=seed, **options)
-    given = [text.partition("=")[0] for text in arguments or []]
-    if spec.startswith("timm:") and "num_classes" not in given:
-        more = [*(arguments or []), f"num_classes={source.num_classes}"]
-        network = common.open_model(spec, more, pretrained=pretrained, seed=seed)
-    _check_classes(network, source, parts)
-    return network, source
-
-
-def _check_classes(network: nn.Module, source: DataSource, parts: Choice) -> None:
-    with evaluating(network):
-        batch = next(iter(source.test))
-        names = source.test.keywords
-        output = network(batch[0]) if names is None else network(**{names[0]: batch[names[0]]})
-    Meaning.of(network, parts).parts(output)  # raises if there is no such part
-    classes = main_part(output).tensor.shape[-1]
-    if classes < source.num_classes:
-        found = f"found {classes} outputs for {source.num_classes} classes"
-        raise UsageError(type(network).__name__, found, f"Try -a num_labels={source.num_classes}, or other data.")
-
-
-def _is_random(spec: str, pretrained: bool | None) -> bool:
-    return (spec.startswith("timm:") and not pretrained) or pretrained is False
 
 
 def _tell(record: dict[str, float]) -> None:
