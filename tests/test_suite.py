@@ -36,6 +36,13 @@ TINY = ["-a", "img_size=16", "-a", "patch_size=8", "-a", "in_chans=1"]
 WATTS = 50.0
 
 
+class Plain(nn.Linear):
+    """A model that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+
 class Time:
     """A clock that only models move, shared by all copies of them."""
 
@@ -746,9 +753,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
         (["bench", "report", "nowhere", "--rounds", "3"], "--rounds: found beside report"),
         (["bench", "report", "a", "b"], "--out: is missing"),
         (["bench", "timm:test_vit"], "found 1 model"),
-        (["bench", "timm:test_vit", "timm:test_vit", "--retry"], "--retry: found beside no --suite"),
+        (["bench", "timm:test_vit", "timm:test_vit", "--retry"], "--retry: found without --suite"),
         (["bench", "timm:test_vit", "timm:test_vit2", "--suite", "suite.json"], "--out: is missing"),
         (["bench", "timm:test_vit", "timm:test_vit2", "--suite", "suite.json", "--rounds", "3"], "--rounds: found"),
+        (["bench", "timm:test_vit", "timm:test_vit2", "--suite", "suite.json", "--compile", "no"], "--compile: found"),
         (["bench", "timm:test_vit", "--suite", "suite.json", "--out", "o"], "found 1 model"),
         (["bench", "timm:test_vit", "timm:nothing", "--suite", "suite.json", "--out", "o"], "nothing"),
         (["bench", "timm:test_vit", "gone.safetensors", "--suite", "suite.json", "--out", "o"], "gone.safetensors"),
@@ -757,6 +765,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
             "none.json: cannot be read",
         ),
         (["bench", "timm:test_vit", "timm:test_vit2", "--suite", "odd.json", "--out", "o"], "unknown key 'batches'"),
+        (
+            ["bench", f"{__name__}:Plain", f"{__name__}:Plain", "--suite", "suite.json", "--out", "o"],
+            "Write shapes into",
+        ),
         (["bench", "a:b", "timm:x", "timm:x", "--suite", "suite.json", "--out", "o"], "a model twice"),
     ],
 )

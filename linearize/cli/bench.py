@@ -22,22 +22,9 @@ __all__ = ["bench"]
 _COMPILE = {"no": [False], "yes": [True], "both": [False, True]}
 
 
-# Options that a suite says in its file, and a report does not need.
-_OF_ONE = (
-    "batch_sizes",
-    "rounds",
-    "warmup",
-    "dtype",
-    "threads",
-    "compile_",
-    "shape",
-    "seed",
-    "runtime",
-    "generate",
-    "prompts",
-    "new_tokens",
-)
-_OF_MODELS = ("device", "model_arg", "pretrained", "suite", "retry")
+# The options that suites and their reports take; a suite says all else in its file.
+_OF_REPORTS = ("models", "out", "json")
+_OF_SUITES = (*_OF_REPORTS, "suite", "retry", "device", "model_arg", "pretrained")
 
 
 def bench(
@@ -100,14 +87,15 @@ def bench(
     Example: [bold]linearize bench report runs/gpu runs/cpu --out runs/all[/bold]
     """
     if models[0] == "report":
-        suites.refuse_beside(context, (*_OF_ONE, *_OF_MODELS), "report")
+        suites.take_only(context, _OF_REPORTS, "report")
         return suites.merge(models[1:], out, json=json)
     if suite is not None:
-        suites.refuse_beside(context, _OF_ONE, "--suite")
+        suites.take_only(context, _OF_SUITES, "--suite")
         return suites.suite(
             models, suite, out, arguments=model_arg, pretrained=pretrained, device=device, retry=retry, json=json
         )
-    suites.refuse_beside(context, ("retry",), "no --suite")
+    if retry:
+        raise UsageError("--retry", "found without --suite", "Leave it out.")
     if len(models) != 2:
         raise UsageError("bench", f"found {len(models)} model(s)", "Name two, or pass --suite for more.")
     reference, candidate = models

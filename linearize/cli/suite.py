@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,24 @@ from linearize.suite.page import suite_page
 from linearize.suite.run import run_suite
 from linearize.text_table import render
 
-__all__ = ["merge", "refuse_beside", "suite"]
+__all__ = ["merge", "suite", "take_only"]
 
 _PAGE, _TABLE = "suite.html", "suite.csv"
 
 
-def refuse_beside(context: typer.Context, names: Iterable[str], what: str) -> None:
-    """Refuse options that have no meaning beside another one.
+def take_only(context: typer.Context, names: Collection[str], what: str) -> None:
+    """Refuse options that were given and have no meaning beside another one.
 
     Raises:
         UsageError: one of them was given.
     """
-    for name in names:
+    for name in context.params:
         source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if name not in names and source is not None and source.name == "COMMANDLINE":
             option = f"--{name.rstrip('_').replace('_', '-')}"
-            raise UsageError(option, f"found beside {what}", "Leave it out; a suite says it in its file.")
+            raise UsageError(
+                option, f"found beside {what}", "Leave it out; what is measured stands in the file of the suite."
+            )
 
 
 def suite(
@@ -68,8 +70,14 @@ def suite(
     first = models[names[0]]
 
     def inputs(batch: int, shape: str | None) -> Any:
-        return common.inputs_for(first, batch=batch, shape=shape, seed=chosen.seed)
+        try:
+            return common.inputs_for(first, batch=batch, shape=shape, seed=chosen.seed)
+        except UsageError as error:
+            if "--shape" not in error.remedy:
+                raise
+            raise UsageError(error.where, error.found, "Write shapes into the suite, such as [3x224x224].") from error
 
+    inputs(1, next(iter(chosen.shapes), None))  # that they can be made at all is seen before anything is measured
     about = {
         name: {"model": Path(spec).name, "sha256": file_checksum(spec)}
         if _is_file(spec)
