@@ -31,6 +31,7 @@ from linearize.running.passes import run_passes
 from linearize.surgery.specs import build
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
+from linearize.training.state import read_state, write_state
 from tests.mixtures import MIXTURES, List, Masked, gpt_oss, mixtral, net, points, texts
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
@@ -274,7 +275,7 @@ def test_nobody_misses_an_expert_that_no_token_picks() -> None:
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
-def test_parts_merge_to_the_whole(name: str) -> None:
+def test_parts_merge_to_the_whole(name: str, tmp_path: Path) -> None:
     for one, two in zip(observed(name)[1], observed(name, 3)[1], strict=True):
         first, second = one.sums.state(), two.sums.state()
         for key in first.keys() - {"hidden"}:
@@ -283,7 +284,9 @@ def test_parts_merge_to_the_whole(name: str) -> None:
             assert a.count == b.count
             assert torch.allclose(a.scatter, b.scatter, rtol=1e-6, atol=1e-8)
         again = ExpertsCollector(replace(one, sums=None))
-        again.restore(first)
+        write_state(tmp_path / "state.safetensors", first)  # as an interrupted run leaves it
+        again.restore(read_state(tmp_path / "state.safetensors"))
+        assert torch.equal(again.sums.hidden[0].scatter, one.sums.hidden[0].scatter)
         assert torch.equal(again.sums.felt, one.sums.felt)
 
 
