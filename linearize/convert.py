@@ -98,11 +98,14 @@ def check_gated(model: nn.Module) -> None:
         ConvertError: none of its activations could get one.
     """
     record = record_of(model)
-    if gates(model) or record is None:
-        return
-    reasons = "; ".join(f"{site.name}: {site.ungated}" for site in record.sites[:3])
-    found = f"none of its {len(record.sites)} activations can get a gate ({reasons})"
-    raise ConvertError(type(model).__name__, found, "Change include= or exclude=, or mend what is named.")
+    if record is not None and not gates(model):
+        raise _without_gates(model, record.sites)
+
+
+def _without_gates(model: nn.Module, sites: Sequence[Site]) -> ConvertError:
+    reasons = "; ".join(f"{site.name}: {site.ungated}" for site in sites[:3])
+    found = f"none of its {len(sites)} activations can get a gate ({reasons})"
+    return ConvertError(type(model).__name__, found, "Change include= or exclude=, or mend what is named.")
 
 
 def _convert(
@@ -126,12 +129,8 @@ def _convert(
     sites = selected(sites, include, exclude)
     if inplace:
         with unchanged_on_error(model):
-            check_gated(_put_gates(model, sites, inputs))
-            return model
-    made = _put_gates(duplicate(model, ConvertError), sites, inputs)
-    if not bare:
-        check_gated(made)
-    return made
+            return _put_gates(model, sites, inputs)
+    return _put_gates(duplicate(model, ConvertError), sites, inputs, bare=bare)
 
 
 def _trainable(model: nn.Module, *, inplace: bool) -> nn.Module:
@@ -175,8 +174,8 @@ def _sites(model: nn.Module, inputs: Inputs) -> tuple[Site, ...]:
         return sites
 
 
-def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn.Module:
-    """Rewrite what must be rewritten, and put the gates in, all in place."""
+def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs, *, bare: bool = False) -> nn.Module:
+    """Rewrite what must be rewritten, and put the gates in, all in place; at least one, unless `bare`."""
     known = record_of(target) or Record()
     sites, steps = rewrite_owners(target, sites, inputs)
     sites = read_after_write(target, sites, inputs)
@@ -191,6 +190,8 @@ def _put_gates(target: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> nn
         if isinstance(gate, ChannelGate):
             gate.site = site
     left = sum(site.ungated is not None for site in sites)
+    if left == len(sites) and not bare:
+        raise _without_gates(target, sites)
     set_record(target, Record(sites, [*known.steps, *steps, *unfused], fake_inputs(inputs)))
     if left:
         _log.info("%d of %d activations got no gate; linearize.summary says why.", left, len(sites))

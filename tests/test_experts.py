@@ -17,6 +17,7 @@ from torch.nn import functional
 import linearize
 from linearize.cost import cost
 from linearize.errors import CheckpointError, ConvertError, UsageError
+from linearize.families.experts import collect
 from linearize.families.experts.apply import slice_channels, slice_experts, write_down, zero_channels
 from linearize.families.experts.collect import ExpertsCollector, changes_of
 from linearize.families.experts.family import ExpertPlaces, MixturesOfExperts
@@ -31,6 +32,7 @@ from linearize.running.passes import run_passes
 from linearize.surgery.specs import build
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
+from linearize.training.state import read_state, write_state
 from tests.mixtures import MIXTURES, List, Masked, gpt_oss, mixtral, net, points, texts
 
 QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
@@ -274,7 +276,7 @@ def test_nobody_misses_an_expert_that_no_token_picks() -> None:
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
-def test_parts_merge_to_the_whole(name: str) -> None:
+def test_parts_merge_to_the_whole(name: str, tmp_path: Path) -> None:
     for one, two in zip(observed(name)[1], observed(name, 3)[1], strict=True):
         first, second = one.sums.state(), two.sums.state()
         for key in first.keys() - {"hidden"}:
@@ -283,7 +285,9 @@ def test_parts_merge_to_the_whole(name: str) -> None:
             assert a.count == b.count
             assert torch.allclose(a.scatter, b.scatter, rtol=1e-6, atol=1e-8)
         again = ExpertsCollector(replace(one, sums=None))
-        again.restore(first)
+        write_state(tmp_path / "state.safetensors", first)  # as an interrupted run leaves it
+        again.restore(read_state(tmp_path / "state.safetensors"))
+        assert torch.equal(again.sums.hidden[0].scatter, one.sums.hidden[0].scatter)
         assert torch.equal(again.sums.felt, one.sums.felt)
 
 
@@ -360,6 +364,19 @@ def test_refits_beat_zeroing_and_losses_are_predicted() -> None:
         assert 0.1 < curve.loss(16) / lost < 10
 
 
+def test_a_part_of_the_tokens_tells_about_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (whole,) = observed("Qwen3-MoE")
+    monkeypatch.setattr(collect, "_LOOKED", 24)
+    (half,) = seen(model, [whole], texts(8))
+    assert (half.sums.tokens, half.sums.looked) == (whole.sums.tokens, whole.sums.tokens / 2)
+    assert torch.equal(half.sums.rows, whole.sums.rows)
+    one, two = quadratic(whole.sums).diagonal(), quadratic(half.sums).diagonal()
+    assert 0.5 < float(two.sum() / one.sum()) < 2
+    curves = [curve_of(model, place) for place in (whole, half)]
+    losses = [curve.loss(8) for curve in curves if curve is not None]
+    assert 0.5 < losses[1] / losses[0] < 2
+
+
 def test_experts_of_which_little_is_known() -> None:
     model = mixtral(num_hidden_layers=1)
     with torch.no_grad():
@@ -412,6 +429,7 @@ def test_a_budget_is_met_and_the_result_loads_and_generates(name: str, tmp_path:
     banks = [module for path, module in small.named_modules() if path.endswith(".experts")]
     sizes = {(bank.num_experts, bank.down_proj.shape[0]) for bank in banks}
     assert all(a == b for a, b in sizes)
+    assert not stock or len(sizes) == 1
     if len(sizes) == 1:
         assert (small.config.num_experts, small.num_experts) == (banks[0].num_experts, banks[0].num_experts)
     linearize.save(small, tmp_path / "small.safetensors")

@@ -35,6 +35,7 @@ class Context:
         seed: of random draws.
         round_to: the number of channels that stay is a multiple of this; None decides for each site.
         tied: sites that must keep equal widths.
+        uniform: whether all places that are alike must.
         stock: only options that leave ordinary layers.
         modules: whether whole modules may be replaced.
         families: names of those that offer options; None for all.
@@ -53,6 +54,7 @@ class Context:
     seed: int = 0
     round_to: int | None = None
     tied: frozenset[str] = frozenset()
+    uniform: bool = False
     stock: bool = False
     modules: bool = True
     families: frozenset[str] | None = None

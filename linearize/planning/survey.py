@@ -183,6 +183,7 @@ def survey(
         seed=seed,
         round_to=round_to,
         tied=frozenset(name for names in ties for name in names),
+        uniform=uniform is True,
         stock=stock,
         modules=modules,
         families=None if families is None else frozenset(families),

@@ -37,6 +37,7 @@ __all__ = ["carried"]
 _TOLERANCE = 1e-2
 _ROUNDING = 1e3  # units of rounding that an effect must at least have
 _MOST = 24  # readings of channels that are tried
+_MEMORY = 16e9  # bytes of statistics of the channels of one bank
 _ROWS = 64  # on which experts are looked at by themselves
 
 
@@ -149,6 +150,9 @@ def _with_channels(trial: nn.Module, place: Experts, inputs: Inputs) -> Experts:
     why = "which of its tensors hold their channels is not to be seen"
     for channels in itertools.islice(channels_of(bank, 0 if rows is None else rows[0].shape[1]), _MOST):
         made = replace(place, channels=channels, attributes={**place.attributes, **widths_for(trial, place, channels)})
+        size = 8.0 * place.count * channels.width**2
+        if size > _MEMORY:
+            return replace(place, narrow=f"statistics of its channels would take {size / 1e9:.0f} GB")
         failure = "it has a single channel" if channels.width < 2 else _narrower(trial, made, inputs, rows)
         if failure is None:
             return made

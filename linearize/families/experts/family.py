@@ -14,12 +14,11 @@ from linearize.families.experts.apply import record_steps, slice_channels, slice
 from linearize.families.experts.collect import ExpertsCollector
 from linearize.families.experts.find import mixtures_of, told
 from linearize.families.experts.fit import Curve, curve_of
-from linearize.families.experts.options import EXPERTS, NARROWER, experts_groups, split
+from linearize.families.experts.options import EXPERTS, NARROWER, agreed, experts_groups, split
 from linearize.families.experts.place import Experts
 from linearize.families.experts.remarks import remarks
 from linearize.families.family import Context, Family, Layers, Replayed
 from linearize.families.option import Group, Option, SiteChoice
-from linearize.families.ties import tied
 from linearize.gating.gate import ChannelGate
 from linearize.gating.groups import groups_of
 from linearize.plan import Form, SitePlan
@@ -67,7 +66,7 @@ class MixturesOfExperts(Family):
         found = mixtures_of(context.gated, context.batch)
         narrow = {place.bank: f"as wide as they are: {place.narrow}" for place in found.places if place.narrow}
         context.told += told(found.reasons | narrow)
-        equal = found.equal or context.stock or bool(context.tied)
+        equal = found.equal or context.stock or context.uniform
         return ExpertPlaces({place.name: place for place in found.places}, equal)
 
     def collectors(self, context: Context, places: ExpertPlaces) -> Sequence[Collector]:
@@ -84,11 +83,10 @@ class MixturesOfExperts(Family):
             context.gated, seen, places.curves, context.some, round_to=context.round_to, progress=context.progress
         )
         if places.equal and len(made) > 1:
-            touches = tuple(path for group in made for path in group.touches)
             listed = [place.bank for place in seen if place.listed]
             if listed:
                 context.told += told(dict.fromkeys(listed, "lists of experts are not shortened to equal lengths"))
-            made = [] if listed else [replace(g, touches=touches) for g in tied(made, {p.name for p in seen})]
+            made = [] if listed else [agreed(made, places.found)]
         homes = homes_of(context.gated, groups_of(context.gated))
         whole = list(groups)
         for group in made:

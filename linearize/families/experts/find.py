@@ -32,8 +32,8 @@ class Found:
     """The mixtures of a model.
 
     Attributes:
-        places: where experts can go, in order of execution.
-        reasons: by path, why others stay as they are.
+        places: where experts can go, or become narrower, in the order of the modules.
+        reasons: by path, why experts stay.
         equal: whether all must keep equally many.
     """
 
@@ -43,7 +43,7 @@ class Found:
 
 
 def mixtures_of(model: nn.Module, batch: Any) -> Found:
-    """The mixtures of a gated model of which experts can go.
+    """The mixtures of a gated model.
 
     Args:
         model: gated.
@@ -52,12 +52,12 @@ def mixtures_of(model: nn.Module, batch: Any) -> Found:
     banks = dict(_banks(model))
     if not banks:
         return Found()
+    routed = {path: _routed(model, path, count, listed=listed) for path, (count, listed) in banks.items()}
+    owners = {path: place.path for path, place in routed.items() if isinstance(place, Experts)}
     record = record_of(model)
     if record is not None and any(site.ungated in UNSELECTED for site in record.sites):
         chosen = "include= or exclude= chooses among activations, and experts belong to none"
-        return Found(reasons=dict.fromkeys(banks, chosen))
-    routed = {path: _routed(model, path, count, listed=listed) for path, (count, listed) in banks.items()}
-    owners = {path: place.path for path, place in routed.items() if isinstance(place, Experts)}
+        return Found(reasons=dict.fromkeys(owners, chosen))
     inner = [
         f"{path}.{name}" for path in owners if banks[path][1] for name, _ in model.get_submodule(path).named_children()
     ]

@@ -92,7 +92,7 @@ class Curve:
         size, metric = self.weights.shape[1], self.sums.sensitivity
         if not self.sums.samples or not bool(metric.diagonal().sum() > 0):
             return torch.eye(size, dtype=torch.float64, device=metric.device)
-        metric = metric / self.sums.samples
+        metric = metric * self.sums.tokens / (max(1.0, self.sums.looked) * self.sums.samples)
         return square_root(metric + torch.eye(size).to(metric) * metric.diagonal().mean() * 1e-3)
 
     def scale(self, expert: int) -> float:

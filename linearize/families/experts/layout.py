@@ -34,6 +34,7 @@ def axis_of(value: Tensor, count: int) -> int | None:
     """The axis of experts in a tensor: the first, or the last of one that has a number for each; None if it has none.
 
     Examples:
+        >>> import torch
         >>> [axis_of(torch.zeros(shape), 3) for shape in ((3, 5), (1, 3), (5, 3), ())]
         [0, 1, None, None]
     """

@@ -22,7 +22,7 @@ from linearize.families.experts.twin import without
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.training.distance import losses_with_all
 
-__all__ = ["EXPERTS", "NARROWER", "channels_gone", "experts_groups", "split"]
+__all__ = ["EXPERTS", "NARROWER", "agreed", "channels_gone", "experts_groups", "split"]
 
 EXPERTS = "fewer experts"
 NARROWER = "narrower experts"
@@ -90,6 +90,30 @@ def split(place: Experts, channels: Sequence[int]) -> tuple[tuple[int, ...], dic
     gone = tuple(expert for expert, some in lost.items() if len(some) == width)
     keep = {e: tuple(c for c in range(width) if c not in some) for e, some in lost.items() if len(some) < width}
     return (gone, keep) if len({len(some) for some in keep.values()}) == 1 else None
+
+
+def agreed(groups: Sequence[Group], places: Mapping[str, Experts]) -> Group:
+    """One group for several mixtures, in which all keep equally many experts of one width."""
+    kinds = [{_kind(places, option): option for option in group.options} for group in groups]
+    options = []
+    for kind in kinds[0]:
+        alike = [other[kind] for other in kinds if kind in other]
+        if len(alike) == len(kinds):
+            choices = tuple(choice for option in alike for choice in option.choices)
+            loss, flops, params = (sum(getattr(o, name) for o in alike) for name in ("loss", "flops", "params"))
+            options.append(Option(choices, loss, flops, params, 0.0))
+    touches = tuple(path for group in groups for path in group.touches)
+    reason = "layers have no other number of experts in common" if len(options) < 2 else None
+    return Group(tuple(group.sites[0] for group in groups), tuple(options), reason, touches=touches)
+
+
+def _kind(places: Mapping[str, Experts], option: Option) -> tuple[str, int, int]:
+    """What is alike in all layers: the form, how many experts go, and how much stays in all."""
+    choice = option.choices[0]
+    if not choice.gone:
+        return choice.form, 0, 0
+    parts = split(places[choice.site], choice.gone) if choice.form == NARROWER else (choice.gone, {})
+    return choice.form, len(parts[0]) if parts else 0, choice.keep
 
 
 def _candidates(place: Experts) -> list[tuple[int, ...]]:
