@@ -208,7 +208,7 @@ def share(small: Any, position: int) -> float:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).double().norm() / other.double().norm())
+    return float((one - other).detach().double().norm() / other.detach().double().norm())
 
 
 class TestCommand:
@@ -219,7 +219,9 @@ class TestCommand:
         assert run([*arguments, "--params", "0.8", "--engine", "blockwise", "--out", str(out)]) == 0
         assert "model.layers.1" in capsys.readouterr().out
         assert sorted(path.name for path in out.iterdir()) == ["compressed.safetensors", "plan.json", "report.json"]
-        assert (out / "compressed.safetensors").read_bytes() == file.result.path.read_bytes()
+        ours, theirs = linearize.load(out / "compressed.safetensors"), linearize.load(file.result.path)
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert distance(a, b) < 1e-4, name  # the same sums
         assert linearize.Plan.from_json((out / "plan.json").read_text()) == file.result.plan
 
     @pytest.mark.parametrize(

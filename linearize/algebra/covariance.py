@@ -135,6 +135,19 @@ class Covariance:
         """The covariance (F, F); zeros before any row."""
         return self.scatter.div_(max(self.weight, 1e-300))
 
+    def taken(self) -> Tensor:
+        """The covariance in the memory of the sums, which are gone afterwards: for features that fill the memory.
+
+        Examples:
+            >>> found = Covariance(2)
+            >>> found.update(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+            >>> found.taken().tolist()
+            [[1.0, 1.0], [1.0, 1.0]]
+        """
+        found, self._lower = self._lower.tril_(), self._lower.new_zeros(0, 0)
+        found += found.tril(-1).t()
+        return found.div_(max(self.weight, 1e-300))
+
     @property
     def finite(self) -> bool:
         """True if all sums are finite. On a GPU, this call waits for the device."""

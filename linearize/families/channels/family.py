@@ -87,7 +87,8 @@ class Channels(Family):
         """The groups of all sites."""
         seen = [collector.found for collector in places.collectors if collector.found.rows.count]
         context.warned += [note for found in seen if (note := _too_few(found))]
-        places.curves = {found.site.name: curve_of(context.gated, found, stock=context.stock) for found in seen}
+        stock, lean = context.stock, context.lean
+        places.curves = {found.site.name: curve_of(context.gated, found, stock=stock, last=lean) for found in seen}
         made = candidates(
             context.gated,
             places.curves,

@@ -35,6 +35,7 @@ class Curve:
         weight, bias: of the consumers, (O, C * g) and (O,), float64.
         ridge: of every least-squares problem here.
         stock: only what ordinary layers of narrower widths can do: no skip, and no bias that was not there.
+        last: nobody needs the sums of the observation behind this.
     """
 
     observation: Observation
@@ -42,6 +43,7 @@ class Curve:
     bias: Tensor
     ridge: float
     stock: bool = False
+    last: bool = False
 
     @property
     def channels(self) -> int:
@@ -67,7 +69,7 @@ class Curve:
     def covariance(self) -> Tensor:
         """The covariance of (x, h)."""
         rows = self.observation.rows
-        found = rows.covariance
+        found = rows.taken() if self.last else rows.covariance
         if self._unbiased:
             found += rows.mean.outer(rows.mean)
         return found
@@ -147,12 +149,12 @@ class Curve:
         return edit_for(model, self.observation, kept, found)
 
 
-def curve_of(model: nn.Module, observation: Observation, *, stock: bool = False) -> Curve:
+def curve_of(model: nn.Module, observation: Observation, *, stock: bool = False, last: bool = False) -> Curve:
     """The curve of a site, from one observation of it in `model`."""
     features = len(observation.rows.mean)
     scarce = features / max(1, observation.rows.count)
     ridge = _RIDGE if scarce < 1 else 0.1 * scarce  # the covariance has no full rank: trust it the less
-    return Curve(observation, observation.weight(model), observation.bias(model), ridge, stock)
+    return Curve(observation, observation.weight(model), observation.bias(model), ridge, stock, last)
 
 
 def levels(channels: int, round_to: int | None = None) -> list[int]:
