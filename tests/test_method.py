@@ -173,7 +173,10 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize(("method", "line"), [("gates", "promised"), ("gates", "epoch 1"), ("both", "epoch 2")])
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [("gates", "promised"), ("gates", "epoch 1"), pytest.param("both", "epoch 2", marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_ends_as_one_that_was_not(method: str, line: str, tmp_path: Path) -> None:
     def say(text: str) -> None:
         if line in text:
@@ -193,6 +196,7 @@ def test_another_method_is_another_request() -> None:
     assert len(keys | {fingerprint(nn.Identity(), Request(**asked, candidates=2).key)}) == 4
 
 
+@pytest.mark.slow
 def test_another_method_does_not_continue_a_run(tmp_path: Path) -> None:
     def say(text: str) -> None:
         if "epoch 2" in text:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import linearize
 from benchmarks.peers import channels
 from benchmarks.peers.folding import layer_folding
+from benchmarks.peers.gates import gates
 from benchmarks.peers.hidden import channels_of, cut, hidden_of
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.pictures import draw_all
@@ -277,3 +278,16 @@ def test_the_page_holds_the_tables_of_the_published_runs() -> None:
     published = json.loads(Path("benchmarks/results/peers.json").read_text(encoding="utf-8"))
     assert fill(text, published["runs"]) == text
     assert "<!-- units, resnet -->" in text
+
+
+def test_gates_decide_within_the_same_steps() -> None:
+    some = subject(steps=10)
+    before = copy.deepcopy(some.model.state_dict())
+    made = side_by_side(some, {"gates": gates(both=False), "both": gates(both=True)}, [0.7, 0.4], rounds=0)
+    assert len(made["rows"]) == 4
+    for row in made["rows"]:
+        assert row["met"]
+        assert row["reached"] == pytest.approx(row["flops"])
+        assert row["flops"] <= row["budget"]
+        assert row["steps"] == 3  # seven of ten decide
+    assert all(torch.equal(value, before[name]) for name, value in some.model.state_dict().items())

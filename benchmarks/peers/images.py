@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.peers.folding import layer_folding
+from benchmarks.peers.gates import gates
 from benchmarks.peers.hidden import hidden_of
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.nas import modelopt
@@ -127,6 +128,8 @@ def methods_of(network: str, seed: int, size: Size, out: Path) -> dict[str, Meth
     every: dict[str, Method] = {
         "plan": plan("flops", cache=out / "latency.json", timed=True),
         "plan, latency": _some(plan("latency", cache=out / "latency.json"), 0, 2, 4),
+        "gates": gates(both=False, cache=out / "latency.json"),
+        "both": gates(both=True, cache=out / "latency.json"),
         "width + refit": by_width,
         "Torch-Pruning, magnitude": torch_pruning("all", "magnitude"),
         "Torch-Pruning, Taylor": torch_pruning("all", "taylor"),

@@ -16,10 +16,10 @@ from linearize.families.option import Measure
 from linearize.planning.budget import Budget
 from linearize.planning.carry_out import site_choices
 from linearize.planning.search import searched, unscaled
-from linearize.planning.settle import settle
+from linearize.planning.settle import Settled, settle
 from linearize.planning.survey import Survey, survey
 
-__all__ = ["plan"]
+__all__ = ["alone", "plan", "settled_for", "surveyed"]
 
 _ROUNDS = 9
 _TRIALS = 24  # plans tried with the real loss, on four batches
@@ -36,28 +36,33 @@ def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = N
     """
 
     def method(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
-        found = _surveyed(subject, measure, cache, exclude, timed=timed)
-
-        def time_ratio(small: nn.Module) -> float:
-            pair = {"original": subject.model, "small": small}
-            timed = linearize.benchmark(pair, subject.example, rounds=_ROUNDS, batch_sizes=list(subject.sizes))
-            return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
+        found = surveyed(subject, measure, cache, exclude, timed=timed)
 
         made: list[Candidate] = []
         for budget in budgets:
-            around = searched(
-                found, budget * found.total - found.fixed, subject.calibration, trials=_TRIALS, seed=subject.seed
-            )
-            settled = settle(around, Budget(measure, budget), subject.example, time_ratio=time_ratio)
+            settled = settled_for(subject, found, Budget(measure, budget))
             told: Plain = {"choices": [str(choice) for choice in site_choices(settled.choice).values()]}
             told |= {"predicted_loss": unscaled(settled.choice, found).loss, "predicted": settled.predicted}
-            made.append(Candidate(budget, _alone(settled.small), settled.reached, settled.met, told=told))
+            made.append(Candidate(budget, alone(settled.small), settled.reached, settled.met, told=told))
         return made
 
     return method
 
 
-def _surveyed(subject: Subject, measure: Measure, cache: Path | None, exclude: str | None, *, timed: bool) -> Survey:
+def settled_for(subject: Subject, found: Survey, budget: Budget) -> Settled:
+    """The plan for a budget, the best of some by the real loss."""
+
+    def time_ratio(small: nn.Module) -> float:
+        pair = {"original": subject.model, "small": small}
+        timed = linearize.benchmark(pair, subject.example, rounds=_ROUNDS, batch_sizes=list(subject.sizes))
+        return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
+
+    left = budget.fraction * found.total - found.fixed
+    around = searched(found, left, subject.calibration, trials=_TRIALS, seed=subject.seed)
+    return settle(around, budget, subject.example, time_ratio=time_ratio)
+
+
+def surveyed(subject: Subject, measure: Measure, cache: Path | None, exclude: str | None, *, timed: bool) -> Survey:
     """What the sites of a subject could become; one survey with latencies serves every measure."""
     known: Survey | None = subject.surveys.get(str(exclude))
     if known is None or (measure == "latency" and known.measure != "latency"):
@@ -77,7 +82,7 @@ def _surveyed(subject: Subject, measure: Measure, cache: Path | None, exclude: s
     return replace(known, measure=measure, total=total)
 
 
-def _alone(model: nn.Module) -> nn.Module:
+def alone(model: nn.Module) -> nn.Module:
     """The model with all its weights to be trained."""
     for parameter in model.parameters():
         if torch.is_floating_point(parameter):

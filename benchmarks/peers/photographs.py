@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.peers.gates import gates
 from benchmarks.peers.hidden import hidden_of
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.ours import plan
@@ -158,6 +159,8 @@ def work(seed: int, size: Size, folder: Path, weights: Path, out: Path) -> Plain
     methods: dict[str, Method] = {
         "plan": plan("flops", cache=out / "latency.json", timed=True),
         "plan, latency": plan("latency", cache=out / "latency.json"),
+        "gates": gates(both=False, cache=out / "latency.json"),
+        "both": gates(both=True, cache=out / "latency.json"),
         "width + refit": by_width,
         "Torch-Pruning, magnitude": torch_pruning("all", "magnitude"),
         "Torch-Pruning, Taylor": torch_pruning("all", "taylor"),

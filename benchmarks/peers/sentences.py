@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.minilm import batches, compare, embed, like_batch, load_original, sentences
 from benchmarks.peers.ffn import of_hidden, relabelled
+from benchmarks.peers.gates import gates
 from benchmarks.peers.hidden import hidden_of
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.ours import plan
@@ -75,6 +76,8 @@ def work(seed: int, size: Size, *, timing_only: bool = False) -> Plain:
     methods: dict[str, Method] = {
         "plan": plan("flops", exclude="pooler.*", timed=wanted("plan, latency", size.methods)),
         "plan, latency": plan("latency", exclude="pooler.*"),
+        "gates": gates(both=False, exclude="pooler.*"),
+        "both": gates(both=True, exclude="pooler.*"),
         "removal + refit": by_removal,
         "width + refit": by_width,
         "Torch-Pruning hidden, Taylor": torch_pruning("hidden", "taylor"),

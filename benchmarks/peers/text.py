@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.minilm import sentences
 from benchmarks.peers.ffn import of_hidden, one_by_one, relabelled
+from benchmarks.peers.gates import gates
 from benchmarks.peers.hidden import hidden_of
 from benchmarks.peers.measure import side_by_side
 from benchmarks.peers.ours import plan
@@ -127,6 +128,8 @@ def work(seed: int, size: Size, *, timing_only: bool = False) -> Plain:
     methods: dict[str, Method] = {
         "plan": plan("flops", timed=wanted("plan, latency", size.methods)),
         "plan, latency": plan("latency"),
+        "gates": gates(both=False),
+        "both": gates(both=True),
         "removal + refit": by_removal,
         "width + refit": by_width,
         "Torch-Pruning hidden, magnitude": torch_pruning("hidden", "magnitude"),
