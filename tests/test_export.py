@@ -31,7 +31,7 @@ class Fake:
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {"no_such_runtime": "fake"}
     means, options, near = Means(own_layers=False), ("opset",), ("stock", "onnx")
-    library = "fakery"
+    library, fixed = "fakery", False
     error = 0.0
     refusal: Refusal | None = None
     seen: list[int]
@@ -180,7 +180,7 @@ def test_formats_are_told_apart_and_near_ones_exist() -> None:
     for name, made in FORMATS.items():
         assert made.name == name
         assert name not in made.near
-        assert set({**made.writes, **made.runs}.values()) <= {"onnx", "openvino", "gguf", "transformers"}
+        assert set({**made.writes, **made.runs}.values()) <= {"onnx", "openvino", "gguf", "transformers", "executorch"}
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

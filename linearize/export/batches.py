@@ -20,7 +20,7 @@ from linearize.zoo.inputs import example_inputs as known_inputs
 __all__ = ["batches_for", "length_axes", "tensors_in", "without_cache"]
 
 
-def batches_for(model: nn.Module, example: Any) -> list[Inputs]:
+def batches_for(model: nn.Module, example: Any, *, fixed: bool = False) -> list[Inputs]:
     """Three batches: of at least two samples, of one more sample, and of another length, or of one sample.
 
     Where the model does not run on another number of samples or another length, the values differ instead.
@@ -28,6 +28,7 @@ def batches_for(model: nn.Module, example: Any) -> list[Inputs]:
     Args:
         model: a model in eval mode.
         example: inputs as for `linearize.convert`; None asks the model's library, or its record.
+        fixed: all three of the example's own sizes, with other values.
 
     Raises:
         CaptureError: inputs must be given, or the model does not run on them.
@@ -42,6 +43,8 @@ def batches_for(model: nn.Module, example: Any) -> list[Inputs]:
     if not tensors_in(first):
         raise CaptureError(type(model).__name__, "found no tensor in its inputs", "Pass example_inputs=.")
     _run(model, first)
+    if fixed:
+        return [first, _shuffled(first, 1), _shuffled(first, 2)]
     doubled = _resized(first, [*range(_samples(first)), *range(_samples(first))][: max(2, _samples(first))])
     base = doubled if _runs(model, doubled) else first
     n = _samples(base)

@@ -49,6 +49,7 @@ class DeciLm:
     options: tuple[str, ...] = ()
     library = "vllm"
     near: tuple[str, ...] = ("gguf", "remote", "onnx")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Decoders whose layers differ in the width of the FFN and in heads of keys, or lack attention or FFN."""

@@ -96,6 +96,7 @@ class Format(Protocol):
         options: names of arguments of `linearize.export` that it takes.
         library: what loads it, as model hubs name it.
         near: formats to name where this one cannot hold a model, the nearest first.
+        fixed: whether a file takes inputs of one size only: those of the example.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Format(Protocol):
     options: tuple[str, ...]
     library: str
     near: tuple[str, ...]
+    fixed: bool = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Why the format cannot hold the model; None if nothing is known to be in the way. Nothing is computed."""

@@ -38,6 +38,7 @@ class Gguf:
     options: tuple[str, ...] = ("tokenizer",)
     library = "llama.cpp"
     near: tuple[str, ...] = ("remote", "onnx", "openvino", "pt2")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Decoders and encoders that llama.cpp builds from their numbers."""

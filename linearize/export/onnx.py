@@ -39,6 +39,7 @@ class Onnx:
     options: tuple[str, ...] = ("opset", "external_data", "cache")
     library = "onnxruntime"
     near: tuple[str, ...] = ("openvino", "pt2", "remote")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Anything that torch.export captures, in types that the runtime's CPU kernels have."""

@@ -35,6 +35,7 @@ class OpenVino:
     options: tuple[str, ...] = ()
     library = "openvino"
     near: tuple[str, ...] = ("onnx", "pt2", "remote")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Anything that torch.export captures, in one floating type."""

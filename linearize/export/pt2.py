@@ -42,6 +42,7 @@ class Pt2:
     options: tuple[str, ...] = ()
     library = "torch"
     near: tuple[str, ...] = ("onnx", "openvino", "remote")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Anything that torch.export captures."""

@@ -21,10 +21,11 @@ def _formats() -> dict[str, Format]:
     from linearize.export.onnx import Onnx
     from linearize.export.openvino import OpenVino
     from linearize.export.pt2 import Pt2
+    from linearize.export.pte import Pte
     from linearize.export.remote import Remote
     from linearize.export.stock import Stock
 
-    made: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf(), Remote(), Pt2(), DeciLm())
+    made: tuple[Format, ...] = (Onnx(), Stock(), OpenVino(), Gguf(), Remote(), Pt2(), Pte(), DeciLm())
     return {one.name: one for one in made}
 
 

@@ -49,6 +49,7 @@ class Remote:
     options: tuple[str, ...] = ()
     library = "transformers"
     near: tuple[str, ...] = ("onnx", "pt2", "openvino")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Models of transformers with the few layers that the file holds."""

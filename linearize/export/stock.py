@@ -32,6 +32,7 @@ class Stock:
     options: tuple[str, ...] = ()
     library = "transformers"
     near: tuple[str, ...] = ("gguf", "decilm", "remote", "onnx", "pt2")
+    fixed = False
 
     def can(self, model: nn.Module) -> Refusal | None:
         """Ordinary layers, of widths that a config has numbers for."""

@@ -87,8 +87,8 @@ def export(
             as it is.
         path: the file or the folder to write, by the format. Everything is written beside it first, and moved when it
             is proven.
-        format: "stock", "remote", "gguf", "decilm", "onnx", "openvino" or "pt2"; docs/deploy.md says of each what fits
-            and what does not.
+        format: "stock", "remote", "gguf", "decilm", "onnx", "openvino", "pt2" or "pte"; docs/deploy.md says of each
+            what fits and what does not.
         example_inputs: as for `linearize.convert`: what is traced and compared on. Other numbers of samples, and other
             lengths of sequences, are made from it. None asks timm and transformers models themselves.
         check: run the file in the real runtime, on three batches. False writes it unproven.
@@ -133,7 +133,7 @@ def export(
     check_fit(model, chosen.name)
     _check_installed(chosen, check=check)
     with evaluating(model):
-        subject = Subject(model, batches_for(model, example_inputs), options)
+        subject = Subject(model, batches_for(model, example_inputs, fixed=chosen.fixed), options)
         return _written(subject, chosen, target, check=check, tolerance=tolerance, card=card)
 
 
