@@ -5,6 +5,8 @@ drops unknown weights, makes up missing ones, and reports this at most in a tabl
 linearize has changed does the following: it writes what the library writes, without the weights; it marks the
 configuration so that only `linearize.load` accepts it; and it adds our own file. The class of the model and its
 configuration in memory do not change.
+
+Likewise a model of which layers went refuses a cache that was made while they were there.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from linearize.checkpoint import FILE, save
-from linearize.errors import CheckpointError
+from linearize.errors import CheckpointError, UsageError
 from linearize.sites.record import Record, when_recorded
+from linearize.surgery.skipped import SHORTENED
+from linearize.zoo.caches import INDEX, is_cache, keepers, left_over
 
-__all__ = ["guard_saving"]
+__all__ = ["guard_caches", "guard_saving"]
 
 _METHOD = "save_pretrained"
 _NOTE = "changed by linearize, to be loaded with linearize.load(folder)"
@@ -126,4 +131,48 @@ def _mark(folder: Path, without: str = "") -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def guard_caches(model: nn.Module, record: Record) -> None:
+    """Let a model of which layers or attentions went refuse the cache of the model that still had them.
+
+    The numbers of its layers have moved up: with such a cache it would go on from keys and values of other layers.
+    """
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _CacheGuard):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    if any(step["module"].get("type") == SHORTENED or _moves(step) for step in record.steps):
+        model.register_forward_pre_hook(_CacheGuard(max(keepers(model).values(), default=-1) + 1), with_kwargs=True)
+
+
+def _moves(step: dict[str, Any]) -> bool:
+    return INDEX in step["module"].get("values", {})
+
+
+class _CacheGuard:
+    """Looks at the caches among the inputs of a model; copied and pickled with it.
+
+    Attributes:
+        layers: that keep keys and values.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a cache with more layers.
+
+        Raises:
+            UsageError: there is one.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for value in (*args, *kwargs.values()):
+            more = left_over(value, self.layers) if is_cache(value) else 0
+            if more:
+                found = f"found a cache with {more} more layers than the {self.layers} that keep keys and values"
+                remedy = "It is of the model before layers went: start with a new cache."
+                raise UsageError(type(model).__name__, found, remedy)
+
+
 when_recorded(guard_saving)
+when_recorded(guard_caches)

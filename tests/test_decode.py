@@ -410,3 +410,85 @@ def test_what_cannot_be_generated_is_refused(options: dict[str, Any], found: str
         benchmark_generation({"a": made()}, **options)
     with pytest.raises(UsageError, match="models"):
         benchmark_generation(made())
+
+
+# Caches of before
+
+
+def test_a_cache_from_before_layers_went_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(made().config)
+    config.num_hidden_layers = 4
+    model = transformers.LlamaForCausalLM(config).eval()
+    small: Any = linearize.compress(
+        model, batches(2), flops=0.85, families=["depth"], rounds=0, search=0, progress=False, cache=False
+    ).model
+    assert small.config.num_hidden_layers < 4
+    ids = batches(1)[0]["input_ids"]
+    linearize.save(small, tmp_path / "small.safetensors")
+    for one in (small, copy.deepcopy(small), linearize.load(tmp_path / "small.safetensors")):
+        with torch.no_grad():
+            old, new = cache_in(model(ids, use_cache=True)), cache_in(one(ids, use_cache=True))
+            with pytest.raises(UsageError, match="start with a new cache"):
+                Decoder(one, POINT).step(old, 0)
+            assert Decoder(one, Point(4, 48)).step(new, 0).logits.shape == (4, 1, 96)
+            assert one.generate(ids, min_new_tokens=2, max_new_tokens=2).shape == (4, 18)  # type: ignore[operator]
+
+
+# Images with text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*the covariance has no full rank")
+@pytest.mark.parametrize(("kind", "name"), [("llava", "Llava"), ("qwen2_vl", "Qwen2VL")])
+def test_batches_of_images_and_text_go_through_as_they_are(kind: str, name: str) -> None:
+    from linearize.zoo import example_inputs
+    from linearize.zoo.tiny import tiny_config
+
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    if kind == "qwen2_vl":  # half of a head's width, for time, height and width
+        config.get_text_config().rope_parameters["mrope_section"] = [2, 3, 3]
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    _, kwargs = example_inputs(model, batch=2)
+    assert {"input_ids", "pixel_values", "attention_mask"} <= set(kwargs)
+    data = [{**kwargs, "pixel_values": torch.randn_like(kwargs["pixel_values"])} for _ in range(3)]
+    told = [{name: value.clone() if isinstance(value, Tensor) else value for name, value in b.items()} for b in data]
+    gated = linearize.convert(model, data[0])
+    with torch.no_grad():
+        assert torch.equal(gated(**data[0]).logits, model(**data[0]).logits)
+    found = linearize.calibrate(gated, data, progress=False)
+    assert any(".language_model." in f".{site}" and one.count for site, one in found.sites.items())
+    assert any("vision" in site or "visual" in site for site in found.sites)
+    result = linearize.compress(
+        model, data, flops=0.9, families=["channels"], rounds=0, search=0, progress=False, cache=False
+    )
+    assert result.report.outcome is not None
+    assert result.report.outcome.met is True
+    with torch.no_grad():
+        apart = (result.model(**data[0]).logits - model(**data[0]).logits).abs().max()
+    assert 0 < float(apart) < 10
+    for batch, before in zip(data, told, strict=True):
+        assert batch.keys() == before.keys()
+        assert all(torch.equal(v, before[n]) for n, v in batch.items() if isinstance(v, Tensor))
+
+
+def test_scores_need_no_labels_and_leave_padding_out() -> None:
+    """The distance is the divergence of the model's own scores, on tokens that count."""
+    from linearize.training.distance import real_loss
+
+    model = made()
+    torch.manual_seed(5)
+    other = transformers.LlamaForCausalLM(model.config).eval()
+    ids = batches(1)[0]["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, 10:] = 0
+    with torch.no_grad():
+        p, q = (one(input_ids=ids, attention_mask=mask).logits.double().log_softmax(-1) for one in (model, other))
+    told = (p.exp() * (p - q)).sum(-1)
+    assert real_loss(model, other, [{"input_ids": ids, "attention_mask": mask}]) == pytest.approx(
+        float(told[:, :10].mean()), rel=1e-4
+    )
+    assert float(told[:, :10].mean()) != pytest.approx(float(told.mean()), rel=1e-4)
+    labelled = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    assert real_loss(model, other, [labelled]) == pytest.approx(float(told[:, :10].mean()), rel=1e-4)

@@ -164,7 +164,7 @@ class Request:
         given = bool(self.budgets) + (self.linear is not None) + (self.plan is not None)
         if given != 1:
             found = "found no budget" if not given else "found a budget beside linear= or plan="
-            remedy = f"Pass at least one of {_BUDGETS} (or linear, or plan, by itself)."
+            remedy = f"Pass one or several of {_BUDGETS}; or exactly one of linear and plan."
             raise UsageError("compress", found, remedy)
         if self.linear is not None:
             checks.share("linear", self.linear, positive=True)

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from linearize.errors import UsageError
 from linearize.zoo.inputs import unwrap
 
-__all__ = ["INDEX", "bytes_by_layer", "cache_in", "generates", "is_cache", "keepers", "keeps_keys", "reading"]
+__all__ = [
+    "INDEX",
+    "bytes_by_layer",
+    "cache_in",
+    "generates",
+    "is_cache",
+    "keepers",
+    "keeps_keys",
+    "left_over",
+    "reading",
+]
 
 INDEX = "layer_idx"
 _NAMES = ("cache", "past_key_values", "cache_params")  # of arguments and outputs, newest first
@@ -47,6 +57,17 @@ def keepers(model: nn.Module) -> dict[str, int]:
     """By path, the number under which a module keeps keys and values: the innermost with that number."""
     found = {path: value for path, m in model.named_modules() if type(value := vars(m).get(INDEX)) is int}
     return {p: i for p, i in found.items() if not any(o.startswith(f"{p}.") and j == i for o, j in found.items())}
+
+
+def left_over(cache: Any, count: int) -> int:
+    """How many layers of a cache hold something beyond those that a model of so many uses."""
+    layers = getattr(cache, "layers", None)
+    return sum(map(_filled, layers[count:])) if isinstance(layers, list) else 0
+
+
+def _filled(layer: Any) -> bool:
+    keys, length = getattr(layer, "keys", None), getattr(layer, "get_seq_length", None)
+    return isinstance(keys, Tensor) and keys.numel() > 0 and callable(length) and bool(length() > 0)
 
 
 def reading(model: nn.Module, ids: Tensor, cache: Any = None) -> dict[str, Any]:
