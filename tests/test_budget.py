@@ -599,7 +599,7 @@ def test_a_latency_that_was_predicted_wrongly_is_neither_missed_nor_overdone(
         return Settled(choice, nn.Identity(), nn.Identity(), Plan(()), choice.cost, reached, reached <= budget.fraction)
 
     monkeypatch.setattr(settling, "_try", measured)
-    settled = settling.settle(found, Budget("latency", 0.6), None, time_ratio=lambda _: 1.0)
+    settled = settling.settle(found, Budget("latency", 0.6), None, gauges={"latency": lambda _: 1.0})
     assert settled.met
     assert settled.reached >= 0.5 or bend(0.6) < 0.5  # what was predicted too high is not loosened
 
@@ -622,6 +622,6 @@ def test_where_the_table_of_latencies_is_wrong_a_plan_by_flops_may_win(monkeypat
         return Settled(choice, nn.Identity(), nn.Identity(), Plan(()), choice.cost, reached, reached <= budget.fraction)
 
     monkeypatch.setattr(settling, "_try", measured)
-    settled = settling.settle(found, Budget("latency", 0.5), None, time_ratio=lambda _: 1.0)
+    settled = settling.settle(found, Budget("latency", 0.5), None, gauges={"latency": lambda _: 1.0})
     assert settled.met
     assert [choice.keep for option in settled.choice.options for choice in option.choices] == [5, 5]

@@ -153,7 +153,7 @@ def test_a_plan_that_is_slower_than_the_original_is_not_given_out(
         return Settled(choice, nn.Identity(), nn.Identity(), Plan(()), choice.cost, reached, reached <= budget.fraction)
 
     monkeypatch.setattr(settling, "_try", measured)
-    settled = settling.settle(found, Budget("latency", 0.6), None, time_ratio=lambda _: 1.0)
+    settled = settling.settle(found, Budget("latency", 0.6), None, gauges={"latency": lambda _: 1.0})
     assert not settled.met
     assert settled.choice.cost == (1.0 if slowest > 1 else 0.5)
     assert settled.reached == min(slowest, 1.0)

@@ -68,7 +68,6 @@ def settle(
     budget: Budget | Sequence[Budget],
     batch: Any,
     *,
-    time_ratio: Callable[[nn.Module], float] | None = None,
     gauges: Gauges | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Settled:
@@ -78,13 +77,10 @@ def settle(
         found: the survey.
         budget: what may remain; or several budgets.
         batch: for which costs are counted.
-        time_ratio: latency of a model over the original's, measured; None where the budget is none in latency.
-        gauges: likewise for what else is not counted for the batch, by measure.
+        gauges: what tells the costs that are not counted for the batch, by measure: latencies are timed.
         say: told what is going on.
     """
-    known: dict[Measure, Callable[[nn.Module], float]] = {**(gauges or {})}
-    if time_ratio is not None:
-        known["latency"] = time_ratio
+    known = gauges or {}
     if not isinstance(budget, Budget):
         if len(budget) > 1:
             return _nearest_of_all(found, budget, batch, known, say)
