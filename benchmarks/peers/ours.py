@@ -52,14 +52,14 @@ def plan(measure: Measure, *, cache: Path | None = None, exclude: str | None = N
 def settled_for(subject: Subject, found: Survey, budget: Budget) -> Settled:
     """The plan for a budget, the best of some by the real loss."""
 
-    def time_ratio(small: nn.Module) -> float:
+    def latency(small: nn.Module) -> float:
         pair = {"original": subject.model, "small": small}
         timed = linearize.benchmark(pair, subject.example, rounds=_ROUNDS, batch_sizes=list(subject.sizes))
         return sum(ratio.median for ratio in timed.ratios) / len(timed.ratios)
 
     left = budget.fraction * found.total - found.fixed
     around = searched(found, left, subject.calibration, trials=_TRIALS, seed=subject.seed)
-    return settle(around, budget, subject.example, time_ratio=time_ratio)
+    return settle(around, budget, subject.example, gauges={"latency": latency})
 
 
 def surveyed(subject: Subject, measure: Measure, cache: Path | None, exclude: str | None, *, timed: bool) -> Survey:
