@@ -144,8 +144,9 @@ def test_the_planner_knows_no_form_of_a_family() -> None:
     """No name of a family's form stands in the planner, nor in the command line or the report."""
     forms = {form.name for family in FAMILIES for form in family.forms}
     root = Path(linearize.__file__).parent
-    for room in ("planning", "cli", "report", "collapse.py", "compress.py"):
+    for room in ("planning", "cli", "report", "collapse.py", "compress.py", "compression.py"):
         files = [root / room] if room.endswith(".py") else (root / room).rglob("*.py")
         for file in files:
             text = file.read_text(encoding="utf-8")
-            assert not [form for form in forms if f'"{form}"' in text], file
+            elements = {"line"} if file.name == "svg.py" else set()  # of a picture
+            assert not [form for form in forms - elements if f'"{form}"' in text], file

@@ -21,7 +21,7 @@ OTHER: dict[str, Any] = {
     "latency": 0.4, "flops": 0.4, "params": 0.4, "speedup": 3, "activations": 0.4, "linear": 0.4, "finetune": 3,
     "distill": False, "example_inputs": torch.ones(2, 8), "include": ["a"], "exclude": ["a"], "sequential": True,
     "search": 3, "output": "logits", "uniform": True, "stock": True, "modules": False, "round_to": 4, "when": "always",
-    "batch_sizes": [1, 7], "rounds": 3, "seed": 1, "target": "gguf", "families": ("channels", "heads"),
+    "batch_sizes": [1, 7], "rounds": 3, "seed": 1, "target": "gguf", "families": ("channels", "heads"), "runtime": len,
     "decode": 3, "prefill": 0.4, "memory": 0.4, "serving": (8, 64),
 }  # fmt: skip
 ASIDE = {"evaluate", "dry_run", "cache", "checkpoint_dir", "progress", "plan"}
