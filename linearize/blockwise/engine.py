@@ -7,6 +7,7 @@ they changed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -93,6 +94,7 @@ class Engine:
             note = self._block(position, notes)
             self.work.finish(position, note)
             notes.append(note)
+            gc.collect()  # a block that is done is held by circles of hooks and modules, and is large
             self.say(f"{note.path}: {note.before} -> {note.after} parameters, error {note.error:.3g}")
         return notes
 
