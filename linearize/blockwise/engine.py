@@ -38,6 +38,7 @@ from linearize.planning.by_budget import to_budget
 from linearize.planning.job import Job
 from linearize.planning.request import Request
 from linearize.running.batches import Batch, Reading
+from linearize.running.models import device_of
 from linearize.running.steps import Steps
 from linearize.training.distance import real_loss
 from linearize.zoo.hollow import without_cache
@@ -120,7 +121,7 @@ class Engine:
         done = [note.after if self.share.measure == "params" else note.flops_after for note in notes]
         with without_cache(block):
             small, plan, loss, told = self._compressed(block, inputs, self.share.of(self.costs, done))
-            small = self.work.keep(position, small, hollowed(block))
+            small = self.work.keep(position, small, hollowed(block)).to(device_of(block))
             some = inputs_of(inputs, self.references)
             error = real_loss(block, small, some)
             example = some[0].kwargs
