@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --shape llama-1.1b                     # 22 layers, 1.1 B parameters, 2.2 GB on the disk
     python benchmarks/scale.py --shape llama-3.1-8b --layers 2        # two layers of the true widths
-    python benchmarks/scale.py --table benchmarks/results/scale-*.json
+    python benchmarks/scale.py --table benchmarks/results/scale-*.json    # what was measured, and counts for 8B and 70B
 
 The model is written shard by shard, and compressed in a process of its own, whose peak of resident memory the system
 tells (`VmHWM`, which counts mapped pages of files, too). One forward pass of the same blocks over the same hidden
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from linearize.report.timing import environment
 from linearize.storage.shards import write_shards
+from linearize.text_table import render_markdown
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,68 @@ def forward(folder: Path, shape: Shape, tokens: int, length: int) -> float:
     return (time.perf_counter() - start) * shape.layers
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Rates that are assumed, in units per second.
+
+    Attributes:
+        half: operations in bfloat16.
+        single: in float32.
+        double: in float64.
+        overhead: seconds that a block takes in Python, whatever its size.
+    """
+
+    half: float
+    single: float
+    double: float
+    overhead: float
+
+
+# One core: what products reached in processor time on the machine of the results. GPU: half of an H100's data sheet.
+MACHINES = {"one core": Machine(4e11, 6e10, 3e10, 4.0), "one GPU": Machine(4e14, 2.5e13, 3e13, 4.0)}
+ASSUMPTIONS = """Counts, not measurements; on a GPU nothing was run, and blocks do not go there yet.
+C: width of the FFN, O: hidden width, T: tokens of calibration (1.5 C), W: parameters of a block, at 2 bytes each.
+Memory: 0.9 GB for Python and its libraries, 4 W (the block, with gates, a copy at work, the result), 3 C^2 float64
+(the covariance, its factor, its inverse), 4 O C float64 (weights as they are fitted), 2 T O (states before and behind).
+Time of a block: 4 passes of 2 W T in bfloat16; C^2 T in float32; 4 C^3 in float64 (Cholesky, inverse, removal, fit);
+and what Python takes. Reading and writing files is left out. Rates are those of MACHINES."""
+
+
+def memory(shape: Shape, tokens: int) -> float:
+    """Bytes at the peak, as counted."""
+    c, o = shape.intermediate, shape.hidden
+    return 0.9e9 + 4 * 2 * shape.block() + 8 * (3 * c * c + 4 * o * c) + 2 * tokens * o * 2
+
+
+def seconds(shape: Shape, tokens: int, machine: Machine) -> float:
+    """Time of all blocks, as counted."""
+    c = shape.intermediate
+    half, single, double = 8.0 * shape.block() * tokens, float(c) ** 2 * tokens, 4.0 * float(c) ** 3
+    return shape.layers * (half / machine.half + single / machine.single + double / machine.double + machine.overhead)
+
+
+def table(paths: Sequence[Path]) -> str:
+    """What was measured, beside what is counted; and counts for larger shapes."""
+    rows: list[list[object]] = []
+    for path in paths:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        shape = Shape(**{name: told[name] for name in Shape.__dataclass_fields__})
+        block = sorted(told["blocks"])[len(told["blocks"]) // 2]
+        rows.append([
+            f"{told['shape']}, {shape.layers} layers", told["tokens"], f"{told['peak'] / 1e9:.2f}",
+            f"{memory(shape, told['tokens']) / 1e9:.2f}", f"{block:.0f}", f"{told['forward'] / shape.layers:.1f}",
+        ])  # fmt: skip
+    head = ["measured", "tokens", "peak GB", "counted GB", "seconds a block", "its forward pass"]
+    more = []
+    for name in ("llama-1.1b", "llama-3.1-8b", "llama-3.1-70b"):
+        shape = SHAPES[name]
+        tokens = int(1.5 * shape.intermediate)
+        hours = [f"{seconds(shape, tokens, machine) / 3600:.1f}" for machine in MACHINES.values()]
+        more.append([f"{name}, {shape.layers} layers", tokens, f"{memory(shape, tokens) / 1e9:.1f}", *hours])
+    counted = ["counted", "tokens", "peak GB", *(f"hours, {name}" for name in MACHINES)]
+    return "\n\n".join([render_markdown(head, rows), render_markdown(counted, more), ASSUMPTIONS])
+
+
 def _peak() -> int:
     """Peak of resident memory in bytes."""
     status = Path("/proc/self/status")
@@ -153,7 +216,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "shape": arguments.shape, **asdict(shape), "tokens": arguments.tokens, "length": arguments.length,
         "bytes": size, "bytes after": after, **found["compress"], "forward": found["forward"], "threads": threads,
         **environment(torch.device("cpu"), torch.bfloat16),
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/scale.py --shape {arguments.shape}"
+        + (f" --layers {arguments.layers}" if arguments.layers else "")
+        + f" --tokens {arguments.tokens} --length {arguments.length} --params {arguments.params}",
     }  # fmt: skip
 
 
@@ -171,10 +236,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a batch")
     parser.add_argument("--params", type=float, default=0.8, help="budget")
     parser.add_argument("--place", help="folder for the models")
+    parser.add_argument("--table", type=Path, nargs="+", help="print a table of results instead of measuring")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--part", choices=["compress", "forward"], help=argparse.SUPPRESS)
     parser.add_argument("--at", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.table))
+        return
     shape = _shape(arguments)
     if arguments.part == "compress":
         folder, out = arguments.at / "model", arguments.at / "small"

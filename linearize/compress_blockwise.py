@@ -112,7 +112,7 @@ def compress_blockwise(
         >>> result.report.engine, result.report.met
         ('blockwise', True)
     """
-    asked = Asked.of(params, flops, out, stock=stock, round_to=round_to, seed=seed)
+    asked = Asked.of(params, flops, out, stock=stock, round_to=round_to, seed=seed, source=source)
     checks.batches("data", data)
     steps = Steps(progress=progress)
     place = _place(asked.out) if checkpoint_dir is None else checks.folder("checkpoint_dir", checkpoint_dir)

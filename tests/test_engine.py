@@ -129,6 +129,9 @@ class TestFromDiskToDisk:
         assert 0 < distance(ours, original) <= 1.05 * distance(theirs, original)
 
     def test_a_folder_for_transformers(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "small").mkdir()
+        for name in ("model-00001-of-00009.safetensors", "tokenizer.json"):  # of a run that was killed as it wrote
+            (tmp_path / "small" / name).write_text("half")
         result = shrunk(folder, tmp_path / "small")
         small = transformers.LlamaForCausalLM.from_pretrained(result.path)
         widths = {layer.mlp.down_proj.in_features for layer in small.model.layers}
@@ -141,6 +144,10 @@ class TestFromDiskToDisk:
         assert result.report.drift == pytest.approx(distance(*states) ** 2, rel=0.5)  # of four batches, and of all
         with pytest.raises(UsageError, match="exists already"):
             shrunk(folder, tmp_path / "small")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("")
+        with pytest.raises(UsageError, match="exists already"):
+            shrunk(folder, tmp_path / "mine")
 
     def test_bfloat16_stays(self, tmp_path: Path, file: Case) -> None:
         llama(torch.bfloat16).save_pretrained(tmp_path / "model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,10 @@ from linearize.planning.request import Request
 from linearize.storage import atomic
 
 __all__ = ["Asked", "Costs", "Share"]
+
+_OURS = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|generation_config\.json|\.linearize-.*"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class Asked:
     seed: int
 
     @classmethod
-    def of(cls, params: Any, flops: Any, out: Any, *, stock: bool | None, round_to: int | None, seed: int) -> Asked:
+    def of(
+        cls, params: Any, flops: Any, out: Any, *, stock: bool | None, round_to: int | None, seed: int, source: Any
+    ) -> Asked:
         """Check them.
 
         Raises:
@@ -56,7 +64,7 @@ class Asked:
         if folder and stock is False:
             found = "found beside a folder for transformers, which needs stock layers"
             raise UsageError("stock", found, "Write to a file: out='small.safetensors'.")
-        if folder and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if folder and path.exists() and not _half_written(path, source):
             raise UsageError("out", f"found {path}, which exists already", "Pass a new name.")
         if not folder:
             atomic.destination(path)
@@ -74,6 +82,16 @@ class Asked:
     def facts(self) -> str:
         """All that the result depends on, as text."""
         return repr((self.measure, self.fraction, sorted(self.options.items()), self.seed))
+
+
+def _half_written(folder: Path, source: Any) -> bool:
+    """Whether a folder is empty, or what a run that was killed has begun to write: `config.json` comes last."""
+    if not folder.is_dir():
+        return False
+    given = isinstance(source, str | os.PathLike) and Path(source).is_dir()
+    known = {path.name for path in Path(source).iterdir()} if given else set()
+    names = {path.name for path in folder.iterdir() if _OURS.fullmatch(path.name) is None}
+    return "config.json" not in names and names <= known
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ they changed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from linearize.planning.by_budget import to_budget
 from linearize.planning.job import Job
 from linearize.planning.request import Request
 from linearize.running.batches import Batch, Reading
+from linearize.running.models import device_of
 from linearize.running.steps import Steps
 from linearize.training.distance import real_loss
 from linearize.zoo.hollow import without_cache
@@ -93,6 +95,7 @@ class Engine:
             note = self._block(position, notes)
             self.work.finish(position, note)
             notes.append(note)
+            gc.collect()  # a block that is done is held by circles of hooks and modules, and is large
             self.say(f"{note.path}: {note.before} -> {note.after} parameters, error {note.error:.3g}")
         return notes
 
@@ -118,7 +121,7 @@ class Engine:
         done = [note.after if self.share.measure == "params" else note.flops_after for note in notes]
         with without_cache(block):
             small, plan, loss, told = self._compressed(block, inputs, self.share.of(self.costs, done))
-            small = self.work.keep(position, small, hollowed(block))
+            small = self.work.keep(position, small, hollowed(block)).to(device_of(block))
             some = inputs_of(inputs, self.references)
             error = real_loss(block, small, some)
             example = some[0].kwargs

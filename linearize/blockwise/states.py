@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from linearize.blockwise.chain import Chain
 from linearize.blockwise.told import NotAChain, told
 from linearize.errors import DataError, UsageError
-from linearize.running.batches import Batch
-from linearize.running.models import evaluating
+from linearize.running.batches import Batch, to_device
+from linearize.running.models import device_of, evaluating
 from linearize.storage import tensorfile
 from linearize.zoo.hollow import without_cache
 
@@ -193,7 +193,8 @@ def passed_on(block: nn.Module, chain: Chain, inputs: Inputs) -> Iterator[tuple[
     """
     path = chain.blocks[inputs.position]
     with evaluating(block), without_cache(block):
-        for index, batch in zip(inputs.only, inputs, strict=True):
+        for index, given in zip(inputs.only, inputs, strict=True):
+            batch = to_device(given, device_of(block))
             output = _hidden(batch.checked(block, index), chain, path)
             state = batch.kwargs[chain.hidden]
             if output.shape != state.shape or output.dtype != state.dtype:

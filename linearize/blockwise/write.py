@@ -24,6 +24,7 @@ from linearize.zoo.transformers_models import without_bars
 
 __all__ = ["put_together", "write_file", "write_folder"]
 
+_OWN = ("config.json", "generation_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -108,13 +109,13 @@ def write_folder(folder: Path, model: Any, chain: Chain, work: Work, source: Pat
     config.architectures = [kind.__name__]
     config.dtype = next(model.parameters()).dtype
     with without_bars():
-        config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
-    for path in sorted(source.iterdir()) if source is not None else ():
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-    Shards.open(folder)
+        for path in sorted(source.iterdir()) if source is not None else ():
+            if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _OWN:
+                shutil.copyfile(path, folder / path.name)
+        Shards.open(folder)
+        config.save_pretrained(folder)  # last: a folder with a config is complete
 
 
 def _stored_once(model: nn.Module) -> list[str]:
