@@ -3,8 +3,8 @@
 A library saves the weights, and a configuration that does not describe gates and merged maps. When it reads them, it
 drops unknown weights, makes up missing ones, and reports this at most in a table. So `save_pretrained` of a model that
 linearize has changed does the following: it writes what the library writes, without the weights; it marks the
-configuration so that only `linearize.load` accepts it; and it adds our own file. The class of the model and its
-configuration in memory do not change.
+configuration so that only `linearize.load` accepts it; and it adds our own file, and a card for model hubs.
+The class of the model and its configuration in memory do not change.
 
 Likewise a model of which layers went refuses a cache that was made while they were there.
 """
@@ -26,6 +26,7 @@ from linearize.errors import CheckpointError, UsageError
 from linearize.sites.record import Record, when_recorded
 from linearize.surgery.skipped import SHORTENED
 from linearize.zoo.caches import INDEX, is_cache, keepers, left_over
+from linearize.zoo.hub import front_matter
 
 __all__ = ["guard_caches", "guard_saving"]
 
@@ -38,6 +39,7 @@ _MARKS: dict[str, Any] = {
     "attn_implementation": _NOTE,
     "quantization_config": {"quant_method": "gptq", "bits": _NOTE},
 }
+_CARD = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 
@@ -110,6 +112,7 @@ class _Guard:
             if not any(Path(place).iterdir()):  # another process writes
                 return result
             _mark(Path(place))
+            written = [*(file for file in written if file.name != _CARD), *_carded(Path(place), folder, self.module)]
             save(self.module, Path(place) / FILE)
             for file in folder.iterdir():  # of a model that was here before
                 if file.name.endswith(_WEIGHTS) and file.name.startswith(("model", "pytorch_model")):
@@ -117,6 +120,20 @@ class _Guard:
             for file in (*written, Path(place) / FILE):
                 shutil.move(file, folder / file.name)
         return result
+
+
+def _carded(place: Path, folder: Path, model: nn.Module) -> list[Path]:
+    """A card, by which a hub knows what loads the folder; none where the user has one."""
+    if (folder / _CARD).exists():
+        return []
+    name, code = type(model).__name__, "import linearize\n\nmodel = linearize.load('FOLDER')"
+    how = (
+        "" if hasattr(model, "config") or hasattr(model, "pretrained_cfg") else " Pass model= for a class of your own."
+    )
+    text = f"A {name} that [linearize](https://pypi.org/project/linearize/) has changed.{how}"
+    card = place / _CARD
+    card.write_text(f"{front_matter(model, 'linearize')}\n\n{text}\n\n```python\n{code}\n```\n", encoding="utf-8")
+    return [card]
 
 
 def _mark(folder: Path, without: str = "") -> None:

@@ -62,7 +62,22 @@ def test_the_folder_is_for_linearize_alone(kind: str, tmp_path: Path) -> None:
     assert type(again) is type(model) is transformers.BertModel
     torch.testing.assert_close(first(again(IDS)), first(model(IDS)), rtol=1e-5, atol=1e-6)
     assert model.config.to_dict() == config | {"dtype": model.config.dtype, "architectures": ["BertModel"]}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", FILE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json", FILE]
+
+
+def test_the_card_is_for_a_hub(tmp_path: Path) -> None:
+    """What loads the folder, and what it was made from; a card of the user's stays."""
+    model: Any = CHANGED["collapsed"]()
+    model.config._name_or_path = "someone/their-bert"
+    with pytest.warns(UserWarning, match=r"linearize\.load"):
+        model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: linearize\nbase_model: someone/their-bert\ntags: [linearize]\n---\n")
+    assert "linearize.load(" in text
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.warns(UserWarning, match=r"linearize\.load"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_over_an_older_folder(tmp_path: Path) -> None:
@@ -161,6 +176,10 @@ def test_hub_mixin(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"model\.safetensors"):
         Net.from_pretrained(tmp_path)
     torch.testing.assert_close(linearize.load(tmp_path, model=Net())(x), changed(x))
+    card = hub.ModelCard.load(tmp_path / "README.md")  # as a hub reads it
+    assert card.data.library_name == "linearize"
+    assert "Pass model= for a class of your own" in card.text
+    assert not list(tmp_path.glob("model*.safetensors")), "our format is not under the name of another"
 
 
 def test_a_rewritten_model_can_still_be_pickled(tmp_path: Path) -> None:

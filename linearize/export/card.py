@@ -14,6 +14,7 @@ from linearize.export.face import Format, Proof
 from linearize.report.compression import Report, outcome_table
 from linearize.sites.record import record_of
 from linearize.text_table import render_markdown
+from linearize.zoo.hub import front_matter
 
 __all__ = ["card_of"]
 
@@ -33,11 +34,9 @@ def card_of(
         proof: what the runtime gave.
         report: what `compress` measured, if it is known.
     """
-    base = _base(model)
-    head = ["---", f"library_name: {chosen.library}", *([f"base_model: {base}"] if base else [])]
     what = f"A {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters, "
     what += f"as {chosen.name}, written by [linearize](https://pypi.org/project/linearize/) {__version__}."
-    lines = ["\n".join([*head, "tags: [linearize]", "---"]), f"# {name}", what]
+    lines = [front_matter(model, chosen.library), f"# {name}", what]
     lines += ["## How to load it", f"```python\n{chosen.usage(model).replace('NAME', name)}\n```"]
     lines += ["## What it is", render_markdown(["", ""], [[key, str(value)] for key, value in facts.items()])]
     lines += ["## What was proven", _proven(proof)]
@@ -47,14 +46,6 @@ def card_of(
     lines += _changes(model)
     lines += ["## Versions", _versions()]
     return "\n\n".join(lines) + "\n"
-
-
-def _base(model: nn.Module) -> str:
-    """Name of the model that it was made from on a hub, if it came from there."""
-    config: Any = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "") or ""
-    owner, slash, rest = str(name).partition("/")
-    return str(name) if slash and owner and rest and "/" not in rest and not owner.startswith(".") else ""
 
 
 def _proven(proof: Proof | None) -> str:

@@ -81,7 +81,7 @@ def filled(sizes: Sequence[float], known: Mapping[int, float]) -> list[float]:
         known: times by position.
 
     Examples:
-        >>> filled([1.0, 0.5, 0.75, 0.25], {0: 1.0, 1: 0.6, 3: 0.3})
+        >>> [round(time, 3) for time in filled([1.0, 0.5, 0.75, 0.25], {0: 1.0, 1: 0.6, 3: 0.3})]
         [1.0, 0.6, 0.825, 0.3]
     """
     measured = sorted((sizes[i], time / max(sizes[i], 1e-9)) for i, time in known.items())
