@@ -398,9 +398,13 @@ def test_a_model_with_an_encoder_and_a_decoder_wants_batches() -> None:
         load_text(sentences(30), transformers.T5ForConditionalGeneration(config), tokenizer=letters, context=16)
 
 
-def test_a_tokenizer_beside_batches_is_refused() -> None:
+@pytest.mark.parametrize("options", [{"tokenizer": letters}, {"context": 8}, {"column": "text"}])
+def test_options_of_text_beside_batches_are_refused(options: dict[str, Any]) -> None:
+    batches = [torch.zeros(2, 4, dtype=torch.long)]
     with pytest.raises(UsageError, match="which are no text"):
-        linearize.compress(Reader(), [torch.zeros(2, 4, dtype=torch.long)], flops=0.5, tokenizer=letters)
+        linearize.compress(Reader(), batches, flops=0.5, **options)
+    with pytest.raises(UsageError, match="which are no text"):
+        linearize.calibrate(linearize.convert(Reader(), batches[0]), batches, **options)
 
 
 def test_training_on_text_has_labels(files: Path) -> None:

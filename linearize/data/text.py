@@ -195,7 +195,7 @@ def read_if_text(data: Any, model: Any, **options: Any) -> TextSource | None:
         for _ in pieces_of(data):  # its first file says what is wrong
             break
         raise DataError(os.fspath(data), "holds no text", "Pass batches, or a .txt, .jsonl or .parquet file.")
-    for name in ("tokenizer", "column"):
+    for name in ("tokenizer", "context", "column"):
         if options.get(name) is not None:
             found = f"found beside data of type {type(data).__name__}, which are no text"
             raise UsageError(name, found, "Pass a .txt, .jsonl or .parquet file, a folder of them, or a list of texts.")
