@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +23,15 @@ from linearize.families.experts.layout import axis_of, channels_of, numbers_for,
 from linearize.families.experts.mask import Unpicked
 from linearize.families.experts.place import Experts
 from linearize.families.experts.twin import argument, borrowed
-from linearize.graph import capture
+from linearize.families.trials import TOLERANCE, apart, outputs_of, roughened
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import first_line
 from linearize.graph.protect import untouched
 from linearize.running.copies import duplicate
-from linearize.running.models import device_of, evaluating, move
+from linearize.running.models import evaluating
 
 __all__ = ["carried"]
 
-# Of what the change does to the output: rounding is far below, and what a wrong reading does far above.
-_TOLERANCE = 1e-2
-_ROUNDING = 1e3  # units of rounding that an effect must at least have
 _MOST = 24  # readings of channels that are tried
 _MEMORY = 16e9  # bytes of statistics of the channels of one bank
 _ROWS = 64  # on which experts are looked at by themselves
@@ -51,7 +47,8 @@ def carried(model: nn.Module, places: Sequence[Experts], inputs: Inputs) -> tupl
     """
     if not places:
         return [], {}, False
-    trial = _rough(duplicate(model, CollapseError), places)
+    trial = duplicate(model, CollapseError)
+    trial = roughened(trial, (p for place in places for _, p in parameters_of(trial.get_submodule(place.path))))
     free = [place for place in places if place.fixed is None]
     made, equal = _together(trial, free, inputs) if free else ([], False)
     if free and not made:
@@ -101,12 +98,12 @@ def _some(place: Experts, *, more: bool) -> tuple[int, ...]:
 def _fewer(trial: nn.Module, places: Sequence[Experts], inputs: Inputs, *, equal: bool) -> str | None:
     """What shows that the model with fewer experts is not the model that never picks them; None if nothing does."""
     gone = [_some(place, more=not equal and index % 2 == 1) for index, place in enumerate(places)]
-    whole = _outputs(trial, inputs)
+    whole = outputs_of(trial, inputs)
     sliced = borrowed(trial)
     try:
         for place, some in zip(places, gone, strict=True):
             slice_experts(sliced, place, some)
-        found = _outputs(sliced, inputs)
+        found = outputs_of(sliced, inputs)
     except (Exception, LinearizeError) as error:  # whatever the model's own code raises
         return first_line(error)
     why: str | None = None
@@ -115,7 +112,7 @@ def _fewer(trial: nn.Module, places: Sequence[Experts], inputs: Inputs, *, equal
         routers = [
             pair for place, some in zip(places, gone, strict=True) for pair in _masked(masked, place, some, biases)
         ]
-        failure = _apart(whole, _outputs(masked, inputs, Unpicked(routers)), found)
+        failure = apart(whole, outputs_of(masked, inputs, Unpicked(routers)), found)
         if failure is None:
             return None
         why = why or failure
@@ -171,16 +168,16 @@ def _narrower(trial: nn.Module, place: Experts, inputs: Inputs, rows: tuple[Tens
     keep = torch.rand(place.count, channels.width, generator=generator).argsort(1)[:, :stay].sort(1).values
     try:
         off = _misread(trial, place, rows)
-        if not off <= _TOLERANCE:
+        if not off <= TOLERANCE:
             return f"what they give is not their last matrix times their channels (off by {off:.2g})"
-        whole = _outputs(trial, inputs)
+        whole = outputs_of(trial, inputs)
         zeroed = borrowed(trial)
         bank = zeroed.get_submodule(place.bank)
         bank._parameters[channels.down] = nn.Parameter(bank.get_parameter(channels.down).detach().clone())
         zero_channels(zeroed, place, keep)
         sliced = borrowed(trial)
         slice_channels(sliced, place, keep)
-        return _apart(whole, _outputs(zeroed, inputs), _outputs(sliced, inputs))
+        return apart(whole, outputs_of(zeroed, inputs), outputs_of(sliced, inputs))
     except (Exception, LinearizeError) as error:
         return first_line(error)
 
@@ -202,51 +199,7 @@ def _rows_of(model: nn.Module, place: Experts, inputs: Inputs) -> tuple[Tensor, 
 
     handle = model.get_submodule(place.bank).register_forward_pre_hook(see, with_kwargs=True)
     try:
-        _outputs(model, inputs)
+        outputs_of(model, inputs)
     finally:
         handle.remove()
     return seen[0] if seen else None
-
-
-def _apart(whole: Sequence[Tensor], expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
-    """What tells outputs apart, relative to what the change does; None if nothing does."""
-    if len(expected) != len(found):
-        return "another number of outputs comes out"
-    seen = False
-    for before, a, b in zip(whole, expected, found, strict=True):
-        if a.shape != b.shape:
-            return f"an output of shape {tuple(a.shape)} becomes one of {tuple(b.shape)}"
-        if not a.is_floating_point() or not a.numel():
-            continue
-        effect = float((before - a).abs().nan_to_num(0.0).max())
-        if effect <= _ROUNDING * torch.finfo(a.dtype).eps * float(a.abs().nan_to_num(0.0, 0.0, 0.0).max()):
-            continue
-        seen = True
-        worst = float((a - b).abs().nan_to_num(torch.inf).max()) / effect
-        if not worst <= _TOLERANCE:
-            return f"an output is off by {worst:.2g} of what the change does to it"
-    return None if seen else "what they do is not to be seen in the output"
-
-
-@torch.no_grad()
-def _rough(model: nn.Module, places: Sequence[Experts]) -> nn.Module:
-    """The model with random parameters of mixtures, large enough to matter; in float32 at least."""
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        model = model.float()
-    generator = torch.Generator().manual_seed(0)
-    done: set[int] = set()
-    for place in places:
-        for _, parameter in parameters_of(model.get_submodule(place.path)):
-            if id(parameter) in done or not parameter.is_floating_point():
-                continue
-            done.add(id(parameter))
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise * 2 / (parameter.shape[-1] if parameter.dim() > 1 else 4) ** 0.5)
-    return model
-
-
-def _outputs(model: nn.Module, inputs: Inputs, around: AbstractContextManager[Any] | None = None) -> list[Tensor]:
-    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    args, kwargs = move(inputs, device_of(model), kinds[0] if kinds else None)
-    with evaluating(model), untouched(model), around or nullcontext():
-        return capture.tensors_of(model(*args, **kwargs))

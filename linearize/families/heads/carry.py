@@ -15,17 +15,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linearize.errors import CollapseError, LinearizeError
 from linearize.families.heads.apply import slice_heads, without_heads
 from linearize.families.heads.place import Heads, Meaning, counts
-from linearize.graph.capture import Inputs, tensors_of
+from linearize.families.trials import apart, outputs_of, roughened
+from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import first_line
-from linearize.graph.protect import untouched
 from linearize.running.copies import duplicate
-from linearize.running.devices import device_of
-from linearize.running.models import evaluating, move
 from linearize.surgery.attributes import numbers_of
 from linearize.surgery.specs import replace_module
 
@@ -34,9 +32,6 @@ __all__ = ["carried"]
 _WIDTHS = ("dim", "size", "width", "embed", "feature", "channel", "nx", "nf")
 _PER_HEAD = ("head_dim", "head_size", "dim_head", "head_width", "dim_per_head", "size_per_head")
 _MOST = 48  # readings tried at a place
-# Of what the heads that go do to the output. Rounding is far below, and what a wrong reading does far above.
-_TOLERANCE = 1e-2
-_ROUNDING = 1e3  # units of rounding that an effect must at least have
 
 Followed = dict[tuple[str, str], Meaning]
 
@@ -51,7 +46,9 @@ def carried(model: nn.Module, places: Sequence[Heads], inputs: Inputs) -> tuple[
     """
     if not places:
         return [], {}
-    trial = _rough(duplicate(model, CollapseError), places)
+    trial = duplicate(model, CollapseError)
+    paths = [path for place in places for path in (*place.touches, place.attention.owner)]
+    trial = roughened(trial, (p for path in paths for p in trial.get_submodule(path).parameters()))
     known: dict[tuple[Any, ...], list[Meaning | None]] = {}
     good: list[Heads] = []
     reasons: dict[str, str] = {}
@@ -134,65 +131,20 @@ def _failure(model: nn.Module, places: Sequence[Heads], inputs: Inputs) -> str |
         if not few and all(place.units == 2 for place in places):
             return None
         with _undone(model, places):
-            whole = _outputs(model, inputs)
+            whole = outputs_of(model, inputs)
             for place in places:
                 without_heads(model, place, gone[place.name])
-            expected = _outputs(model, inputs)
+            expected = outputs_of(model, inputs)
             try:
                 for place in places:
                     slice_heads(model, place, gone[place.name])
-                found = _outputs(model, inputs)
+                found = outputs_of(model, inputs)
             except (Exception, LinearizeError) as error:  # whatever the model's own code raises
                 return first_line(error)
-        why = _apart(whole, expected, found)
+        why = apart(whole, expected, found)
         if why is not None:
             return why
     return None
-
-
-def _apart(whole: Sequence[Tensor], expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
-    if len(expected) != len(found):
-        return "another number of outputs comes out"
-    seen = False
-    for before, a, b in zip(whole, expected, found, strict=True):
-        if a.shape != b.shape:
-            return f"an output of shape {tuple(a.shape)} becomes one of {tuple(b.shape)}"
-        if not a.is_floating_point() or not a.numel():
-            continue
-        effect = float((before - a).abs().nan_to_num(0.0).max())
-        if effect <= _ROUNDING * torch.finfo(a.dtype).eps * float(a.abs().nan_to_num(0.0, 0.0, 0.0).max()):
-            continue
-        seen = True
-        worst = float((a - b).abs().nan_to_num(0.0).max()) / effect
-        if not worst <= _TOLERANCE:
-            return f"an output is off by {worst:.2g} of what the heads do to it"
-    return None if seen else "what its heads do is not to be seen in the output"
-
-
-@torch.no_grad()
-def _rough(model: nn.Module, places: Sequence[Heads]) -> nn.Module:
-    """A copy in which the parameters of attentions are random, and large enough to matter; in float32 at least."""
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        model = model.float()
-    generator = torch.Generator().manual_seed(0)
-    done: set[int] = set()
-    for place in places:
-        modules = [model.get_submodule(path) for path in (*place.touches, place.attention.owner)]
-        for parameter in (p for module in modules for p in module.parameters()):
-            if id(parameter) in done or not parameter.is_floating_point():
-                continue
-            done.add(id(parameter))
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            inputs = parameter.shape[-1] if parameter.dim() > 1 else 4
-            parameter.add_(noise * 2 / inputs**0.5)
-    return model
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    args, kwargs = move(inputs, device_of(model), kinds[0] if kinds else None)
-    with evaluating(model), untouched(model):
-        return tensors_of(model(*args, **kwargs))
 
 
 @contextmanager
