@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import linearize
 from benchmarks.stress import toys
 from linearize import zoo
+from linearize.cli import run
 from linearize.compress import compress
 from linearize.cost import cost
 from linearize.errors import CollapseError, TrainingError, UsageError
@@ -259,6 +260,22 @@ def test_bad_input(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError) as error:
         compress(mlp(), vectors(), **asked)
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--method", "gates", "--epochs", "0"], "--epochs: found 0 with --method gates"),
+        (["--candidates", "3", "--epochs", "0"], "--epochs: found 0 with --candidates 3"),
+        (["--method", "gate"], "--method: found 'gate'"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(
+    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compress", "timm:test_vit", "--data", "digits", "--flops", "0.5", "--out", str(tmp_path)]
+    assert run([*command, *options]) == 2
+    assert told in capsys.readouterr().err
 
 
 # What a decision does to the function

@@ -183,6 +183,9 @@ def compress(
         linear = _SHARE
     if linear is not None and dry_run:
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
+    if not epochs and (method in ("gates", "both") or candidates > 1):
+        found = f"found 0 with --method {method}" if candidates == 1 else f"found 0 with --candidates {candidates}"
+        raise UsageError("--epochs", found, "Pass --epochs 10, or another number: it is decided in training.")
     unfinished = None if out is None or dry_run else out / "unfinished"
     parts = parts_of(output)
     is_words = is_text(data)
