@@ -23,6 +23,7 @@ TABLE: dict[str, tuple[bool, bool, bool, int | None]] = {
     "onnx": (True, False, True, None),
     "openvino": (True, False, True, None),
     "pt2": (True, False, True, None),
+    "pte": (True, False, True, None),
     "remote": (True, False, True, None),
     "stock": (False, True, False, None),
     "gguf": (False, False, False, 32),
