@@ -183,14 +183,14 @@ def compress(
         linear = _SHARE
     if linear is not None and dry_run:
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
-    if not epochs and (method in ("gates", "both") or candidates > 1):
-        found = f"found 0 with --method {method}" if candidates == 1 else f"found 0 with --candidates {candidates}"
-        raise UsageError("--epochs", found, "Pass --epochs 10, or another number: it is decided in training.")
     unfinished = None if out is None or dry_run else out / "unfinished"
     parts = parts_of(output)
-    is_words = is_text(data)
+    trains = method in ("gates", "both") or candidates > 1
     if epochs is None:
-        epochs = 0 if is_words and linear is None else _EPOCHS
+        epochs = 0 if is_text(data) and linear is None and not trains else _EPOCHS
+    if trains and not epochs:
+        found = f"found 0 with --method {method}" if candidates == 1 else f"found 0 with --candidates {candidates}"
+        raise UsageError("--epochs", found, "Pass --epochs 10, or another number: it is decided in training.")
     with common.named_as_typed():
         request = Request(
             **budgets, serving=pair_of(serving), linear=linear,
@@ -230,6 +230,10 @@ def compress(
     if trained_in is not None:  # only now that the results are safe, and only what is ours
         clear(trained_in, [EPOCH_FILE])
     notes.forget()
+    _show(result, folder, dry_run=dry_run, json=json)
+
+
+def _show(result: Result, folder: Path | None, *, dry_run: bool, json: bool) -> None:
     if json:
         where = {} if folder is None or dry_run else {"model": str(folder / "compressed.safetensors")}
         common.print_json({**where, **result.report.to_dict()})
