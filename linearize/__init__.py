@@ -11,7 +11,6 @@ from linearize.calibrate import Calibration, calibrate
 from linearize.checkpoint import load, save
 from linearize.collapse import collapse
 from linearize.compress import Result, compress
-from linearize.compress_blockwise import BlockwiseResult, compress_blockwise
 from linearize.convert import convert
 from linearize.errors import (
     CaptureError,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from linearize.analysis.reduce import reduce
     from linearize.analysis.symmetries import hidden_symmetries
     from linearize.analysis.symmetry import Symmetry
+    from linearize.blockwise.verb import BlockwiseResult, compress_blockwise
 
 __all__ = [
     "BenchmarkResult",
@@ -86,22 +86,24 @@ __all__ = [
     "verify",
 ]
 
-# The laboratory is loaded when it is first used: most programs never do.
-_LABORATORY = {
-    "FunctionalDimension": "dimension",
-    "PathLength": "paths",
-    "Symmetry": "symmetry",
-    "average_path_length": "paths",
-    "functional_dimension": "dimension",
-    "hidden_symmetries": "symmetries",
-    "reduce": "reduce",
+# The laboratory and the engine for large models are loaded when they are first used: most programs never do.
+_LATE = {
+    "BlockwiseResult": "blockwise.verb",
+    "FunctionalDimension": "analysis.dimension",
+    "PathLength": "analysis.paths",
+    "Symmetry": "analysis.symmetry",
+    "average_path_length": "analysis.paths",
+    "compress_blockwise": "blockwise.verb",
+    "functional_dimension": "analysis.dimension",
+    "hidden_symmetries": "analysis.symmetries",
+    "reduce": "analysis.reduce",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LABORATORY:
+    if name not in _LATE:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"linearize.analysis.{_LABORATORY[name]}"), name)
+    globals()[name] = getattr(import_module(f"linearize.{_LATE[name]}"), name)
     return globals()[name]
 
 

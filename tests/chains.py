@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import linearize
 from linearize.blockwise import engine, states
+from linearize.blockwise.verb import compress_blockwise
 from linearize.blockwise.work import Work
-from linearize.compress_blockwise import compress_blockwise
 
 
 class Block(nn.Module):

@@ -20,9 +20,9 @@ from linearize import CheckpointError, DataError, UsageError
 from linearize.blockwise.chain import Form, chain_of
 from linearize.blockwise.states import reference_batches
 from linearize.blockwise.told import NotAChain
+from linearize.blockwise.verb import compress_blockwise
 from linearize.cli import run
 from linearize.cli.blockwise import batches_of_tensors
-from linearize.compress_blockwise import compress_blockwise
 from linearize.cost import cost
 from linearize.running.batches import Reading
 from linearize.storage.shards import INDEX

@@ -9,9 +9,9 @@ from typing import Any
 import typer
 from torch import Tensor
 
+from linearize.blockwise.verb import compress_blockwise
 from linearize.cli import common
 from linearize.cli.text import text_for
-from linearize.compress_blockwise import compress_blockwise
 from linearize.data.documents import is_text
 from linearize.errors import DataError, UsageError
 from linearize.storage import tensorfile
