@@ -212,7 +212,6 @@ def test_masks_are_found_in_nested_dicts() -> None:
         (torch.zeros(4, 8).to_sparse(), "layout sparse_coo .*to_dense"),
         (torch.nested.nested_tensor([torch.zeros(3, 8)], layout=torch.jagged), "a nested tensor"),
         (torch.zeros(4, 8, device="meta"), "a tensor without values"),
-        (3, "a batch of type int"),
         ((), "without entries"),
         (3, "a batch of type int"),
     ],

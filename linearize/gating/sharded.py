@@ -15,8 +15,8 @@ from linearize.errors import LinearizeError, UsageError
 __all__ = ["REMEDY", "check_unsharded", "is_sharded", "put", "whole"]
 
 REMEDY = (
-    "Take linearize.integrations.whole_state(model) on all processes, load it into a model with the same gates that is "
-    "not sharded, and go on with that."
+    "Take linearize.integrations.whole_state(model) on all processes, load it into the same model that is not sharded, "
+    "and go on with that."
 )
 
 
