@@ -35,7 +35,9 @@ class Watch:
         here = Path(__file__).resolve()
         own = (str(here.parents[2] / "linearize"), str(here.with_name("file_cases.py")))
         archives = [entry for entry in sys.path if entry.endswith(".zip")]  # of the standard library
-        self.allowed = tuple(os.path.realpath(path) for path in (*paths, *archives, *allowed, *own))
+        # Of a package that is installed from its source: a name that stands in sys.path, where metadata is looked for.
+        finders = [entry for entry in sys.path if entry.startswith("__editable__.")]
+        self.allowed = tuple(os.path.realpath(path) for path in (*paths, *archives, *finders, *allowed, *own))
         self.active = False
         self.seen: dict[str, list[str]] = {}
         self.modules: set[str] = set()
