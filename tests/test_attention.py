@@ -138,6 +138,7 @@ def test_a_plan_says_what_stands_for_an_attention(survey: tuple[nn.Module, Conte
     assert Attentions().replay(places, SitePlan("elsewhere", ATTENTION, ()), None) is None
 
 
+@pytest.mark.slow
 def test_costs_and_losses_are_exact(
     survey: tuple[nn.Module, Context, AttentionPlaces], batches: list[dict[str, Tensor]]
 ) -> None:
@@ -160,6 +161,7 @@ def test_costs_and_losses_are_exact(
             assert found[told].loss == pytest.approx(real_loss(gated, small, batches), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_where_attention_stays_and_why() -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -202,6 +204,7 @@ def test_wide_modules_may_become_one_map() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the covariance has no full rank")
 @pytest.mark.parametrize(("name", "budget"), [("llama", 0.5), ("vit", 0.5), ("bert", 0.5)])
+@pytest.mark.slow
 def test_plans_use_the_new_families_where_they_pay(name: str, budget: float, tmp_path: Path) -> None:
     make: Any = {"llama": llama, "vit": vit, "bert": bert}[name]
     model = make(layers=3)

@@ -101,6 +101,7 @@ def test_an_unreachable_budget_gives_the_cheapest() -> None:
 
 @pytest.mark.parametrize("measure", ["flops", "params", "activations"])
 @pytest.mark.parametrize("fraction", [0.8, 0.5, 0.25])
+@pytest.mark.slow
 def test_the_budget_is_met_and_the_model_verified(
     model: nn.Module, data: Batches, measure: str, fraction: float
 ) -> None:
@@ -131,6 +132,7 @@ def units_left(plan: Plan, total: int) -> float:
     return 1 - sum(len(site.linear) for site in plan.sites) / total
 
 
+@pytest.mark.slow
 def test_a_budget_in_units_is_no_worse_than_other_plans_of_as_many_units(data: Batches) -> None:
     """Refits and skips are options there, too: a line for each channel loses a multiple of that."""
     torch.manual_seed(3)
@@ -400,6 +402,7 @@ def test_without_learning_the_path_ends_in_the_closed_form(model: nn.Module, dat
     torch.testing.assert_close(walked(data[0][0]), cut(data[0][0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_with_its_plan(model: nn.Module, data: Batches, tmp_path: Path) -> None:
     def options(name: str, **more: Any) -> dict[str, Any]:
         return {"epochs": 3, "lr": 1e-2, "gradual": 0.6, "checkpoint_dir": tmp_path / name, **more}
@@ -528,6 +531,7 @@ def test_timm_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Bert", "GPT2"])
+@pytest.mark.slow
 def test_a_stock_model_with_a_true_config(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from linearize.zoo import stock_copy
@@ -559,6 +563,7 @@ def test_a_stock_model_with_a_true_config(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.slow
 def test_tiny_transformers(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     shared = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}

@@ -95,6 +95,7 @@ def test_round_trip_of_transformers_models(name: str, tmp_path: Path) -> None:
     assert_same_function(model.eval(), loaded)
 
 
+@pytest.mark.slow
 def test_gated_and_rewritten_model_in_a_new_process(tmp_path: Path) -> None:
     model: Any = timm.create_model("test_vit", num_classes=5).eval()
     gate(model, "blocks.0.mlp.act", 192)

@@ -55,6 +55,7 @@ def good(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     out = good(capsys, "inspect", "timm:test_vit", *TINY)
     assert "blocks.0.mlp.act" in out
@@ -64,6 +65,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["cost"]["parameters"] > 0
 
 
+@pytest.mark.slow
 def test_inspect_a_file_and_a_callable(capsys: pytest.CaptureFixture[str], files: tuple[str, str]) -> None:
     assert "gelu" in good(capsys, "inspect", files[1])
     assert "relu" in good(capsys, "inspect", f"{__name__}:Toy", "-a", "width=8", "--shape", "4")
@@ -100,6 +102,7 @@ def idx(tmp_path: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_compress_then_use_the_files(capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["compress", "timm:test_vit", *TINY, "--data", idx, "--linear", "0.5", "--batch", "8"]
@@ -123,6 +126,7 @@ def test_compress_then_use_the_files(capsys: pytest.CaptureFixture[str], idx: st
     assert json.loads(shown)["share"] == 0.5
 
 
+@pytest.mark.slow
 def test_compress_to_a_budget_and_a_dry_run(capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path) -> None:
     arguments = ["compress", "timm:test_vit", *TINY, "--data", idx, "--batch", "8", "--train", "1", "--epochs", "0"]
     shown = good(capsys, *arguments, "--flops", "0.7", "--dry-run")
@@ -139,6 +143,7 @@ def test_compress_to_a_budget_and_a_dry_run(capsys: pytest.CaptureFixture[str], 
     assert "2 budgets" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compress_goes_on_where_it_was_interrupted(
     capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +223,7 @@ def test_bad_usage_is_one_line_and_code_2(
     assert captured.out == ""
 
 
+@pytest.mark.slow
 def test_truncated_and_foreign_files(capsys: pytest.CaptureFixture[str], files: tuple[str, str]) -> None:
     path = Path(files[1])
     path.write_bytes(path.read_bytes()[:-100])
@@ -262,6 +268,7 @@ def test_help_with_an_example(command: list[str]) -> None:
         assert f"linearize {command[0]} " in shown.output.partition("Example: ")[2]
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "linearize"]
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)

@@ -190,6 +190,7 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tens
 @pytest.mark.parametrize("when", ["always", "cheaper"])
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
 def test_same_function(name: str, share: float, when: str, dtype: torch.dtype) -> None:
     model, x = made(name, dtype)
     gated, _ = check_chain(model, x, share, when=when)
@@ -214,6 +215,7 @@ def test_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
 def test_each_branch_alone(name: str) -> None:
     """One site linear at a time, and each pair: the columns of the others stay what they were."""
     model, x = made(name)

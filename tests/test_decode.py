@@ -154,6 +154,7 @@ def test_limits_that_cannot_be_kept_give_what_exceeds_them_least() -> None:
 # To a budget
 
 
+@pytest.mark.slow
 def test_a_budget_in_memory_is_met_to_the_byte() -> None:
     model = made()
     before = copy.deepcopy(model.state_dict())
@@ -174,6 +175,7 @@ def test_a_budget_in_memory_is_met_to_the_byte() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_where_the_cache_is_most_of_the_memory_heads_or_attention_go() -> None:
     """With a hundred texts at a time the weights hardly count: only what shortens the cache meets the budget."""
     model = made()
@@ -208,6 +210,7 @@ def test_a_budget_in_time_is_measured_with_the_real_cache(
     assert ("x as fast" in str(outcome)) == ("decode" in budget)
 
 
+@pytest.mark.slow
 def test_several_budgets_are_all_met(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch)
     model = made()
@@ -238,6 +241,7 @@ def test_of_several_budgets_one_that_is_out_of_reach_is_told(monkeypatch: pytest
     assert str(result.report).count("NOT MET") == 1
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch)
     found = linearize.compress(
@@ -329,6 +333,7 @@ def test_models_that_cannot_be_served_so_are_refused(
         linearize.compress(network, data, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_the_command_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made().save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text("abc def ghi. " * 300, encoding="utf-8")
@@ -415,6 +420,7 @@ def test_what_cannot_be_generated_is_refused(options: dict[str, Any], found: str
 # Caches of before
 
 
+@pytest.mark.slow
 def test_a_cache_from_before_layers_went_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = copy.deepcopy(made().config)

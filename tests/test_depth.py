@@ -64,6 +64,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 # What is found
 
 
+@pytest.mark.slow
 def test_chains_of_layers_and_their_projections() -> None:
     wanted = {
         "model.layers.1.mlp.down_proj": (llama, tokens()),
@@ -124,6 +125,7 @@ def test_layers_of_ones_own_and_why_they_stay() -> None:
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, vit])
+@pytest.mark.slow
 def test_a_map_is_merged_exactly_and_the_list_closes_up(make: Any) -> None:
     batch: Any = images() if make is vit else tokens()
     gated = linearize.convert(make(layers=3) if make is not gpt2 else gpt2(), batch).double()
@@ -176,6 +178,7 @@ def without(model: nn.Module, batch: Any, gone: list[int]) -> nn.Module:
     return linearize.collapse(gated)
 
 
+@pytest.mark.slow
 def test_what_is_left_is_a_stock_model_that_generates(tmp_path: Path) -> None:
     model: Any = llama(layers=4)
     small: Any = without(model, tokens(), [0, 2])
@@ -200,6 +203,7 @@ def test_what_is_left_is_a_stock_model_that_generates(tmp_path: Path) -> None:
     assert torch.equal(generated(loaded, cache="static"), generated(small))
 
 
+@pytest.mark.slow
 def test_lists_in_a_configuration_follow(tmp_path: Path) -> None:
     """Layers that look at a window and layers that look at everything keep their kind."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -257,6 +261,7 @@ def test_rows_that_are_far_longer_than_others_are_weighed_down() -> None:
     assert errors["weighed"] < 0.1 * errors["plain"]
 
 
+@pytest.mark.slow
 def test_losses_are_those_that_are_measured_and_a_map_is_better_than_nothing(four: Four) -> None:
     batches, (gated, chain, runs, groups) = four
     losses = {group.sites[0]: group.options[1].loss for group in groups}
@@ -310,6 +315,7 @@ def test_parts_of_the_data_merge_to_the_whole() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the covariance has no full rank")
 @pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.slow
 def test_plans_use_depth_where_it_pays(name: str, tmp_path: Path) -> None:
     make: Any = {"llama": llama, "vit": vit, "bert": bert}[name]
     model = make(layers=3)

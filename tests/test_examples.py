@@ -16,6 +16,7 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -412,6 +412,7 @@ def test_channels_of_a_plan_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.slow
 def test_a_budget_is_met_and_the_result_loads_and_generates(name: str, tmp_path: Path) -> None:
     model, data = MIXTURES[name](), texts(3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -450,6 +451,7 @@ def test_a_budget_is_met_and_the_result_loads_and_generates(name: str, tmp_path:
         assert off(logits(plain, data[0]), logits(small, data[0])) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_plan_is_carried_out_again() -> None:
     model, data = mixtral(num_hidden_layers=1), texts(2)
     asked: dict[str, Any] = {"families": ["experts"], **QUIET}
@@ -474,6 +476,7 @@ def test_a_plan_is_carried_out_again() -> None:
             MixturesOfExperts().replay(places, wrong, None)
 
 
+@pytest.mark.slow
 def test_a_list_of_modules_becomes_shorter(tmp_path: Path) -> None:
     model, data = net(), points()
     result = linearize.compress(model, data, params=0.6, families=["experts"], **QUIET)

@@ -183,6 +183,7 @@ def test_formats_are_told_apart_and_near_ones_exist() -> None:
         assert set({**made.writes, **made.runs}.values()) <= {"onnx", "openvino", "gguf", "transformers", "executorch"}
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("onnxscript") is None:
         pytest.skip("needs the extra onnx")

@@ -56,6 +56,7 @@ def test_every_field_of_the_config(tmp_path: Path) -> None:
     assert not any(".layers.2.self_attn" in name or ".layers.3.mlp" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_config_is_read_as_attributes_without_linearize(tmp_path: Path) -> None:
     linearize.export(mixed(), tmp_path / "folder", format="decilm")
     found = elsewhere(
@@ -101,6 +102,7 @@ def test_reading_back_can_fail(tmp_path: Path) -> None:
     assert off(model(**batch).logits, other(**batch).logits) > 1e-3
 
 
+@pytest.mark.slow
 def test_refusals(tmp_path: Path) -> None:
     def refuse(model: nn.Module, match: str) -> None:
         with pytest.raises(ExportError, match=match):

@@ -87,6 +87,7 @@ def test_greedy_tokens_against_generate(tmp_path: Path) -> None:
         assert (off(logits, told) < 1e-4) is same
 
 
+@pytest.mark.slow
 def test_what_compress_makes_with_skips_and_biases(tmp_path: Path) -> None:
     """Linear channels of a gated unit are ordinary ones whose gate is a constant."""
     model = llama(num_hidden_layers=3)
@@ -196,6 +197,7 @@ def test_an_encoder_gives_the_same_states(act: str, tmp_path: Path) -> None:
         assert (off(each(torch.tensor([ids])).last_hidden_state[0], found) < 1e-2) is same
 
 
+@pytest.mark.slow
 def test_an_encoder_that_became_narrower(tmp_path: Path) -> None:
     """Of equal widths, as `uniform=True` keeps them; of others, refused with the layer."""
     data = [{"input_ids": IDS}] * 3

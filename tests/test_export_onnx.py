@@ -56,6 +56,7 @@ def kinds(path: Path) -> set[str]:
     return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
 
 
+@pytest.mark.slow
 def test_merged_layers_add_slices_and_joins_and_nothing_else(folder: Path) -> None:
     """Beside the file that the test above has left."""
     linearize.export(small("vit")[0], folder / "before.onnx", format="onnx", check=False)
@@ -153,6 +154,7 @@ def test_step_by_step_the_tokens_are_those_of_generate(name: str, tmp_path: Path
     assert outputs["present.1.value"][2] in ("past + length", "length + past")
 
 
+@pytest.mark.slow
 def test_a_layer_without_attention_has_no_entry(tmp_path: Path) -> None:
     """As planning leaves it: the layers behind it are numbered anew."""
     model = llama()

@@ -22,6 +22,7 @@ from tests.exported import IDS, bert, collapsed, elsewhere, off, small, transfor
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 def test_everything_that_transformers_does_without_linearize(tmp_path: Path) -> None:
     """Logits, generate, a training step of the Trainer, and a folder written again."""
     original, model = small("llama")

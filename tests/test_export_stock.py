@@ -29,6 +29,7 @@ def vocabulary(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_from_pretrained_and_a_pipeline_without_linearize(tmp_path: Path) -> None:
     model = transformer("BertForMaskedLM", "BertConfig")
     result = compress(model, [BATCH] * 3, flops=0.8, stock=True, **QUIET)
@@ -62,6 +63,7 @@ def test_from_pretrained_and_a_pipeline_without_linearize(tmp_path: Path) -> Non
     assert found["best"].tolist() == masked.topk(5).indices.tolist()
 
 
+@pytest.mark.slow
 def test_a_timm_model_of_other_arguments(tmp_path: Path) -> None:
     model = vit()
     images = torch.randn(20, 3, 32, 32)

@@ -43,6 +43,7 @@ def widths(model: Any) -> list[int]:
     return [layer.mlp.up_proj.out_features for layer in model.model.layers]
 
 
+@pytest.mark.slow
 def test_gguf_gets_ordinary_layers_of_their_own_widths() -> None:
     model = llama(num_hidden_layers=3)
     nn.init.normal_(model.model.layers[1].mlp.down_proj.weight, std=1e-3)  # what matters little may go first
@@ -54,6 +55,7 @@ def test_gguf_gets_ordinary_layers_of_their_own_widths() -> None:
     assert FORMATS["stock"].can(small) is not None
 
 
+@pytest.mark.slow
 def test_without_a_target_the_same_budget_takes_what_gguf_has_not() -> None:
     """The negative control."""
     small = compress(llama(num_hidden_layers=3), DATA, flops=0.7, **QUIET).model

@@ -131,6 +131,7 @@ def _by_hand(module: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
+@pytest.mark.slow
 def test_reparameterised_by_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
     from timm.utils import reparameterize_model

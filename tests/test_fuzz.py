@@ -17,6 +17,7 @@ SEEDS = range(int(os.environ.get("LINEARIZE_FUZZ_FROM", "0")), int(os.environ.ge
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("start", SEEDS[::10])
+@pytest.mark.slow
 def test_random_networks(start: int) -> None:
     seeds = range(start, min(start + 10, SEEDS.stop))
     found = tally_of(seeds, feature=None)

@@ -72,6 +72,7 @@ def _off(found: Tensor, expected: Tensor) -> float:
 # What is found
 
 
+@pytest.mark.slow
 def test_heads_are_found_in_every_layout() -> None:
     found = {layout: [place.attention for place in prepared(layout)[1]] for layout in LAYOUTS}
     assert all(len(some) == 2 and not any(one.reason for one in some) for some in found.values())
@@ -125,6 +126,7 @@ def test_attention_of_ones_own_and_why_it_stays() -> None:
     assert heads_of(linearize.convert(hooked, x), x)[0] == []
 
 
+@pytest.mark.slow
 def test_reasons_are_told_for_libraries_models(recwarn: pytest.WarningsRecorder) -> None:
     import timm
 
@@ -231,6 +233,7 @@ def test_a_model_of_ones_own_is_saved_with_its_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["grouped", "one group", "packed, transposed", "packed, images"])
+@pytest.mark.slow
 def test_costs_are_exact(layout: str) -> None:
     make, data = LAYOUTS[layout]
     batch, model = data(), make()
@@ -249,6 +252,7 @@ def test_costs_are_exact(layout: str) -> None:
     assert bool(place.cached) == (layout in ("grouped", "one group", "packed, transposed"))
 
 
+@pytest.mark.slow
 def test_the_predicted_loss_is_about_the_measured_one_and_refitting_helps() -> None:
     model, batches = llama(layers=2), [tokens(16, 12, seed) for seed in range(12)]
     gated = linearize.convert(model, batches[0])
@@ -297,6 +301,7 @@ def test_parts_of_the_data_merge_to_the_whole() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the covariance has no full rank")
 @pytest.mark.parametrize(("layout", "budget"), [("grouped", 0.85)])
+@pytest.mark.slow
 def test_plans_use_heads_where_they_pay(layout: str, budget: float, tmp_path: Path) -> None:
     make, data = LAYOUTS[layout]
     model, batches = make(), [data(8, seed=seed) for seed in range(4)]

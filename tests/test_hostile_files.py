@@ -127,6 +127,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_nothing_reaches_out(forge: Forge, tmp_path: Path) -> None:
     bait = tmp_path / "bait"
     bait.mkdir()

@@ -457,6 +457,7 @@ def test_lora_on_a_collapsed_model() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.slow
 def test_adapters_on_the_way_in_are_named_and_merged() -> None:
     """Sites whose maps have adapters beside them stay, with that reason; merged first, they are like any other."""
     peft = pytest.importorskip("peft")

@@ -94,6 +94,7 @@ def test_the_target_is_reached_and_logged(tmp_path: Path) -> None:
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks, "taken off again"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Task()

@@ -115,6 +115,7 @@ def left(model: nn.Module, batch: Tensor, original: nn.Module, measure: str) -> 
         ("vit", "params", 0.8, "gates"),
     ],
 )
+@pytest.mark.slow
 def test_the_budget_is_met_exactly_and_nothing_of_the_users_changes(
     network: str, measure: str, share: float, method: Any, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_the_budget_is_met_exactly_and_nothing_of_the_users_changes(
     assert_same_outputs(result.model, again, lambda net: [net.eval()(data[0][0])])
 
 
+@pytest.mark.slow
 def test_what_is_told() -> None:
     options: Any = {"flops": 0.4, "finetune": {"epochs": 3, "lr": 1e-3}, **LITTLE}
     model, data = mlp(), vectors()

@@ -353,6 +353,7 @@ def test_maps_that_follow_each_other_become_one(data: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.slow
 def test_replaced_is_collapsed_is_saved_is_loaded_in_a_new_process(
     data: list[Tensor], tmp_path: Path, dtype: torch.dtype
 ) -> None:
@@ -487,6 +488,7 @@ def test_shares_are_measured_inside_the_model() -> None:
 # From end to end
 
 
+@pytest.mark.slow
 def test_compress_takes_the_modules_that_do_little(data: list[Tensor], tmp_path: Path) -> None:
     model = network(1.0, 0.01, 1.0)
     result: Any = compress(model, data, flops=0.5, **QUIET)
@@ -528,6 +530,7 @@ def test_a_plan_for_modules_of_another_model_is_refused(data: list[Tensor]) -> N
         compress(nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3)), data, plan=plan, **QUIET)
 
 
+@pytest.mark.slow
 def test_equal_widths_and_plain_layers_leave_modules_alone(data: list[Tensor]) -> None:
     some: list[dict[str, Any]] = [{"uniform": True}, {"stock": True}, {"modules": False}]
     for options in some:

@@ -272,6 +272,7 @@ class Heads(nn.Module):
         return {"logits": self.heads["logits"](h), "deep": [{"tags": self.heads["tags"](h)}, (self.heads["boxes"](h),)]}
 
 
+@pytest.mark.slow
 def test_the_projection_is_the_second_derivative_of_the_distance() -> None:
     """Mean of g g^T over many draws against the Hessian of the distance, by a shift of the trunk's output."""
     torch.manual_seed(1)
@@ -384,6 +385,7 @@ def test_the_main_part() -> None:
     assert main_part({"features": torch.ones(3), "head": {"logits": torch.ones(2)}}).name == "head.logits"
 
 
+@pytest.mark.slow
 def test_the_command_line_chooses_parts(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
     sizes = ["-a", "img_size=8", "-a", "patch_size=4", "-a", "depth=1", "-a", "in_chans=1"]

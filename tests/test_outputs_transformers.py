@@ -75,6 +75,7 @@ def test_a_segmentation_has_its_classes_on_the_second_axis() -> None:
     assert parts_of(model, {"pixel_values": torch.randn(2, 3, 64, 64)}) == {"logits": ("classes", 1)}
 
 
+@pytest.mark.slow
 def test_a_reranker_keeps_what_it_says() -> None:
     model = bert("BertForSequenceClassification", num_labels=1)
     data = texts()
@@ -106,6 +107,7 @@ def test_both_ends_of_a_span_are_distilled() -> None:
 
 
 @pytest.mark.parametrize(("name", "length"), [("T5", 5), ("T5", 7), ("Bart", 5), ("Marian", 7)])
+@pytest.mark.slow
 def test_batches_as_collators_make_them(name: str, length: int) -> None:
     sizes = {"vocab_size": 60, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0}
     heads = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -135,6 +137,7 @@ def test_batches_as_collators_make_them(name: str, length: int) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_encodings_become_dicts() -> None:
     model = bert("BertForSequenceClassification", num_labels=3)
     data = [transformers.BatchEncoding(batch) for batch in texts()]

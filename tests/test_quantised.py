@@ -80,6 +80,7 @@ def test_a_quantised_layer_is_a_boundary(kind: type[nn.Module]) -> None:
     assert result.plan["5"].form != "unchanged"
 
 
+@pytest.mark.slow
 def test_torchao() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     config = quantization.Int8WeightOnlyConfig()

@@ -51,6 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_compress_wherever_it_was_stopped(way: str, tmp_path: Path) -> None:
     lines: list[str] = []
     whole = toys.compress_job(None, progress=lines.append, **WAYS[way])
@@ -70,6 +71,7 @@ def shuffled(own: bool) -> DataLoader[Any]:
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("line", ["options", "plan", "refit", "fine-tune", "epoch 1"])
+@pytest.mark.slow
 def test_compress_on_shuffled_data(own: bool, line: str, tmp_path: Path) -> None:
     def job(folder: Path | None, say: Any = False, batches: Any = None) -> dict[str, Any]:
         options: dict[str, Any] = {"flops": 0.6, "search": 1, "rounds": 0, "cache": False, "sequential": True}
@@ -155,6 +157,7 @@ def test_damaged_checkpoints_are_left_out_with_a_line(tmp_path: Path, caplog: py
     assert all("is damaged and left out" in record.message for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_a_damaged_plan_is_made_again(tmp_path: Path) -> None:
     whole = toys.compress_job(None)
     with pytest.raises(Stop):

@@ -93,6 +93,7 @@ def test_what_is_reached_is_measured_there(clock: Clock) -> None:
     assert set(runtime.models) - {"Sequential", "Identity"}, "layers by themselves"
 
 
+@pytest.mark.slow
 def test_real_runtimes_measure_real_models(name: str) -> None:
     """A hundred times as much work takes longer, wherever it is done, on any number of samples."""
     made = linearize.benchmark((net(1024), net(8)), DATA[0], runtime=name, rounds=3, batch_sizes=[1, 64])

@@ -98,6 +98,7 @@ def _compressed(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:.*the covariance has no full rank")
+@pytest.mark.slow
 def test_a_plan_and_its_model_are_as_they_were(name: str) -> None:
     before = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     now = _compressed(name)

@@ -93,6 +93,7 @@ def test_gated_is_collapsed(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("with_source", "least"), [(True, 15), (False, 2)])
+@pytest.mark.slow
 def test_most_networks_get_gates(with_source: bool, least: int) -> None:
     """Otherwise the tests above would show nothing."""
     made = [stateful(seed) for seed in range(20)]

@@ -51,6 +51,7 @@ CASES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_compressed_model_loads_by_itself(name: str, tmp_path: Path) -> None:
     build, batch, places = CASES[name]
     model = build()

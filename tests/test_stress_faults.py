@@ -19,6 +19,7 @@ def seeded(seed: int) -> random.Random:
 
 
 @pytest.mark.parametrize(("part", "count"), [("checkpoint", 10), ("notes", 5)])
+@pytest.mark.slow
 def test_damaged_files(part: str, count: int, tmp_path: Path) -> None:
     found = faults.run(part, count, faults.Tally(), tmp_path)
     assert sum(found.outcomes.values()) == count

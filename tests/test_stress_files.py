@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 NOTHING = ("code", "network", "prompts", "reads", "foreign", "hang", "too much memory")
 
 
+@pytest.mark.slow
 def test_a_slice(tmp_path: Path) -> None:
     found = sweep({"file": 120, "plan": 60, "cache": 60}, 1, tmp_path / "found.json")
     bad = json.dumps(found["bad"], indent=1)
