@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from linearize import bench
+from tests import browser
 
 
 class Clock:
@@ -80,3 +81,12 @@ def heights(axes: Any) -> list[float]:
 def widths(axes: Any) -> list[float]:
     """The lengths of lying bars."""
     return [float(bar.get_width()) for bar in axes.patches]
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Any]:
+    """A real browser, to look at pages with."""
+    if browser.PROGRAM is None:
+        pytest.skip("no Chromium here; html.parser has checked the page")
+    with browser.browser() as opened:
+        yield opened

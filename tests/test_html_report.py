@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -212,14 +210,6 @@ def test_a_write_that_fails_leaves_the_old_page(
         result.report.save(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Any]:
-    if browser.PROGRAM is None:
-        pytest.skip("no Chromium here; html.parser has checked the page")
-    with browser.browser() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("width", [390, 1280])

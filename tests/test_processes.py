@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.ranks import run_ranks
 from tests.several import batches, calibrated, planned
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(count: int, folder: Path, *cases: str) -> list[dict[str, Any]]:
     """What each of some processes came to, by case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(count):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment = {**os.environ, **place, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", "tests.several", *cases, str(folder)]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-    for process in started:
-        process.wait(timeout=300)
+    run_ranks("tests.several", count, *cases, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 

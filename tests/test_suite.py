@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,6 @@ from linearize.suite.page import suite_page
 from linearize.suite.powercap import PowerCap, clock_mhz, throttled
 from linearize.suite.results import records_of
 from linearize.suite.run import run_suite
-from tests import browser
 from tests.pages import HOSTILE, Page, check_alone, check_shown
 
 SUITES = sorted((Path(__file__).parent.parent / "benchmarks" / "suites").glob("*.yaml"))
@@ -707,14 +706,6 @@ def test_names_of_strangers(clock: Time, tmp_path: Path) -> None:
     assert HOSTILE in page.text
     rows = list(csv.DictReader(io.StringIO(to_csv(machines))))
     assert [row["model"] for row in rows] == ["original", HOSTILE, "'=1+1"]
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Any]:
-    if browser.PROGRAM is None:
-        pytest.skip("no Chromium here; html.parser has checked the page")
-    with browser.browser() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])

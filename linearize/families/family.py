@@ -20,7 +20,10 @@ from linearize.plan import Form, SitePlan
 from linearize.running.passes import Collector
 from linearize.training.slots import Slot
 
-__all__ = ["Context", "Family", "Layers", "Movable", "Replayed"]
+REMAKE = "Make the plan from this model."
+"""The remedy where a plan is of another model."""
+
+__all__ = ["REMAKE", "Context", "Family", "Layers", "Movable", "Replayed"]
 
 
 @dataclass

@@ -5,7 +5,7 @@ Weights are random and large, so that no mistake hides behind a small one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from linearize.graph import capture
 from linearize.graph.capture import Inputs
 from linearize.graph.protect import untouched
-from linearize.running.models import device_of, evaluating, move
+from linearize.running.models import batches_of, call, device_of, eagerly, evaluating, move
 
-__all__ = ["TOLERANCE", "apart", "outputs_of", "roughened"]
+__all__ = ["TOLERANCE", "apart", "outputs_of", "roughened", "run_watched"]
 
 TOLERANCE = 1e-2
 """Of what a change does to an output: rounding is far below, and what a wrong reading does far above."""
@@ -54,6 +54,30 @@ def outputs_of(model: nn.Module, inputs: Inputs, around: AbstractContextManager[
     args, kwargs = move(inputs, device_of(model), kinds[0] if kinds else None)
     with evaluating(model), untouched(model), around or nullcontext():
         return capture.tensors_of(model(*args, **kwargs))
+
+
+def run_watched(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., None]]], batch: Any) -> None:
+    """Run a model once in eval mode, and show hooks what modules are given and give; nothing about it changes.
+
+    Args:
+        model: any.
+        hooks: modules of it, each with a function of (module, args, kwargs, output).
+        batch: as for `linearize.convert`.
+
+    Examples:
+        >>> seen = []
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> run_watched(net, [(net[0], lambda _, args, kwargs, output: seen.append(output.shape))], torch.ones(1, 2))
+        >>> seen
+        [torch.Size([1, 3])]
+    """
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    try:
+        with eagerly(), evaluating(model), untouched(model):
+            call("model", model, batches_of(batch)[0])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def apart(whole: Sequence[Tensor], expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from linearize.errors import CollapseError, UsageError
+from linearize.families.family import REMAKE
 from linearize.families.option import SiteChoice
 from linearize.families.registry import family_of
 from linearize.gating.gate import ChannelGate, gates
@@ -32,7 +33,6 @@ from linearize.training.distance import check_seen
 __all__ = ["decided", "surveyed", "to_budget"]
 
 _log = logging.getLogger(__name__)
-_REMEDY = "Make the plan from this model."
 
 
 def to_budget(job: Job, request: Request) -> Made:
@@ -181,7 +181,7 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
             _check_site(site, named[site.site])
         again = family.replay(found.places[family.name], site, named.get(site.site))
         if again is None and site.site not in named:
-            raise UsageError(site.site, "is in the plan, but not in the model", _REMEDY)
+            raise UsageError(site.site, "is in the plan, but not in the model", REMAKE)
         if again is not None:
             choices[site.site] = again.choice
             if again.keep is not None:
@@ -205,6 +205,6 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
 def _check_site(site: SitePlan, gate: ChannelGate) -> None:
     """Whether the plan of a site is for this model."""
     if site.channels and site.channels != gate.channels:
-        raise UsageError(site.site, f"has {site.channels} channels in the plan and {gate.channels} here", _REMEDY)
+        raise UsageError(site.site, f"has {site.channels} channels in the plan and {gate.channels} here", REMAKE)
     if site.linear and max(site.linear) >= gate.channels:
-        raise UsageError(site.site, f"found channel {max(site.linear)} of {gate.channels} in the plan", _REMEDY)
+        raise UsageError(site.site, f"found channel {max(site.linear)} of {gate.channels} in the plan", REMAKE)

@@ -16,6 +16,7 @@ from linearize.families.depth.apply import skip_layers
 from linearize.families.depth.place import Chain, Layer
 from linearize.families.enclosing import free, is_in, meddled
 from linearize.families.reading import read
+from linearize.families.trials import run_watched
 from linearize.gating.gate import ChannelGate
 from linearize.graph.capture import Capture, Inputs, capture, shape, tensors_of, users
 from linearize.graph.dryrun import first_line
@@ -25,7 +26,7 @@ from linearize.graph.problem import Dead
 from linearize.graph.protect import untouched
 from linearize.graph.walk import Walker
 from linearize.running.copies import duplicate
-from linearize.running.models import batches_of, call, eagerly, evaluating
+from linearize.running.models import batches_of, call, evaluating
 from linearize.sites.site import Port
 from linearize.zoo.layers import close_up
 
@@ -128,14 +129,7 @@ def _calls(model: nn.Module, modules: Sequence[nn.Module], batch: Any) -> list[_
 
         return hook
 
-    with eagerly(), evaluating(model), untouched(model):
-        pairs = zip(modules, found, strict=True)
-        handles = [module.register_forward_hook(see(seen), with_kwargs=True) for module, seen in pairs]
-        try:
-            call("model", model, batches_of(batch)[0])
-        finally:
-            for handle in handles:
-                handle.remove()
+    run_watched(model, [(module, see(seen)) for module, seen in zip(modules, found, strict=True)], batch)
     return found
 
 

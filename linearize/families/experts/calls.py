@@ -15,9 +15,10 @@ from linearize.families.enclosing import is_in
 from linearize.families.experts.layout import numbers_for
 from linearize.families.experts.place import Experts, Key
 from linearize.families.experts.twin import first_tensor, without
+from linearize.families.trials import run_watched
 from linearize.graph.dryrun import first_line
 from linearize.graph.protect import untouched
-from linearize.running.models import batches_of, call, eagerly, evaluating
+from linearize.running.models import evaluating
 from linearize.tensors import oddity
 
 __all__ = ["Call", "called", "calls_of", "checked"]
@@ -57,15 +58,7 @@ def calls_of(model: nn.Module, paths: Iterable[str], batch: Any) -> dict[str, Ca
 
         return hook
 
-    with eagerly(), evaluating(model), untouched(model):
-        handles = [
-            model.get_submodule(path).register_forward_hook(see(seen), with_kwargs=True) for path, seen in found.items()
-        ]
-        try:
-            call("model", model, batches_of(batch)[0])
-        finally:
-            for handle in handles:
-                handle.remove()
+    run_watched(model, [(model.get_submodule(path), see(seen)) for path, seen in found.items()], batch)
     return found
 
 

@@ -17,7 +17,7 @@ from linearize.families.experts.fit import Curve, curve_of
 from linearize.families.experts.options import EXPERTS, NARROWER, agreed, experts_groups, split
 from linearize.families.experts.place import Experts
 from linearize.families.experts.remarks import remarks
-from linearize.families.family import Context, Family, Layers, Replayed
+from linearize.families.family import REMAKE, Context, Family, Layers, Replayed
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import ChannelGate
 from linearize.gating.groups import groups_of
@@ -26,8 +26,6 @@ from linearize.running.models import device_of
 from linearize.running.passes import Collector
 
 __all__ = ["ExpertPlaces", "MixturesOfExperts"]
-
-_REMEDY = "Make the plan from this model."
 
 
 @dataclass
@@ -149,7 +147,7 @@ class MixturesOfExperts(Family):
             found = (
                 f"found {len(gone)} of {site.channels} gone; it has {units}, of which {place.least} experts must stay"
             )
-            raise UsageError(site.site, found, _REMEDY)
+            raise UsageError(site.site, found, REMAKE)
         return Replayed(SiteChoice(site.site, units - len(gone), form=site.form, gone=gone))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.algebra.regression import Fit
 from linearize.errors import UsageError
-from linearize.families.family import Context, Family, Layers, Replayed
+from linearize.families.family import REMAKE, Context, Family, Layers, Replayed
 from linearize.families.heads.apply import record_steps, slice_heads, without_heads
 from linearize.families.heads.collect import HeadsCollector
 from linearize.families.heads.find import heads_of, told
@@ -24,8 +24,6 @@ from linearize.running.passes import Collector
 from linearize.tensors import held
 
 __all__ = ["AttentionHeads", "HeadPlaces"]
-
-_REMEDY = "Make the plan from this model."
 
 
 @dataclass
@@ -107,7 +105,7 @@ class AttentionHeads(Family):
         gone = site.dropped
         if site.channels != place.units or not 0 < len(gone) < place.units:
             found = f"found {len(gone)} of {site.channels} units gone; it has {place.units}"
-            raise UsageError(site.site, found, _REMEDY)
+            raise UsageError(site.site, found, REMAKE)
         return Replayed(SiteChoice(site.site, place.units - len(gone), form=HEADS, gone=tuple(gone)))
 
 
