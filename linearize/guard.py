@@ -130,7 +130,7 @@ def _carded(place: Path, folder: Path, model: nn.Module) -> list[Path]:
     how = (
         "" if hasattr(model, "config") or hasattr(model, "pretrained_cfg") else " Pass model= for a class of your own."
     )
-    text = f"A {name} that [linearize](https://pypi.org/project/linearize/) has changed.{how}"
+    text = f"A {name} that linearize has changed.{how}"
     card = place / _CARD
     card.write_text(f"{front_matter(model, 'linearize')}\n\n{text}\n\n```python\n{code}\n```\n", encoding="utf-8")
     return [card]

@@ -35,7 +35,7 @@ def card_of(
         report: what `compress` measured, if it is known.
     """
     what = f"A {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters, "
-    what += f"as {chosen.name}, written by [linearize](https://pypi.org/project/linearize/) {__version__}."
+    what += f"as {chosen.name}, written by linearize {__version__}."
     lines = [front_matter(model, chosen.library), f"# {name}", what]
     lines += ["## How to load it", f"```python\n{chosen.usage(model).replace('NAME', name)}\n```"]
     lines += ["## What it is", render_markdown(["", ""], [[key, str(value)] for key, value in facts.items()])]
