@@ -13,11 +13,11 @@ from torch.nn import functional
 import linearize
 from linearize.compress import compress
 from linearize.families.blocks.apply import replace_block
-from linearize.families.blocks.collect import observe_blocks
 from linearize.families.blocks.find import blocks_of
 from linearize.families.blocks.fit import fit_block
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
+from tests.observing import observe_blocks
 from tests.processors import assert_same_outputs, assert_same_tensors
 from tests.toys import QUIET
 

@@ -18,7 +18,6 @@ import linearize
 from linearize.compress import compress
 from linearize.errors import UsageError
 from linearize.families.modules.apply import replace_wholes
-from linearize.families.modules.collect import observe_wholes
 from linearize.families.modules.find import wholes_of
 from linearize.families.modules.fit import WholeFit, fit_whole
 from linearize.families.modules.options import WHOLE
@@ -32,6 +31,7 @@ from linearize.planning.timing.enclosing import with_enclosing_latencies
 from linearize.planning.timing.in_place import shares_in_place
 from linearize.surgery.only import OnlyLinear
 from linearize.training.distance import losses_with
+from tests.observing import observe_wholes
 from tests.processors import assert_same_outputs, assert_same_tensors, moved
 from tests.toys import QUIET
 

@@ -5,7 +5,6 @@ Gates, partial activations and masked activations count as one unit each. The ac
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -160,9 +159,3 @@ def check_weighting(weighting: str) -> bool:
         UsageError: it is neither.
     """
     return checks.choice("weighting", weighting, ("normalized", "unnormalized")) == "normalized"
-
-
-def positions_of(unit: Unit) -> int:
-    """Values per channel in the captured inputs."""
-    sizes = shape(unit.output) or (1,)
-    return math.prod(sizes) // max(1, unit.channels)

@@ -265,8 +265,3 @@ def shape(node: Any) -> tuple[int, ...] | None:
         return None
     sizes = tuple(value.shape)
     return sizes if all(isinstance(size, int) for size in sizes) else None
-
-
-def tensor_args(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes among an op's arguments, lists included, in order."""
-    return iter(node.all_input_nodes)

@@ -87,11 +87,6 @@ def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
         )
 
 
-def _rounds(request: Request) -> int:
-    """Measurements of a latency that a plan rests on."""
-    return max(3, request.rounds)
-
-
 def _searched(job: Job, found: Survey, request: Request) -> Survey:
     if not request.search:
         return found

@@ -140,15 +140,11 @@ def _in_onnxruntime(path: Path, batch: Inputs) -> Callable[[], Any]:
 
 
 def _in_openvino(path: Path, batch: Inputs) -> Callable[[], Any]:
-    """A compiled model that computes in float32, as its proof when exporting does."""
-    import openvino
-
+    """The same session in which an export is proven and latencies are measured."""
     from linearize.export.batches import tensors_in
+    from linearize.export.openvino import OvSession
 
-    tensors = tensors_in(batch)
-    strange = next((tensor.dtype for tensor in tensors if tensor.dtype == torch.bfloat16), None)
+    strange = next((tensor.dtype for tensor in tensors_in(batch) if tensor.dtype == torch.bfloat16), None)
     if strange is not None:
         raise LeftOut(f"OpenVINO takes no inputs of {strange} from Python")
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    made = openvino.Core().compile_model(str(path), "CPU", settings)
-    return partial(made, [tensor.detach().numpy() for tensor in tensors])
+    return OvSession(path).run(batch)

@@ -12,7 +12,7 @@ from torch import nn
 
 from linearize.errors import CheckpointError
 
-__all__ = ["ATTRIBUTES", "SETTINGS", "fewer_in", "number_at", "numbers_of", "set_attributes"]
+__all__ = ["ATTRIBUTES", "SETTINGS", "fewer_in", "numbers_of", "set_attributes"]
 
 ATTRIBUTES = "Attributes"
 SETTINGS = "Settings"
@@ -36,11 +36,6 @@ def numbers_of(module: nn.Module) -> dict[str, int]:
         elif type(value) in (tuple, list) and value and all(type(part) is int for part in value):
             found |= {f"{name}.{index}": part for index, part in enumerate(value)}
     return found
-
-
-def number_at(module: nn.Module, name: str) -> int | None:
-    """One of these numbers; None if there is none of that name."""
-    return numbers_of(module).get(name)
 
 
 def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:

@@ -22,7 +22,6 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 _ONE = 1.2784645427610738  # where x * sigmoid(x) is 1
 _ATTENTION = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
-_FFN = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 
 
 @dataclass(frozen=True)

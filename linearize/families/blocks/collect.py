@@ -6,7 +6,7 @@ Shape letters: I inputs and O outputs of the block, k kernel, R rows (positions)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,10 @@ from torch.nn import functional
 from linearize.algebra.affine import pad_same
 from linearize.algebra.covariance import Covariance
 from linearize.families.blocks.find import Block
-from linearize.running.models import device_of
-from linearize.running.passes import Moment, run_passes
+from linearize.running.passes import Moment
 from linearize.running.rows import Wanted, batched
-from linearize.training.probes import projection
 
-__all__ = ["BlockCollector", "observe_blocks"]
+__all__ = ["BlockCollector"]
 
 
 @dataclass
@@ -110,20 +108,6 @@ class BlockCollector:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state`."""
         self.block.restore(state, self.device)
-
-
-def observe_blocks(
-    model: nn.Module,
-    batches: Iterable[Any],
-    blocks: Sequence[Block],
-    *,
-    seed: int = 0,
-    memory: float = 2e9,
-    progress: bool = False,
-) -> None:
-    """Gather statistics of blocks. A block whose shape differs from the expected one has no rows afterwards."""
-    collectors = [BlockCollector(block, device_of(model)) for block in blocks]
-    run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress)
 
 
 def _patches(block: Block, x: Tensor, kernel: int, size: tuple[int, ...], place: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ Shape letters: I inputs and O outputs of the module, R rows (positions).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from linearize.algebra.covariance import Covariance
 from linearize.families.modules.place import Whole
-from linearize.running.models import device_of
-from linearize.running.passes import Moment, run_passes
+from linearize.running.passes import Moment
 from linearize.running.rows import Wanted, rows_of
-from linearize.training.probes import projection
 
-__all__ = ["ModuleCollector", "observe_wholes"]
+__all__ = ["ModuleCollector"]
 
 
 @dataclass
@@ -112,17 +110,3 @@ class ModuleCollector:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state`."""
         self.whole.restore(state, self.device)
-
-
-def observe_wholes(
-    model: nn.Module,
-    batches: Iterable[Any],
-    wholes: Sequence[Whole],
-    *,
-    seed: int = 0,
-    memory: float = 2e9,
-    progress: bool = False,
-) -> None:
-    """Gather the statistics of whole modules."""
-    collectors = [ModuleCollector(whole, device_of(model)) for whole in wholes]
-    run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress)
