@@ -42,7 +42,7 @@ from linearize.storage.folders import make_folder
 from linearize.storage.lock import alone_in
 from linearize.summary import summary
 
-__all__ = ["Result", "carried_out"]
+__all__ = ["Result", "carried_out", "check_request"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,23 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         report = report_of(models, batches, example, request, steps, made.history, runtime)
         prove_fit(made.small, example, stock=request.stock, target=request.target)
         return _result(made.small, made, report), notes
+
+
+def check_request(model: nn.Module, data: Iterable[Any], request: Request) -> None:
+    """Check what a model cannot be made into, before anything else is done with it, such as a first training.
+
+    Raises:
+        LinearizeError: a format cannot hold it, or it cannot be served as a budget asks.
+    """
+    expect_fit(model, stock=request.stock, target=request.target)
+    if not request.served:
+        return
+    repeated = Repeated(data, request.seed)
+    with randomness_kept():
+        try:
+            check_served(model, some_batches(model, Reading(model, repeated, request.output))[0], request)
+        finally:
+            repeated.restore()
 
 
 def _result(model: nn.Module, made: Made, report: Report) -> Result:

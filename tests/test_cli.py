@@ -143,6 +143,18 @@ def test_compress_to_a_budget_and_a_dry_run(capsys: pytest.CaptureFixture[str], 
     assert "2 budgets" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value", "why"), [("--decode", "1.5", "generate"), ("--target", "gguf", "gguf")])
+def test_what_a_model_cannot_become_is_said_before_it_is_trained(
+    capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path, option: str, value: str, why: str
+) -> None:
+    arguments = ["compress", "timm:test_vit", *TINY, "--data", idx, "--batch", "8", "--train", "1"]
+    budget = [] if option == "--decode" else ["--flops", "0.8"]
+    assert run([*arguments, *budget, option, value, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert why in told.err.splitlines()[-1]
+    assert "epoch" not in told.out + told.err
+
+
 @pytest.mark.slow
 def test_compress_goes_on_where_it_was_interrupted(
     capsys: pytest.CaptureFixture[str], idx: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from linearize.checkpoint import save
 from linearize.cli import blockwise, common
 from linearize.cli.opened import folder_for, is_random, opened, parts_of, required
 from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of
-from linearize.compression import Result, carried_out
+from linearize.compression import Result, carried_out, check_request
 from linearize.data.documents import is_text
 from linearize.errors import UsageError
 from linearize.finetune import finetune
@@ -212,6 +212,7 @@ def compress(
     evaluate = evaluation_of(network, source)
     trained_in: Path | None = None
     if first:
+        check_request(network, source.train, request)
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
         rate = _RATE if lr is None else lr
         facts = facts_of(Repeated(source.train, seed))
