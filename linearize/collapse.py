@@ -10,7 +10,7 @@ from torch import nn
 from linearize import checks
 from linearize.algebra.forms import FORMS
 from linearize.algebra.piece import Infeasible
-from linearize.convert import unwrapped
+from linearize.convert import eager_model
 from linearize.errors import CollapseError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.sharded import check_unsharded
@@ -19,7 +19,7 @@ from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, When
 from linearize.running.copies import duplicate
 from linearize.sites.record import Record, Step, converted_parts, record_of, set_record
 from linearize.surgery.alphas import check_alphas
-from linearize.surgery.carry_out import WHOLE, carry_out
+from linearize.surgery.carry_out import KEEPS_MAPS, carry_out
 from linearize.surgery.difference import difference
 from linearize.surgery.form_choice import make_plan
 from linearize.surgery.fused import fuse_again
@@ -63,7 +63,7 @@ def collapse(model: nn.Module, *, when: When = "cheaper", plan: Plan | None = No
         )
     """
     checks.choice("when", when, ("cheaper", "always"))
-    model = unwrapped(checks.module("model", model))
+    model = eager_model(checks.module("model", model))
     found = gates(model)
     if not found:
         raise CollapseError(type(model).__name__, "has no gates", "Call linearize.convert(model) first.")
@@ -171,7 +171,7 @@ def _branches(model: nn.Module) -> bool:
 def _troublemakers(model: nn.Module, plan: Plan, *, widen: bool) -> dict[str, str]:
     """The sites that cannot be collapsed on their own, with what happens if they are: found by halving."""
     names = [planned.site for planned in plan.sites]
-    waiting = [[planned.site for planned in plan.sites if planned.form not in WHOLE]]
+    waiting = [[planned.site for planned in plan.sites if planned.form not in KEEPS_MAPS]]
     barred: dict[str, str] = {}
     while waiting:
         group = waiting.pop()

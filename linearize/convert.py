@@ -72,7 +72,7 @@ def convert(
         )
     """
     checks.boolean("inplace", inplace)
-    model = unwrapped(checks.module("model", model))
+    model = eager_model(checks.module("model", model))
     check_whole(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
         return _convert(model, example_inputs, include, exclude, inplace=inplace)
@@ -86,7 +86,7 @@ def converted(
     exclude: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """As `convert`, of a copy; but where no activation can get a gate, it has the record of them (`check_gated`)."""
-    model = unwrapped(model)
+    model = eager_model(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
         return _convert(model, example_inputs, include, exclude, inplace=False, bare=True)
 
@@ -231,14 +231,14 @@ def on_device(inputs: Inputs, model: nn.Module) -> Inputs:
     return moved
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def eager_model(model: nn.Module) -> nn.Module:
     """The model inside DataParallel and DistributedDataParallel.
 
     Raises:
         ConvertError: the model is compiled or scripted, so that there is no eager code to rewrite.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return unwrapped(model.module)
+        return eager_model(model.module)
     if isinstance(model, torch.jit.ScriptModule):
         found = "is a scripted module, which has no Python code left to rewrite"
         raise ConvertError(type(model).__name__, found, "Pass the eager model.")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from linearize import checks
-from linearize.convert import convert, unwrapped
+from linearize.convert import convert, eager_model
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.sharded import check_unsharded
 from linearize.plan import MASKED, UNCHANGED, Plan, SitePlan
@@ -111,7 +111,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         >>> summary(net, torch.randn(2, 4)).sites[0].form
         'vanished'
     """
-    model = unwrapped(checks.module("model", model))
+    model = eager_model(checks.module("model", model))
     check_unsharded(model)
     found = gates(model)
     for gate in found.values():

@@ -22,7 +22,7 @@ from linearize.families.family import Context
 from linearize.families.heads.options import HEADS
 from linearize.families.modules.find import wholes_of
 from linearize.families.modules.fit import fit_whole
-from linearize.families.modules.options import WHOLE
+from linearize.families.modules.options import WHOLE_MODULE
 from linearize.families.option import SiteChoice
 from linearize.gating.groups import groups_of
 from linearize.plan import SitePlan
@@ -220,7 +220,7 @@ def test_plans_use_the_new_families_where_they_pay(name: str, budget: float, tmp
         return
     assert torch.equal(generated(loaded, cache="static"), generated(result.model))
     assert cache_bytes(cache_of(result.model, batches[0])) <= cache_bytes(cache_of(model, batches[0]))
-    assert all(site.form != WHOLE or not site.rank for site in result.plan.sites)
+    assert all(site.form != WHOLE_MODULE or not site.rank for site in result.plan.sites)
 
 
 def test_what_gives_nothing_is_described_and_exported() -> None:

@@ -20,7 +20,7 @@ from linearize.errors import UsageError
 from linearize.families.modules.apply import replace_wholes
 from linearize.families.modules.find import wholes_of
 from linearize.families.modules.fit import WholeFit, fit_whole
-from linearize.families.modules.options import WHOLE
+from linearize.families.modules.options import WHOLE_MODULE
 from linearize.families.modules.place import Whole
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import gates
@@ -422,9 +422,9 @@ def tree(seed: int) -> list[Group]:
         return [(float(v), float(c)) for v, c in torch.rand(count, 2, generator=generator).mul(50).round()]
 
     def group(name: str, inside: str, *pairs: tuple[float, float], module: bool = False) -> Group:
-        choices = [SiteChoice(name, 0, i, WHOLE if module and i else "factored") for i in range(len(pairs))]
+        choices = [SiteChoice(name, 0, i, WHOLE_MODULE if module and i else "factored") for i in range(len(pairs))]
         options = tuple(Option((c,), v, p, p, p, p) for c, (v, p) in zip(choices, pairs, strict=True))
-        return Group((name,), options, inside=inside, gone_form=WHOLE, encloses=module)
+        return Group((name,), options, inside=inside, gone_form=WHOLE_MODULE, encloses=module)
 
     return [
         group("a", "m", (0.0, 60.0), *numbers(3)),
@@ -497,9 +497,9 @@ def test_compress_takes_the_modules_that_do_little(data: list[Tensor], tmp_path:
     assert result.report.outcome.met
     assert result.report.after.flops <= 0.5 * result.report.before.flops
     forms = {site.site: site.form for site in result.plan.sites}
-    assert forms["2"] == forms["2.mlp.1"] == WHOLE
+    assert forms["2"] == forms["2.mlp.1"] == WHOLE_MODULE
     sites_only = compress(model, data, flops=0.5, modules=False, **QUIET)
-    assert WHOLE not in {site.form for site in sites_only.plan.sites}
+    assert WHOLE_MODULE not in {site.form for site in sites_only.plan.sites}
 
     def distance(small: nn.Module) -> float:
         with torch.no_grad():
@@ -535,4 +535,4 @@ def test_equal_widths_and_plain_layers_leave_modules_alone(data: list[Tensor]) -
     some: list[dict[str, Any]] = [{"uniform": True}, {"stock": True}, {"modules": False}]
     for options in some:
         plan = compress(network(1.0, 0.01), data, flops=0.8, **options, **QUIET).plan
-        assert WHOLE not in {site.form for site in plan.sites}
+        assert WHOLE_MODULE not in {site.form for site in plan.sites}

@@ -223,7 +223,7 @@ FORMS: dict[str, Callable[[Maps], Pieces]] = {
 }
 
 
-def cost(pieces: Pieces, positions: dict[str, int]) -> float:
+def multiply_adds(pieces: Pieces, positions: dict[str, int]) -> float:
     """Multiply-adds of the pieces, given the number of positions at which each is evaluated."""
     maps = ((path, piece.affine) for path, piece in pieces.items() if piece.affine is not None)
     return float(sum(positions[path] * affine.weight.numel() for path, affine in maps))

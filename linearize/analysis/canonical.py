@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linearize.analysis.dimension import scalable
 from linearize.analysis.reduce import weight_of
 from linearize.analysis.units import inputs_of
-from linearize.convert import unwrapped
+from linearize.convert import eager_model
 from linearize.errors import UsageError
 from linearize.gating.gate import gates
 from linearize.graph.discover import discover
@@ -43,7 +43,7 @@ def canonical(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         >>> canonical(net, torch.randn(1, 1))[0].weight.tolist()
         [[-1.0], [1.0]]
     """
-    model = unwrapped(model)
+    model = eager_model(model)
     if gates(model):
         raise UsageError(type(model).__name__, "has gates", "Collapse it first.")
     inputs = inputs_of(model, example_inputs)

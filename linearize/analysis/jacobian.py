@@ -17,7 +17,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
 from linearize import checks
-from linearize.convert import unwrapped
+from linearize.convert import eager_model
 from linearize.errors import DataError, UsageError
 from linearize.gating.gate import ChannelGate
 from linearize.graph.capture import Inputs, normalize_inputs, tensors_of
@@ -56,7 +56,7 @@ class Differentiable:
             UsageError: there is no sample or no parameter, or the model does not run on the inputs.
         """
         checks.with_values("inputs", inputs)
-        twin = copy.deepcopy(unwrapped(model)).double().eval()
+        twin = copy.deepcopy(eager_model(model)).double().eval()
         for module in twin.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from linearize.analysis.canvas import FIRST, SECOND, head, new_figure, write_pic
 from linearize.analysis.flow import Flow, average, passed, reduced, source
 from linearize.analysis.rules import Rules
 from linearize.analysis.units import Unit, check_weighting, find_units, inputs_of
-from linearize.convert import unwrapped
+from linearize.convert import eager_model
 from linearize.errors import CaptureError
 from linearize.graph.capture import CONSTANT, Capture, capture, is_check, shape
 from linearize.graph.channels import channel_axes
@@ -172,7 +172,7 @@ class PathGraph:
         Raises:
             CaptureError: it cannot be captured on these inputs.
         """
-        model = unwrapped(model)
+        model = eager_model(model)
         captured = capture(model, inputs_of(model, example_inputs))
         return cls(captured, find_units(model, captured), channel_axes(captured.graph))
 

@@ -14,7 +14,7 @@ from linearize import checks
 from linearize.analysis.symmetry import Symmetry
 from linearize.analysis.units import zeros_like_inputs
 from linearize.collapse import collapse
-from linearize.convert import convert, unwrapped
+from linearize.convert import convert, eager_model
 from linearize.errors import UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import When
@@ -58,7 +58,7 @@ def reduce(model: nn.Module, symmetries: Sequence[Symmetry], *, when: When = "ch
         (2, True)
     """
     checks.choice("when", when, ("cheaper", "always"))
-    model = unwrapped(checks.module("model", model))
+    model = eager_model(checks.module("model", model))
     if not isinstance(symmetries, Sequence) or not all(isinstance(record, Symmetry) for record in symmetries):
         checks.refuse("symmetries", symmetries, "what hidden_symmetries gave")
     if not symmetries:

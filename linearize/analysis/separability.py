@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.analysis.canvas import FIRST, NAMES, SECOND, head, new_figure, write_picture
-from linearize.convert import convert, unwrapped
+from linearize.convert import convert, eager_model
 from linearize.errors import DataError, UsageError
 from linearize.gating.gate import gates
 from linearize.graph.capture import normalize_inputs, tensors_of
@@ -142,7 +142,7 @@ def class_separability(
 
 def _features(model: nn.Module, inputs: Any, *, flatten: bool) -> dict[str, Tensor]:
     """Features (N, D) in float64 at each place, in order of execution."""
-    twin = copy.deepcopy(unwrapped(model))
+    twin = copy.deepcopy(eager_model(model))
     batch = move(normalize_inputs(inputs), device_of(twin))
     if not gates(twin):
         args, kwargs = batch

@@ -22,7 +22,7 @@ from linearize.analysis.pieces import homogeneous, line_on
 from linearize.analysis.symmetry import Evidence, Kind, Required, Symmetry
 from linearize.analysis.units import find_units
 from linearize.analysis.weights import live_columns, parallel_rows
-from linearize.convert import convert, unwrapped
+from linearize.convert import convert, eager_model
 from linearize.errors import UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.graph.capture import Inputs, capture, fake_inputs
@@ -85,7 +85,7 @@ def hidden_symmetries(model: nn.Module, inputs: Any, *, box: Any = None) -> list
 
 def _twin(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Inputs]]:
     """A converted copy in float64 and eval mode, and the inputs in float64."""
-    model = unwrapped(model)
+    model = eager_model(model)
     checks.with_values("inputs", inputs)
     twin = copy.deepcopy(model).double().eval()
     batches = [move(batch, device_of(twin), torch.float64) for batch in batches_of(inputs)]

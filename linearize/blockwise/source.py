@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linearize.convert import unwrapped
+from linearize.convert import eager_model
 from linearize.errors import CheckpointError, CollapseError
 from linearize.planning.resume import fingerprint
 from linearize.running.copies import computed_tensors, duplicate
@@ -85,7 +85,7 @@ def source_of_model(model: nn.Module) -> Source:
         >>> found.around(["1"])[1].weight.is_meta, found.around(["1"])[0].weight is net[0].weight
         (True, True)
     """
-    model = unwrapped(model)
+    model = eager_model(model)
     check_whole(model, values=True)
 
     def around(blocks: Sequence[str]) -> nn.Module:

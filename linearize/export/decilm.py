@@ -31,7 +31,7 @@ _PLACES = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+_OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
           "output.weight": "lm_head.weight"}  # fmt: skip
 _KEPT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
          "rms_norm_eps", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")  # fmt: skip
@@ -146,7 +146,7 @@ def config_of(decoder: Decoder, dtype: torch.dtype) -> dict[str, Any]:
 
 def _tensors(decoder: Decoder) -> dict[str, Tensor]:
     """Weights by the names that the servers expect."""
-    found = {_WHOLE[name]: tensor for name, tensor in decoder.tensors.items()}
+    found = {_OUTSIDE[name]: tensor for name, tensor in decoder.tensors.items()}
     biased = any(layer.biased for layer in decoder.layers)
     for i, layer in enumerate(decoder.layers):
         padding = -layer.width % _STEP

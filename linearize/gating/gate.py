@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from linearize import checks
 from linearize.errors import UsageError
 from linearize.gating.arithmetic import Mixture, Recomputed, Surrogate, mix, mix_in_pieces, recomputable
-from linearize.gating.sharded import put, whole
+from linearize.gating.sharded import put, unsharded
 from linearize.purity import repeats
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class ChannelGate(nn.Module):
     @property
     def linear(self) -> Tensor:
         """Which channels are linear now: bool (C,)."""
-        return self.frozen | (whole(self.alpha.detach()) >= 1)
+        return self.frozen | (unsharded(self.alpha.detach()) >= 1)
 
     def check(self) -> None:
         """Check that `alpha` and the line still have the shape (C,).
@@ -130,14 +130,14 @@ class ChannelGate(nn.Module):
             name = self.site.name if self.site is not None else "ChannelGate.linearize_"
             raise UsageError(name, f"found a mask {found}", f"Pass bool of shape ({self.channels},).")
         mask = mask.to(self.frozen.device)
-        put(self.alpha, whole(self.alpha).masked_fill(mask, 1))
+        put(self.alpha, unsharded(self.alpha).masked_fill(mask, 1))
         self.frozen.logical_or_(mask)
         return self
 
     @property
     def half_way(self) -> Tensor:
         """Which channels are a blend, with an alpha between 0 and 1: bool (C,)."""
-        alpha = whole(self.alpha.detach())
+        alpha = unsharded(self.alpha.detach())
         return (alpha > 0) & (alpha < 1) & ~self.frozen
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class ChannelGate(nn.Module):
         if not 0 <= threshold <= 1:
             raise UsageError("ChannelGate.round_", f"found threshold={threshold}", "Pass a number from 0 to 1.")
         undecided = self.half_way
-        alpha = whole(self.alpha)
+        alpha = unsharded(self.alpha)
         up = undecided & (alpha >= threshold)
         put(self.alpha, alpha.masked_fill(undecided & ~up, 0))
         return self.linearize_(up)
@@ -244,7 +244,7 @@ def plain_activations(model: nn.Module) -> Iterator[None]:
         True
     """
     untouched = [
-        gate for gate in gates(model).values() if not bool((gate.frozen | (whole(gate.alpha.detach()) != 0)).any())
+        gate for gate in gates(model).values() if not bool((gate.frozen | (unsharded(gate.alpha.detach()) != 0)).any())
     ]
     try:
         for gate in untouched:

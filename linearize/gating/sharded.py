@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError, UsageError
 
-__all__ = ["REMEDY", "check_unsharded", "is_sharded", "put", "whole"]
+__all__ = ["REMEDY", "check_unsharded", "is_sharded", "put", "unsharded"]
 
 REMEDY = (
     "Take linearize.integrations.whole_state(model) on all processes, load it into the same model that is not sharded, "
@@ -41,11 +41,11 @@ def check_unsharded(model: nn.Module, error: type[LinearizeError] = UsageError) 
             raise error(name, f"is sharded over processes ({type(parameter).__name__})", REMEDY)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of it if it is spread over processes. Gradients flow back to each part.
 
     Examples:
-        >>> whole(torch.ones(2)).tolist()
+        >>> unsharded(torch.ones(2)).tolist()
         [1.0, 1.0]
     """
     spread: Any = tensor

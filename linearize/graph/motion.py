@@ -68,6 +68,18 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
+def named(node: fx.Node, name: str) -> Any:
+    """An argument of an ATen op by the name that its schema gives it, or the default that stands there.
+
+    Raises:
+        KeyError: the op has no argument of this name.
+    """
+    for index, entry in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if entry.name == name:
+            return argument(node, index, name, entry.default_value)
+    raise KeyError(name)
+
+
 def wrap(axis: int, rank: int) -> int:
     """An axis counted from the front.
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import motion_of
 from linearize.graph.folds import Folder
-from linearize.graph.motion import Motion
+from linearize.graph.motion import Motion, named
 from linearize.graph.ops import constant, op_name
 from linearize.graph.problem import Dead
 from linearize.graph.uses import Uses, Way
@@ -283,7 +283,7 @@ def shape_of_list(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _groups(node: fx.Node) -> int:
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    groups = named(node, "groups")
     return groups if isinstance(groups, int) else 1
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from linearize import checks
 from linearize.errors import TrainingError, UsageError
-from linearize.gating.sharded import whole
+from linearize.gating.sharded import unsharded
 from linearize.training.priors import SparsityPrior
 from linearize.training.told import tell_of_optimizer
 
@@ -157,7 +157,7 @@ def check_state(prior: SparsityPrior, alphas: Tensor, where: str) -> None:
 
 def alphas_of(prior: SparsityPrior) -> Tensor:
     """All alphas of a prior's gates in a row, on the CPU."""
-    return torch.cat([whole(gate.alpha.detach()).float().cpu() for gate in prior.gates])
+    return torch.cat([unsharded(gate.alpha.detach()).float().cpu() for gate in prior.gates])
 
 
 def _add(alpha: Tensor, gradient: Tensor) -> None:

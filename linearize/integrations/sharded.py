@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from linearize import checks
-from linearize.gating.sharded import whole
+from linearize.gating.sharded import unsharded
 
 __all__ = ["whole_state"]
 
@@ -30,4 +30,4 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
         <All keys matched successfully>
     """
     state: dict[str, Tensor] = checks.module("model", model).state_dict()
-    return {name: whole(tensor.detach()).cpu() for name, tensor in state.items()}
+    return {name: unsharded(tensor.detach()).cpu() for name, tensor in state.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from linearize import checks
-from linearize.convert import unwrapped
+from linearize.convert import eager_model
 from linearize.errors import DataError, UsageError
 from linearize.planning.request import Request
 from linearize.running.batches import Batch, labels_are_inputs, read_batch, to_device
@@ -33,7 +33,7 @@ def check_inputs(model: Any, data: Any) -> None:
         UsageError: the model is none, has no values, or nothing can be computed with gradients here.
         DataError: the data cannot be iterated, or only once.
     """
-    check_whole(unwrapped(checks.module("model", model)), values=True)
+    check_whole(eager_model(checks.module("model", model)), values=True)
     checks.normal_mode("compress")
     checks.batches("data", data)
 

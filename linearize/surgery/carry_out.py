@@ -24,7 +24,7 @@ from linearize.surgery.maps import Reader
 from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
 from linearize.surgery.specs import Spec, build, replace_module, spec_of
 
-WHOLE = (MASKED, UNCHANGED)  # forms that leave the maps of a site as they are
+KEEPS_MAPS = (MASKED, UNCHANGED)  # forms that leave the maps of a site as they are
 
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -51,7 +51,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             at.update({port.module: port.dims for port in chain.ports})
             unfolded += [chain.upper, chain.lower]
             steps += [step for part in (chain.upper, chain.lower) for step in unfold(result, part)]
-        elif planned.form not in (*WHOLE, NARROWED) and site is not None:
+        elif planned.form not in (*KEEPS_MAPS, NARROWED) and site is not None:
             maps = reader.maps(
                 site, gate, mask_of(planned, gate.channels), fixed_producer=fixed_producer(found, site, masks)
             )
@@ -63,7 +63,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             unfolded.append(site)
             steps += unfold(result, site)
         linear = mask_of(planned, gate.channels)
-        if planned.form in WHOLE:
+        if planned.form in KEEPS_MAPS:
             steps += keep_activation(result, gate, linear, torch.zeros_like(linear))
         elif planned.form == NARROWED:
             gone = torch.zeros_like(linear)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from linearize.algebra.forms import FORMS, cost
+from linearize.algebra.forms import FORMS, multiply_adds
 from linearize.algebra.parts import made
 from linearize.algebra.piece import Infeasible, Maps, Pieces
 from linearize.errors import UsageError
@@ -218,7 +218,7 @@ def price(form: str, pieces: Pieces, site: Site) -> float:
     positions = {port.module: port.positions for port in ports}
     if form == "vanished":
         positions = dict.fromkeys(positions, site.consumers[0].positions)
-    return cost(pieces, positions)
+    return multiply_adds(pieces, positions)
 
 
 def fixed_producer(found: Mapping[str, ChannelGate], site: Site, masks: Mapping[str, Tensor]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate
-from linearize.gating.sharded import put, whole
+from linearize.gating.sharded import put, unsharded
 
 __all__ = ["SCHEDULES", "Competition", "channel_costs"]
 
@@ -98,7 +98,7 @@ class Competition:
     def advance(self, step: int) -> None:
         """Choose winners, lead their alphas on, hold the others below the bound; `step` starts at 1."""
         device = self._follow()
-        alpha = torch.cat([whole(gate.alpha).to(device, torch.float64) for gate in self.gates])
+        alpha = torch.cat([unsharded(gate.alpha).to(device, torch.float64) for gate in self.gates])
         self.won |= self._frozen()  # the user may freeze channels at any time
         share = self.shape(min(1.0, step / (self.steps - self.ramp)))
         need = self.before + (self.after - self.before) * share

@@ -18,7 +18,7 @@ from linearize.training.losses import task_loss
 from linearize.training.path import PlannedPath
 from linearize.training.priors import SparsityPrior
 
-__all__ = ["WHOLE", "Loss", "Objective", "Part", "Prior"]
+__all__ = ["WHOLE_BATCH", "Loss", "Objective", "Part", "Prior"]
 
 Loss = Callable[[Any, Any], Tensor]
 Prior = SparsityPrior | PlannedPath | CostPrior
@@ -36,7 +36,7 @@ class Part(NamedTuple):
         return self.place + 1 == self.of
 
 
-WHOLE = Part()
+WHOLE_BATCH = Part()
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Objective:
     features: Features | None = None
     feature_weight: float = 1.0
 
-    def __call__(self, output: Any, batch: Batch, part: Part = WHOLE) -> dict[str, Tensor]:
+    def __call__(self, output: Any, batch: Batch, part: Part = WHOLE_BATCH) -> dict[str, Tensor]:
         """The terms that are in use, by name, each with its weight.
 
         Their sum is divided by the number of batches of a step: so the last of them has the prior so many times.

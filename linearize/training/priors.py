@@ -25,7 +25,7 @@ from linearize import checks
 from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import groups_of
-from linearize.gating.sharded import put, whole
+from linearize.gating.sharded import put, unsharded
 from linearize.training.compete import SCHEDULES, Competition, channel_costs
 from linearize.training.told import Counted, tell_of_frozen
 
@@ -169,7 +169,7 @@ class SparsityPrior:
         if self.weight == 0:
             return total
         for index, gate in enumerate(self.gates):
-            alpha = whole(gate.alpha)
+            alpha = unsharded(gate.alpha)
             if self.kind == "folding":
                 distance = (1 - alpha.square()).abs()
             else:
@@ -202,12 +202,12 @@ class SparsityPrior:
             self.competition.advance(self.steps_taken)
             return
         for group in self._tied:
-            alphas = [whole(gate.alpha) for gate in group]
+            alphas = [unsharded(gate.alpha) for gate in group]
             mean = torch.cat([alpha[~gate.frozen] for gate, alpha in zip(group, alphas, strict=True)]).mean()
             for gate, alpha in zip(group, alphas, strict=True):
                 put(gate.alpha, torch.where(gate.frozen, alpha, mean))
         for gate in self.gates:
-            alpha = whole(gate.alpha).clamp(0, 1)
+            alpha = unsharded(gate.alpha).clamp(0, 1)
             put(gate.alpha, alpha)
             gate.linearize_(gate.frozen | (alpha >= 1 - self.tolerance))
 

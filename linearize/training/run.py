@@ -21,7 +21,7 @@ from linearize.running.order import generators_of, set_epoch
 from linearize.running.outputs import Meaning
 from linearize.running.randomness import random_state, set_random_state
 from linearize.training.accelerators import mean_over_processes
-from linearize.training.objective import WHOLE, Objective, Part
+from linearize.training.objective import WHOLE_BATCH, Objective, Part
 from linearize.training.schema import fits_optimizer, flaw_in_run
 from linearize.training.state import Damaged
 
@@ -89,7 +89,7 @@ class Run:
         means = mean_over_processes(self.accelerator, {name: value / count for name, value in sums.items()})
         return {"epoch": float(number + 1)} | means | {"lr": self._rate(), "seconds": time.perf_counter() - start}
 
-    def update(self, batch: Batch, index: int = 0, part: Part = WHOLE) -> dict[str, float]:
+    def update(self, batch: Batch, index: int = 0, part: Part = WHOLE_BATCH) -> dict[str, float]:
         """The gradients of one batch, and one step of the optimizer if it is the last of its step.
 
         Raises:

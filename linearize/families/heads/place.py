@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from linearize.families.moments import Moments
+from linearize.families.gathered import Gathered
 from linearize.graph.attention import Attention
 from linearize.sites.site import Port
 
@@ -47,7 +47,7 @@ def counts(attention: Attention, units: int) -> dict[Meaning, int]:
 
 
 @dataclass
-class Heads(Moments):
+class Heads(Gathered):
     """An attention of which heads may go.
 
     Attributes:
@@ -58,7 +58,7 @@ class Heads(Moments):
         cached: whether keys and values are kept from call to call.
         seen: samples of data.
         rows, sensitivity, samples: the covariance of the heads side by side, as the projection reads them, and how much
-            the projection's output matters (`Moments`).
+            the projection's output matters (`Gathered`).
     """
 
     attention: Attention

@@ -12,7 +12,7 @@ from linearize.families.modules.apply import replace_wholes
 from linearize.families.modules.collect import ModuleCollector
 from linearize.families.modules.find import wholes_of
 from linearize.families.modules.fit import fit_whole
-from linearize.families.modules.options import WHOLE, with_modules
+from linearize.families.modules.options import WHOLE_MODULE, with_modules
 from linearize.families.modules.place import Whole
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import ChannelGate
@@ -33,7 +33,7 @@ class Modules(Family):
     """Its places are modules, by path. Sites inside a module are replaced together with it."""
 
     name = "modules"
-    forms: tuple[Form, ...] = (Form(WHOLE, _told),)
+    forms: tuple[Form, ...] = (Form(WHOLE_MODULE, _told),)
 
     def find(self, context: Context) -> dict[str, Whole]:
         """Find modules that map one tensor to one tensor, outermost first."""

@@ -14,9 +14,9 @@ from linearize.families.modules.place import Whole
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.training.distance import losses_with
 
-__all__ = ["WHOLE", "with_modules"]
+__all__ = ["WHOLE_MODULE", "with_modules"]
 
-WHOLE = "whole module"
+WHOLE_MODULE = "whole module"
 _HOPELESS = 1.0  # a loss as bad as an output of zeros, or a nat of divergence
 
 
@@ -52,9 +52,9 @@ def with_modules(
             path = parents[path]
         return path
 
-    found = [replace(group, inside=around(_home(group, wholes)), gone_form=WHOLE) for group in groups]
+    found = [replace(group, inside=around(_home(group, wholes)), gone_form=WHOLE_MODULE) for group in groups]
     for whole, loss in good:
-        linear = SiteChoice(whole.path, 0, min(whole.inputs, whole.outputs), WHOLE)
+        linear = SiteChoice(whole.path, 0, min(whole.inputs, whole.outputs), WHOLE_MODULE)
         stay = SiteChoice(whole.path, 0, form="unchanged")
         inner = [other for other, _ in good if around(other.inside) == whole.path]
         direct = [group.stay for group in found if group.inside == whole.path]
@@ -69,7 +69,7 @@ def with_modules(
                 (whole.path,),
                 options,
                 inside=around(whole.inside),
-                gone_form=WHOLE,
+                gone_form=WHOLE_MODULE,
                 encloses=True,
                 shape=whole.shape,
             )

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from linearize.families.moments import Moments
+from linearize.families.gathered import Gathered
 from linearize.surgery.specs import Spec
 
 __all__ = ["Whole"]
 
 
 @dataclass
-class Whole(Moments):
+class Whole(Gathered):
     """A module that one linear map could replace, and its statistics.
 
     Attributes:
@@ -40,7 +40,7 @@ class Whole(Moments):
         nones: how many None it gives behind its output.
         bias: whether the map may have one.
         caches: whether the module is told caches of keys and values, which the map leaves alone.
-        rows, sensitivity, samples: the covariance of (input, output), and how much the output matters (`Moments`).
+        rows, sensitivity, samples: the covariance of (input, output), and how much the output matters (`Gathered`).
     """
 
     path: str

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from linearize.algebra.covariance import Covariance
 
-__all__ = ["Moments"]
+__all__ = ["Gathered"]
 
 
 @dataclass(kw_only=True)
-class Moments:
+class Gathered:
     """Sums that a place carries. `state` keeps them for resuming, and `merge` adds those of other batches.
 
     Shape letter: O outputs of the place.
@@ -26,7 +26,7 @@ class Moments:
         samples: what the sensitivity is a sum over.
 
     Examples:
-        >>> ours, others = Moments(samples=2.0), Moments(samples=3.0, sensitivity=torch.eye(2))
+        >>> ours, others = Gathered(samples=2.0), Gathered(samples=3.0, sensitivity=torch.eye(2))
         >>> ours.merge(others)
         >>> ours.samples, ours.sensitivity.trace().item()
         (5.0, 2.0)
