@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as _module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import Inputs, fake_inputs, tensors_of
+from linearize.graph.fakes import fake_runs
 from linearize.graph.protect import untouched
 from linearize.nest import copied
 
@@ -67,22 +67,34 @@ class _Noter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.silent:
             return func(*args, **kwargs)
-        given = [*zip(func._schema.arguments, args, strict=False)]
-        given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+        given = given_to(func, args, kwargs)
         read = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         sources = tuple(self.made_by.get(id(value), -1) for value in read)
         position = len(self.trace.ops)
         name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
-        self.trace.ops.append(Op(name, tuple(_numbers(func, given)), sources))
+        self.trace.ops.append(Op(name, tuple(numbers_of(func, given)), sources))
         out = func(*args, **kwargs)
-        written = [v for argument, v in given if argument.alias_info is not None and argument.alias_info.is_write]
-        for value in pytree.tree_leaves((out, written)):
+        for value in pytree.tree_leaves((out, written_of(given))):
             self.made_by[id(value)] = position
             self.alive.append(value)
         return out
 
 
-def _numbers(func: Any, given: Iterable[tuple[Any, Any]]) -> Iterator[complex | str]:
+Given = list[tuple[Any, Any]]  # an op's arguments by its schema, and their values
+
+
+def given_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Given:
+    """The arguments of an op's schema that a call gives, with their values."""
+    named = [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+    return [*zip(func._schema.arguments, args, strict=False), *named]
+
+
+def written_of(given: Given) -> list[Any]:
+    """What an op writes into."""
+    return [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
+
+
+def numbers_of(func: Any, given: Given) -> Iterator[complex | str]:
     """Numbers that an op computes with, given as a tensor, scalar or float; an int is a size, an axis or a position."""
     for argument, value in given:
         if isinstance(value, (int, float, complex)) and not any(word in str(argument.type) for word in ("int", "bool")):
@@ -121,33 +133,12 @@ def dry_run(
         ('hardtanh', (-2, 2), [((1, 3), torch.float32)])
     """
     trace, silent = Trace(), list[str]()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Faked once and for all: an op that is given a real tensor is slow.
-    tensors = [*model.named_parameters(), *model.named_buffers()] if not real else []
-    fake: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
-    if on_cpu:
-        device = torch.device("cpu")
-        with mode:
-            fake = {
-                name: torch.empty_like(tensor, device=device).requires_grad_(tensor.requires_grad)
-                for name, tensor in fake.items()
-            }
-    given = copied(inputs)  # before the mode, in which no object with real tensors in it can be copied
+    noter = _Noter(trace, silent)
     with (
-        untouched(model, training=training),
-        _quiet(),
+        fake_runs(model, inputs, real=real, on_cpu=on_cpu) as run,
         _watched(model, trace.called, skip, silent),
-        nullcontext() if real else mode,
-        torch.set_grad_enabled(gradients),
     ):
-        if real:
-            with _Noter(trace, silent) as noter:
-                out = model(*given[0], **given[1])
-            return _finished(trace, noter, out)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), given)
-        with _Noter(trace, silent) as noter:
-            out = torch.func.functional_call(model, fake, args, kwargs)
+        out = run(training=training, gradients=gradients, around=noter)
     return _finished(trace, noter, out)
 
 
@@ -255,18 +246,6 @@ def _watched(model: nn.Module, called: set[str], skip: frozenset[str], silent: l
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A fake run that fails is an answer here, and nothing to log."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:

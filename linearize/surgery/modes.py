@@ -10,6 +10,7 @@ from torch import nn
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import called_by_mode, called_modules
 from linearize.graph.overwrite import overwritten_later
+from linearize.graph.ways import other_ways
 from linearize.sites.record import Step
 from linearize.sites.site import Site
 from linearize.surgery.fused import STEP, SWITCH, fuse, unfuse
@@ -58,7 +59,24 @@ def settle_modes(
     for step in [step for step in steps if step["path"] not in left]:
         fuse(model.get_submodule(step["path"]))
         steps.remove(step)
-    return settled, steps
+    return _of_one_way(model, settled, inputs), steps
+
+
+def _of_one_way(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[Site, ...]:
+    """The sites, with a reason where the code around a gate does other things in another run."""
+    sound = [site for site in sites if site.ungated is None and site.reason is None]
+    read = dict.fromkeys(path for site in sound for path in _read(site))
+    made = dict.fromkeys(port.module for site in sound for port in (site.producer, site.up) if port is not None)
+    changing = other_ways(model, inputs, read, made) if read else {}
+    why = {site.name: f"{path}: {changing[path]}" for site in sound for path in _read(site) if path in changing}
+    return tuple(replace(site, reason=site.reason or why.get(site.name)) for site in sites)
+
+
+def _read(site: Site) -> Iterator[str]:
+    """The modules whose inputs surgery takes to be what the capture showed."""
+    yield site.name
+    yield from (port.module for port in site.consumers)
+    yield from _folded(site)
 
 
 def _above(path: str) -> list[str]:
@@ -91,3 +109,9 @@ def _maps(site: Site) -> Iterator[str]:
     ports = (site.producer, site.up, *site.consumers)
     yield from (port.module for port in ports if port is not None)
     yield from (fold.module for fold in (*site.folds, *site.up_folds, *site.consumer_folds))
+
+
+def _folded(site: Site) -> Iterator[str]:
+    """The modules that are constant maps; one in the middle of somebody's forward is no module of its own."""
+    folds = (*site.folds, *site.up_folds, *site.consumer_folds)
+    yield from (fold.module for fold in folds if not fold.neutral)

@@ -1,0 +1,190 @@
+"""Follow a run op by op: how the modules that are watched get their inputs."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linearize.graph.capture import tensors_of
+from linearize.graph.dryrun import given_to, numbers_of, written_of
+from linearize.graph.fakes import Run
+
+# They move values or give them another shape or memory, and compute nothing.
+_SILENT = frozenset(
+    "view _unsafe_view reshape unsqueeze squeeze expand clone contiguous _to_copy to detach alias lift_fresh".split()
+)
+# Made from another tensor's shape, not from its values.
+_SHAPED = frozenset(
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like".split()
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one call of a module gets its input: the ops since the watched modules before it."""
+
+    ops: tuple[tuple[Any, ...], ...]
+    drawn: bool
+
+
+@dataclass
+class _Done:
+    """An op that ran, or the end of a watched module (then `label` is its path)."""
+
+    name: str
+    numbers: tuple[complex | str, ...] = ()
+    sources: tuple[int, ...] = ()
+    noise: bool = False
+    label: str = ""
+
+
+class Follower(TorchDispatchMode):
+    """Notes the ops of a run, and how watched modules get their inputs."""
+
+    def __init__(self, model: nn.Module, read: Collection[str], made: Collection[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.read, self.made = read, made
+        self._clear()
+
+    def _clear(self) -> None:
+        self.done: list[_Done] = []
+        self.made_by: dict[int, int] = {}
+        self.written: dict[int, int] = {}  # by memory, the last op that wrote into a part of it
+        self.alive: list[Any] = []  # so that no id is used twice
+        self.draws: list[int] = []
+        self.state = _generators()
+        self.found: dict[str, list[Way]] = {}
+
+    def ways(self, run: Run, **kind: Any) -> dict[str, list[Way]]:
+        """By path, how each of its calls gets its input in one run."""
+        self._clear()
+        with self._watched():
+            run(around=self, **kind)
+        return self.found
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        hooks = [self.model.get_submodule(path).register_forward_pre_hook(self._enter(path)) for path in self.read]
+        ends = dict.fromkeys((*self.read, *self.made))
+        hooks += [self.model.get_submodule(path).register_forward_hook(self._leave(path)) for path in ends]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._look()
+            start = [self._source(tensor) for tensor in tensors_of(list(args))]
+            self.found.setdefault(path, []).append(self._way(start))
+
+        return note
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def note(_module: nn.Module, _args: Any, out: Any) -> None:
+            self._look()
+            self.done.append(_Done("", label=path))
+            self._put(tensors_of(out), len(self.done) - 1)
+
+        return note
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = given_to(func, args, kwargs)
+        name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
+        sources = tuple(self._source(value) for value in _tensors((args, kwargs))) if name not in _SHAPED else ()
+        out = func(*args, **kwargs)
+        position = len(self.done)
+        self.done.append(self._op(func, name, tuple(numbers_of(func, given)), sources))
+        written = _tensors(written_of(given))
+        self._put([*_tensors(out), *written], position)
+        self.written.update((_memory(value), position) for value in written)
+        return out
+
+    def _op(self, func: Any, name: str, numbers: tuple[complex | str, ...], sources: tuple[int, ...]) -> _Done:
+        drawn = torch.Tag.nondeterministic_seeded in func.tags and name != "native_dropout"
+        from_noise = [source >= 0 and self.done[source].noise for source in sources]
+        if name == "native_dropout":
+            return _Done("", sources=sources[:1])
+        if name in ("mul", "div") and any(from_noise) and not all(from_noise):
+            return _Done("", sources=tuple(s for s, noise in zip(sources, from_noise, strict=True) if not noise))
+        constant = [noise or source < 0 for source, noise in zip(sources, from_noise, strict=True)]
+        noise = drawn or (any(from_noise) and all(constant))
+        return _Done("" if name in _SILENT else name, numbers, sources, noise)
+
+    def _put(self, values: Sequence[Tensor], position: int) -> None:
+        for value in values:
+            self.made_by[id(value)] = position
+            self.alive.append(value)
+
+    def _source(self, value: Tensor) -> int:
+        """What made a tensor: the last op that gave it, or that wrote into its memory."""
+        return max(self.made_by.get(id(value), -1), self.written.get(_memory(value), -1))
+
+    def _look(self) -> None:
+        """Note whether random numbers were drawn since a watched module began or ended."""
+        state = _generators()
+        if state != self.state:
+            self.draws.append(len(self.done))
+            self.state = state
+
+    def _way(self, start: list[int]) -> Way:
+        inside, reached, ahead = set[int](), list[int](), list(start)
+        while ahead:
+            position = ahead.pop()
+            if position < 0 or position in inside:
+                continue
+            if self.done[position].label:
+                reached.append(position)
+                continue
+            inside.add(position)
+            ahead += self.done[position].sources
+        number: dict[int, Any] = {-1: -1}
+        ops: list[tuple[Any, ...]] = []
+        for position in sorted({*inside, *reached}):
+            op = self.done[position]
+            sources = tuple(number[source] for source in op.sources)
+            if op.label:
+                number[position] = op.label
+            elif not op.name and len(set(sources)) == 1:
+                number[position] = sources[0]
+            else:
+                number[position] = len(ops)
+                ops.append((op.name or "view", op.numbers, sources))
+        ends = tuple(number[position] for position in start)
+        drawn = bool(reached) and any(position > min(reached) for position in self.draws)
+        return Way((*ops, ("input", (), ends)), drawn)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _memory(value: Tensor) -> int:
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a tensor without memory, such as a sparse one
+        return -id(value)
+
+
+def _generators() -> tuple[Any, ...]:
+    """The states of Python's and NumPy's generators."""
+    numpy = sys.modules.get("numpy")
+    drawn = None
+    if numpy is not None:
+        _, keys, position, *rest = numpy.random.get_state()
+        drawn = (keys.tobytes(), position, *rest)
+    return random.getstate(), drawn

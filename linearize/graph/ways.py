@@ -1,0 +1,105 @@
+"""Find modules whose input is computed in another way in another run: in training mode, for a larger batch, next time.
+
+A capture shows one run. What surgery does around an activation is right in every run only if the same ops lie between
+the modules around it in every run, so that is looked at here, on fake tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from torch import nn
+
+from linearize.graph.capture import Inputs
+from linearize.graph.fakes import Run, fake_runs
+from linearize.graph.follow import Follower, Way
+
+_log = logging.getLogger(__name__)
+
+# Several kinds in one run, since runs take time; one by one where something differs, to name it.
+_TOGETHER: tuple[dict[str, bool], ...] = ({"gradients": True, "twice": True}, {"gradients": True, "training": True}, {})
+_APART: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("with gradients", {"gradients": True}),
+    ("in training mode", {"gradients": True, "training": True}),
+    ("for a larger batch", {"twice": True}),
+    ("at another call", {}),
+)
+_DRAWN = "numbers are drawn from Python's or NumPy's generator on the way to its input, which may depend on them"
+
+
+def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str]) -> dict[str, str]:
+    """The modules that get their input in another way in another run, each with the reason.
+
+    The runs: in eval mode without gradients, which is the one that others are compared with, the same again, with
+    gradients, in training mode, and for a batch twice as large. A factor of noise, as dropout has it, is left out.
+    Numbers that the code draws from Python's or NumPy's generators on the way count, too: what depends on them cannot
+    be seen.
+
+    Args:
+        model: it stays as it was.
+        inputs: of its forward.
+        read: paths of the modules whose inputs are followed.
+        made: paths of the modules up to whose outputs they are followed, besides those of `read`.
+
+    Examples:
+        >>> import torch
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.act, self.last = nn.ReLU(), nn.Linear(4, 1)
+        ...     def forward(self, x):
+        ...         h = self.act(x)
+        ...         return self.last(h * 2 if self.training else h)
+        >>> other_ways(Net(), ((torch.ones(2, 4),), {}), ["act", "last"], [])
+        {'last': 'in training mode its input is computed in another way (mul 2)'}
+    """
+    on_cpu = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    for real in (False, True):
+        try:
+            with fake_runs(model, inputs, real=real, on_cpu=on_cpu) as run:
+                return _compared(Follower(model, read, made), run, computes=real)
+        except Exception as error:  # whatever the model's own code raises
+            _log.debug("no run to see the ways between modules: %s", error)
+    return {}
+
+
+def _compared(follow: Follower, run: Run, *, computes: bool) -> dict[str, str]:
+    """What the first run shows, and those of other kinds; runs that compute leave statistics and memory alone."""
+    together = [kind for kind in _TOGETHER if not (computes and ("training" in kind or "twice" in kind))]
+    first = follow.ways(run)
+    found = {path: _DRAWN for path, ways in first.items() if any(way.drawn for way in ways)}
+    others = [_run(follow, run, kind) for kind in together]
+    if all(other and not _differing(first, other) for other in others):
+        return found
+    apart = [(when, kind) for when, kind in _APART if not computes or set(kind) <= {"gradients"}]
+    seen = [(when, _run(follow, run, kind)) for when, kind in apart]
+    for when, other in [*seen, *(("at another call", other) for other in others)]:
+        for path in _differing(first, other):
+            found.setdefault(path, f"{when} its input is computed in another way ({_what(first[path], other[path])})")
+    return found
+
+
+def _run(follow: Follower, run: Run, kind: dict[str, bool]) -> dict[str, list[Way]]:
+    """What a run shows; nothing if it does not work."""
+    try:
+        return follow.ways(run, **kind)
+    except Exception as error:  # a batch of one in training mode, for example
+        _log.debug("no run with %s: %s", kind, error)
+        return {}
+
+
+def _differing(first: dict[str, list[Way]], other: dict[str, list[Way]]) -> list[str]:
+    """The modules that both runs call, and that get their inputs in different ways."""
+    return [path for path in first if path in other and other[path] != first[path]]
+
+
+def _what(first: list[Way], other: list[Way]) -> str:
+    """The first op that one of two runs has and the other has not."""
+    if len(first) != len(other):
+        return f"{len(other)} calls, not {len(first)}"
+    for a, b in zip(first, other, strict=True):
+        odd = [op for op in b.ops if op not in a.ops] or [op for op in a.ops if op not in b.ops]
+        if a != b:
+            return " ".join(str(part) for part in (odd[0][0], *odd[0][1])) if odd else "other values"
+    return "other values"
