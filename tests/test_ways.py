@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import linearize
 from linearize.sites.record import record_of
@@ -29,7 +29,7 @@ class Block(nn.Module):
         hidden: Tensor = self.fc1(x)
         if not self.behind and self.doubles(x):
             hidden = hidden * 2
-        hidden = F.gelu(hidden)
+        hidden = functional.gelu(hidden)
         if self.behind and self.doubles(x):
             hidden[..., :4] *= 2
         return x + self.fc2(self.drop(hidden))
@@ -119,10 +119,10 @@ class Noisy(nn.Module):
         self.drop = nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.drop(F.relu(self.norm(self.fc1(x))))
+        hidden = self.drop(functional.relu(self.norm(self.fc1(x))))
         if self.training:  # a mask for whole samples, as timm's drop_path
             hidden = hidden * hidden.new_empty(len(hidden), 1).bernoulli_(0.8).div_(0.8)
-        return x + F.dropout(self.fc2(hidden), 0.2, self.training)
+        return x + functional.dropout(self.fc2(hidden), 0.2, self.training)
 
 
 def test_noise_of_training_is_no_other_way() -> None:
