@@ -20,7 +20,7 @@ from linearize import checks, zoo
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.sites.record import record_of, set_record
 from linearize.storage import atomic, tensorfile
-from linearize.storage.content import check_value, is_plain_tensor, tensors_of
+from linearize.storage.content import check_value, is_plain_tensor, tensors_to_store
 from linearize.storage.fit import check_fit, check_sites, check_steps
 from linearize.storage.manifest import Manifest, may_hold
 from linearize.storage.restore import (
@@ -98,7 +98,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str], value: Callable[[str],
     content = Manifest(steps=all_steps(model))
     if record is not None:
         content.sites, content.inputs = [site.to_dict() for site in record.sites], record.inputs
-    tensors = tensors_of(model, content)
+    tensors = tensors_to_store(model, content)
     later = {name for name, tensor in tensors.items() if value is not None and tensor.is_meta}
     for name, tensor in tensors.items():
         if name not in later:
@@ -123,7 +123,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str], value: Callable[[str],
         check_value(name, tensor)
         return tensor
 
-    tensorfile.write(Path(path), tensors, content.to_texts(), held)
+    tensorfile.write_tensors(Path(path), tensors, content.to_texts(), held)
 
 
 def load(

@@ -16,7 +16,7 @@ from linearize.data.text_quality import quality_of
 from linearize.graph.state import same_modes
 from linearize.plan import Plan, When
 from linearize.planning.request import Method, Request
-from linearize.running.outputs import Choice
+from linearize.running.outputs import OutputChoice
 from linearize.training.losses import Evaluate
 
 __all__ = ["Result", "compress"]
@@ -46,7 +46,7 @@ def compress(
     context: int | None = None,
     column: str | None = None,
     distill: bool = True,
-    output: Choice = None,
+    output: OutputChoice = None,
     example_inputs: Any = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,

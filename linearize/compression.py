@@ -32,7 +32,7 @@ from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.report.versions import versions
-from linearize.running.batches import Reading
+from linearize.running.batches import ReadData
 from linearize.running.devices import staying
 from linearize.running.order import Repeated
 from linearize.running.processes import place, same_model
@@ -74,7 +74,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         around.enter_context(staying(model))
         around.enter_context(randomness_kept())
         around.callback(repeated.restore)
-        reading = Reading(model, repeated, request.output)
+        reading = ReadData(model, repeated, request.output)
         batches = some_batches(model, reading)
         if request.output is not None:
             check_output(model, reading)
@@ -118,7 +118,7 @@ def check_request(model: nn.Module, data: Iterable[Any], request: Request) -> No
     repeated = Repeated(data, request.seed)
     with randomness_kept():
         try:
-            check_served(model, some_batches(model, Reading(model, repeated, request.output))[0], request)
+            check_served(model, some_batches(model, ReadData(model, repeated, request.output))[0], request)
         finally:
             repeated.restore()
 
@@ -130,7 +130,7 @@ def _result(model: nn.Module, made: Made, report: Report) -> Result:
     return Result(model, made.plan, told)
 
 
-def _notes(request: Request, gated: nn.Module, reading: Reading, steps: Steps) -> Notes:
+def _notes(request: Request, gated: nn.Module, reading: ReadData, steps: Steps) -> Notes:
     """Where an interrupted run goes on. Statistics are good for any request; plan and training are for the same one."""
     trained_in = request.training.get("checkpoint_dir") if request.training["epochs"] else None
     if request.checkpoint_dir is None and trained_in is None:

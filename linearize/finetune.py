@@ -18,17 +18,17 @@ from linearize.graph.state import same_modes
 from linearize.running.batches import length_of
 from linearize.running.devices import bring
 from linearize.running.order import set_epoch
-from linearize.running.outputs import Choice, Meaning
+from linearize.running.outputs import OutputChoice, OutputMeaning
 from linearize.running.randomness import seed_everything
 from linearize.training.accelerators import accelerator_for, accumulation, on_main, tell_of_whole_data
 from linearize.training.arguments import check_numbers, check_training
-from linearize.training.around import judged, ready, tell_of_epoch, teller, wrapped
+from linearize.training.around import judged, prepared, tell_of_epoch, teller, wrapped
 from linearize.training.features import Features
 from linearize.training.kept import checkpoints_in
 from linearize.training.losses import Evaluate
 from linearize.training.objective import Loss, Objective, Prior
 from linearize.training.priors import param_groups
-from linearize.training.run import Run
+from linearize.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,7 +69,7 @@ def finetune(
     temperature: float = 2.0,
     features: str | Sequence[str] | None = None,
     feature_weight: float = 1.0,
-    output: Choice = None,
+    output: OutputChoice = None,
     evaluate: Evaluate | None = None,
     lr: float = 1e-3,
     gate_lr: float = 1e-2,
@@ -187,14 +187,14 @@ def finetune(
         tell_of_whole_data(data, chosen)
         options |= {"steps per epoch": steps, "mixed_precision": str(chosen.mixed_precision)}
         options |= {"accumulate": together} if together > 1 else {}
-        options = {name: checks.plain(value) for name, value in options.items()}
+        options = {name: checks.plain_number(value) for name, value in options.items()}
         with checkpoints_in(checkpoint_dir, options, keep=keep, resume=resume, main=chosen.is_main_process) as kept:
             if seed is not None:
                 seed_everything(seed)
             groups = param_groups(model, lr, gate_lr, weight_decay)
             groups = [group for group in groups if prior is not None or group["name"] != "gates"]
             bring(model, chosen.device)
-            run = Run(
+            run = TrainingRun(
                 model=model,
                 wrapped=wrapped(model, chosen, torch_compile),
                 optimizer=chosen.prepare_optimizer(torch.optim.AdamW(groups)),
@@ -203,14 +203,14 @@ def finetune(
                 total=epochs * steps,
                 warmup=round(warmup * epochs * steps),
                 clip=clip,
-                meaning=Meaning.of(model, output),
+                meaning=OutputMeaning.of(model, output),
                 accumulate=together,
                 keep_norms=keep_norms,
                 on_step=teller(chosen, on_step),
             )
             kept.restore(lambda state: run.load_state_dict(state, data))
             done = len(run.history)
-            with ready(run, epochs * length, progress=progress) as advance:
+            with prepared(run, epochs * length, progress=progress) as advance:
                 for _ in range(done * length):
                     advance("")
                 while len(run.history) < epochs:

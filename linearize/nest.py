@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["copied", "leaves_of", "mapped", "plain"]
+__all__ = ["copied", "leaves_of", "mapped", "plain_nest"]
 
 _ATOMS = (str, bytes, int, float, complex, type(None), type, nn.Module)
 
@@ -73,7 +73,7 @@ def _set(target: Any, name: str, value: Any) -> None:
         object.__setattr__(target, name, value)
 
 
-def plain(nest: Any) -> Any:
+def plain_nest(nest: Any) -> Any:
     """The same values in containers of their own, mappings as plain dicts."""
     return mapped(nest, lambda value: value)
 

@@ -27,7 +27,7 @@ __all__ = [
     "optional",
     "parse",
     "path",
-    "plain",
+    "plain_data",
     "scalar",
     "struct",
     "text",
@@ -215,7 +215,7 @@ def scalar(value: Any, where: str) -> None:
         union(number(), text(200))(value, where)
 
 
-def plain(leaf: Check = scalar, *, depth: int = _DEPTH, entries: int = 100_000) -> Check:
+def plain_data(leaf: Check = scalar, *, depth: int = _DEPTH, entries: int = 100_000) -> Check:
     """Nested lists and dicts of a bounded depth and number of entries, with one check for all leaves."""
 
     def check(value: Any, where: str) -> None:

@@ -14,7 +14,7 @@ from linearize.algebra.covariance import Covariance
 from linearize.algebra.regression import balanced, conditional, fit, rank_losses, square_root
 from linearize.algebra.removal import removal_order
 from linearize.errors import DataError
-from linearize.families.channels.apply import carry_out
+from linearize.families.channels.apply import write_edit
 from linearize.families.channels.collect import observe
 from linearize.families.channels.editable import obstacle_to_refit
 from linearize.families.channels.fit import curve_of
@@ -201,7 +201,7 @@ def test_an_edit_computes_its_fit_and_collapses_to_it(name: str, rank: int | str
     chosen = SiteChoice(site, channels // 4, full if rank == "full" else int(rank))
     edit = curve.edit(gated, chosen)
     edited = copy.deepcopy(gated)
-    carry_out(edited, edit)
+    write_edit(edited, edit)
     x = torch.cat(data)
     with torch.no_grad():
         loss = float((edited(x) - model(x)).movedim(-3 if x.dim() == 4 else -1, -1).square().sum(-1).mean())
@@ -224,7 +224,7 @@ def test_behind_a_pooling_the_consumer_has_rows_of_its_own() -> None:
     found = observe(gated, data, progress=False)["1"]
     assert (found.inputs, found.rows.count) == (0, 240)
     edit = curve_of(gated, found).edit(gated, SiteChoice("1", 12))
-    carry_out(gated, edit)
+    write_edit(gated, edit)
     small = linearize.collapse(gated)
     assert linearize.verify(gated, small, data[0]).max_error < 1e-12
 
@@ -244,7 +244,7 @@ def test_dropping_alone_leaves_ordinary_layers() -> None:
         gated = linearize.convert(build(), torch.randn(2, *shape))
         data = [torch.randn(200, *shape)]
         ((site, found),) = observe(gated, data, progress=False).items()
-        carry_out(gated, curve_of(gated, found).edit(gated, SiteChoice(site, 8)))
+        write_edit(gated, curve_of(gated, found).edit(gated, SiteChoice(site, 8)))
         small = linearize.collapse(gated)
         kinds = {type(module).__name__ for module in small.modules()}
         assert kinds <= {"Sequential", "Linear", "GELU", "SiLU", "Gated"}

@@ -29,10 +29,10 @@ from linearize import (
     verify,
 )
 from linearize.cost import cost
-from linearize.nest import copied, leaves_of, mapped, plain
+from linearize.nest import copied, leaves_of, mapped, plain_nest
 from linearize.planning.first_batches import some_batches
 from linearize.planning.timing.in_place import shares_in_place
-from linearize.running.batches import Reading, count_of, length_of, read_batch
+from linearize.running.batches import ReadData, count_of, length_of, read_batch
 from linearize.training.distance import real_loss, some_of
 from linearize.training.losses import evaluate_batches, scores_of
 from tests.toys import QUIET
@@ -198,7 +198,7 @@ def test_masks_are_found_in_nested_dicts() -> None:
     assert read_batch(model, batches[0]).size == 2
     other = Masked()
     with torch.no_grad():
-        a, b = (torch.stack([m(plain(batch[0]))[mask.bool()] for batch in batches]) for m in (model, other))
+        a, b = (torch.stack([m(plain_nest(batch[0]))[mask.bool()] for batch in batches]) for m in (model, other))
     by_hand = [float((q - p).square().sum() / p.square().sum()) for p, q in zip(a, b, strict=True)]
     assert real_loss(model, other, batches) == pytest.approx(sum(by_hand) / 4, rel=1e-5)
 
@@ -247,7 +247,7 @@ def test_loaders_of_iterable_data_sets() -> None:
     assert compress(net, loader, flops=0.7, finetune={"epochs": 1, "distill_weight": 1.0}, **QUIET).report.history
     with pytest.raises(UsageError, match="without a length"):
         finetune(net, loader, teacher=net, distill_weight=1.0, progress=False)
-    assert len(some_of(Reading(net, loader), 2)) == 2
+    assert len(some_of(ReadData(net, loader), 2)) == 2
 
 
 def test_data_without_an_end() -> None:
@@ -391,7 +391,7 @@ def test_a_decoder_is_not_masked_by_its_encoder() -> None:
 def test_plain_batches_are_new_containers() -> None:
     inner = {"a": torch.ones(1)}
     outer = UserDict(inner=inner)
-    found = plain(outer)
+    found = plain_nest(outer)
     found["inner"]["b"] = 1
     assert list(inner) == ["a"]
 

@@ -69,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
         return float(counter.get_total_flops())
 
-    monkeypatch.setattr("linearize.serving.decoder.seconds", seconds)
+    monkeypatch.setattr("linearize.serving.decoder.decode_seconds", seconds)
     monkeypatch.setattr("linearize.bench._SHORTEST", 1e-5)
 
 

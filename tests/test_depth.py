@@ -20,7 +20,7 @@ from linearize.families.depth.collect import DepthCollector
 from linearize.families.depth.find import chains_of
 from linearize.families.depth.fit import DepthMap, fit_run
 from linearize.families.depth.options import DEPTH, Runs, with_layers
-from linearize.families.depth.place import Chain, Sums
+from linearize.families.depth.place import LayerChain, LayerSums
 from linearize.families.enclosing import homes_of
 from linearize.families.option import Group
 from linearize.gating.groups import groups_of
@@ -34,7 +34,7 @@ from tests.attentions import bert, cache_bytes, cache_of, generated, gpt2, image
 from tests.toys import QUIET
 
 
-def surveyed(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, Chain, Runs, list[Group]]:
+def surveyed(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, LayerChain, Runs, list[Group]]:
     """A gated model, its chain with sums, what stands for runs, and the groups of its layers."""
     gated = linearize.convert(model, batches[0])
     homes = homes_of(gated, groups_of(gated))
@@ -47,13 +47,13 @@ def surveyed(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, Chain, Ru
 
 
 @pytest.fixture(scope="module")
-def four() -> tuple[list[Any], tuple[nn.Module, Chain, Runs, list[Group]]]:
+def four() -> tuple[list[Any], tuple[nn.Module, LayerChain, Runs, list[Group]]]:
     """A decoder of four layers, surveyed."""
     batches: list[Any] = [tokens(8, 12, seed) for seed in range(4)]
     return batches, surveyed(llama(layers=4), batches)
 
 
-Four = tuple[list[Any], tuple[nn.Module, Chain, Runs, list[Group]]]
+Four = tuple[list[Any], tuple[nn.Module, LayerChain, Runs, list[Group]]]
 
 
 def off(found: Tensor, expected: Tensor) -> float:
@@ -107,7 +107,7 @@ class Stack(nn.Module):
 def test_layers_of_ones_own_and_why_they_stay() -> None:
     x = torch.randn(4, 6)
 
-    def found(kind: str) -> list[Chain]:
+    def found(kind: str) -> list[LayerChain]:
         gated = linearize.convert(Stack(kind).eval(), x)
         return chains_of(gated, x, homes_of(gated, groups_of(gated)))
 
@@ -251,7 +251,7 @@ def test_rows_that_are_far_longer_than_others_are_weighed_down() -> None:
     d[::40] = -5 * m[::40]
     errors = {}
     for name, weights in (("plain", torch.ones(400)), ("weighed", outliers_down(m))):
-        sums = Sums(8, 1)
+        sums = LayerSums(8, 1)
         sums.update(m, d[None], weights)
         found = fit_run(sums, 1, constant=False)
         assert found is not None

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import linearize
 from linearize import CheckpointError, DataError, UsageError
-from linearize.blockwise.chain import Form, chain_of
+from linearize.blockwise.chain import BlockOutput, chain_of
 from linearize.blockwise.states import reference_batches
 from linearize.blockwise.told import NotAChain
 from linearize.blockwise.verb import compress_blockwise
 from linearize.cli import run
 from linearize.cli.blockwise import batches_of_tensors
 from linearize.cost import cost
-from linearize.running.batches import Reading
+from linearize.running.batches import ReadData
 from linearize.storage.shards import INDEX
 from tests.chains import STAGES, Block, Net, net, points
 
@@ -392,7 +392,7 @@ class TestBadInput:
 
 def reason(model: nn.Module, example: Any = None) -> str:
     """Why a model is no chain."""
-    batch = next(iter(Reading(model, [points()[0] if example is None else example])))
+    batch = next(iter(ReadData(model, [points()[0] if example is None else example])))
     with pytest.raises(NotAChain) as caught:
         chain_of(model, batch, model.get_submodule, lambda _: model)
     return str(caught.value)
@@ -419,11 +419,11 @@ class Unlike(Net):
 class TestChains:
     def test_what_is_found(self) -> None:
         model = net()
-        batch = next(iter(Reading(model, points())))
+        batch = next(iter(ReadData(model, points())))
         chain, _ = chain_of(model, batch, model.get_submodule, lambda _: model)
         assert chain.blocks == ("blocks.0", "blocks.1", "blocks.2")
         assert chain.hidden == "x"
-        assert chain.form == Form()
+        assert chain.form == BlockOutput()
         assert all("forward" not in vars(module) for module in model.modules())
 
     def test_outputs_with_one_state_in_them(self) -> None:
@@ -436,9 +436,9 @@ class TestChains:
 
         model = First()
         model.blocks = nn.ModuleList(Listed() for _ in range(2))
-        batch = next(iter(Reading(model, points())))
+        batch = next(iter(ReadData(model, points())))
         chain, _ = chain_of(model, batch, model.get_submodule, lambda _: model)
-        assert chain.form == Form(0, 2, list)
+        assert chain.form == BlockOutput(0, 2, list)
 
     def test_what_is_none(self) -> None:
         assert "blocks.1: is not given what blocks.0 gave" in reason(net(between=lambda x, _: x + 1))

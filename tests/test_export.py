@@ -18,7 +18,7 @@ from linearize.compress import compress
 from linearize.errors import CaptureError, ExportError, UsageError
 from linearize.export.batches import batches_for
 from linearize.export.compare import distance
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.registry import FORMATS
 from tests.exported import IDS, llama, vit
 from tests.toys import QUIET
@@ -27,7 +27,7 @@ from tests.toys import QUIET
 class Fake:
     """A format whose runtime computes what it is told to."""
 
-    name, suffix, tolerances = "fake", ".fake", TOLERANCES
+    name, suffix, tolerances = "fake", ".fake", RUNTIME_TOLERANCES
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {"no_such_runtime": "fake"}
     means, options, near = Means(own_layers=False), ("opset",), ("stock", "onnx")

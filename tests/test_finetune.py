@@ -412,6 +412,6 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
     assert found["inf"] == float("inf")
     with pytest.raises(TypeError, match="object"):
         write_state(tmp_path / "bad.safetensors", {"x": object()})
-    tensorfile.write(tmp_path / "newer.safetensors", {}, {"format": "linearize-training", "version": "9"})
+    tensorfile.write_tensors(tmp_path / "newer.safetensors", {}, {"format": "linearize-training", "version": "9"})
     with pytest.raises(CheckpointError, match="version '9'"):
         read_state(tmp_path / "newer.safetensors")

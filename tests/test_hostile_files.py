@@ -28,7 +28,7 @@ from linearize.errors import CheckpointError, DataError, LinearizeError, UsageEr
 from linearize.gating.gate import gates
 from linearize.surgery.layers import PartialActivation
 from linearize.zoo import create
-from linearize.zoo.building import Limit, within
+from linearize.zoo.building import Limit, within_limit
 from linearize.zoo.sealed import sealed
 
 timm = pytest.importorskip("timm")
@@ -238,10 +238,10 @@ def test_memory_is_counted_before_it_is_taken() -> None:
         lambda: list(torch.zeros(10**6)),
     ):
         before = _peak(reset=True)
-        with pytest.raises(UsageError, match="far more"), within(Limit(1e9, 900, 2**27)):
+        with pytest.raises(UsageError, match="far more"), within_limit(Limit(1e9, 900, 2**27)):
             make()
         assert _peak() - before < 3e8
-    with within(Limit(1e9, 900, 2**27)):
+    with within_limit(Limit(1e9, 900, 2**27)):
         assert torch.ones(2**20).sum() == 2**20
 
 

@@ -17,7 +17,7 @@ from linearize.plan import Plan, SitePlan
 from linearize.planning.decision import Decision
 from linearize.report import charts
 from linearize.report.compression import Report
-from linearize.report.layers import layers_of
+from linearize.report.layers import layer_rows
 from linearize.report.trial import Trial
 from linearize.summary import SiteSummary, Summary
 from tests import browser
@@ -160,7 +160,7 @@ def test_layers_tell_what_became_of_them() -> None:
     )
     inside = SiteSummary("c.attn.act", "gelu", 4, 0, gated=True, form=None, reason=None)
     gateless = SiteSummary("e", "softmax", 0, 0, gated=False, form=None, reason="no channel axis")
-    rows = layers_of(plan, Summary((inside, gateless)))
+    rows = layer_rows(plan, Summary((inside, gateless)))
     assert [row.name for row in rows] == ["a", "b", "c.attn", "d", "e"]
     assert "8 nonlinear channels: 5 stay, 2 are linear, 1 removed, skip of rank 4, predicted loss 0.25" in rows[0].bar
     assert [row.width for row in rows] == ["8 → 5", "4 → 3", "", "4 → 4", ""]

@@ -25,7 +25,7 @@ pytest.importorskip("accelerate")
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from linearize.integrations import PriorCallback, gated_optimizer, gated_optimizer_groups
-from linearize.integrations.trainer import FILE
+from linearize.integrations.trainer import TRAINER_FILE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*has changed.*:UserWarning",  # what the guard says of each checkpoint
@@ -103,7 +103,7 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path: Path) -> None
     saving = {"save_strategy": "steps", "save_steps": 3}
     first = trainer_for(half, arguments(tmp_path / "half", **saving), prior_for(half))
     first.train()
-    assert (tmp_path / "half" / "checkpoint-3" / FILE).is_file()
+    assert (tmp_path / "half" / "checkpoint-3" / TRAINER_FILE).is_file()
 
     torch.manual_seed(5)
     again = prior_for(other)
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path: Path) -> None
         assert torch.equal(value, other.state_dict()[name]), name
 
     # Without the state of the prior the schedule would begin anew: it is said, and nothing is trained.
-    (tmp_path / "half" / "checkpoint-6" / FILE).unlink()
+    (tmp_path / "half" / "checkpoint-6" / TRAINER_FILE).unlink()
     third = copy.deepcopy(model)
     with pytest.raises(TrainingError, match="no such file"):
         trainer_for(third, arguments(tmp_path / "half", **saving), prior_for(third)).train(
@@ -147,7 +147,7 @@ def test_state_for_other_alphas_is_refused(tmp_path: Path) -> None:
     model = Task()
     saving = {"save_strategy": "steps", "save_steps": 3}
     trainer_for(model, arguments(tmp_path, **saving), prior_for(model)).train()
-    path = tmp_path / "checkpoint-3" / FILE
+    path = tmp_path / "checkpoint-3" / TRAINER_FILE
     state = read_state(path)
     state["alphas"][0] += 0.25
     write_state(path, state)
@@ -286,4 +286,4 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     assert first["share"] == second["share"] == 0.5
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
-    assert (tmp_path / "checkpoint-2" / FILE).is_file()
+    assert (tmp_path / "checkpoint-2" / TRAINER_FILE).is_file()

@@ -23,7 +23,7 @@ from linearize.errors import CollapseError, TrainingError, UsageError
 from linearize.families.option import SiteChoice
 from linearize.gating.gate import ChannelGate, gates
 from linearize.planning.candidates import surveys_of
-from linearize.planning.carry_out import carry_out, edited, site_choices
+from linearize.planning.carry_out import carry_out_choices, edited, site_choices
 from linearize.planning.knapsack import choose
 from linearize.planning.market import market_of, without_idle_biases
 from linearize.planning.request import Method, Request
@@ -308,7 +308,7 @@ def test_a_decision_without_training_is_the_closed_form_of_a_plan(network: str) 
         assert 0 < len(keep) < curve.channels
         planned = duplicate(found.gated, CollapseError)
         choice = SiteChoice(name, len(keep))
-        carry_out(found, planned, {name: choice}, {name: keep})
+        carry_out_choices(found, planned, {name: choice}, {name: keep})
         x = read()[0][0]
         with torch.no_grad():
             a, b, plain = (model.eval()(x) for model in (prior.model, planned, found.gated))

@@ -17,7 +17,7 @@ from linearize.cost import cost
 from linearize.errors import CollapseError
 from linearize.plan import NARROWED, Plan
 from linearize.surgery.form_choice import make_plan
-from linearize.surgery.narrow import chains_of
+from linearize.surgery.narrow import coupled_sites
 from linearize.surgery.specs import all_steps
 from tests.processors import assert_same_outputs, assert_same_tensors, moved, reordering
 
@@ -144,7 +144,7 @@ def test_neighbours_in_a_stack() -> None:
     middle = [nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.SiLU(), nn.Conv2d(16, 6, 1)]
     model = nn.Sequential(*stem, *middle, nn.ReLU(), nn.Conv2d(6, 5, 1)).double().eval()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    assert len(chains_of(linearize.convert(model, x), ())) == 0
+    assert len(coupled_sites(linearize.convert(model, x), ())) == 0
     for share in (0.3, 0.7, 0.95):
         made = gated(model, x, share)
         for when in ("cheaper", "always"):

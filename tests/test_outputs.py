@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - as everywhere
 from linearize import DataError, LinearizeError, TrainingError, UsageError, compress, finetune
 from linearize.cli import run
 from linearize.running.batches import Batch
-from linearize.running.outputs import Meaning, main_part, tensors_in
+from linearize.running.outputs import OutputMeaning, main_part, tensors_in
 from linearize.running.targets import fitted
 from linearize.training.divergence import distances, distillation_loss
 from linearize.training.losses import evaluate_batches, task_loss
@@ -44,24 +44,24 @@ def test_every_floating_tensor_is_a_part() -> None:
     assert list(tensors_in([Detections(one), Detections(one)])) == ["*.boxes"]
     assert list(tensors_in([one, one])) == ["0", "1"], "a pyramid has levels, each of its own"
     with pytest.raises(TrainingError, match="no floating tensor"):
-        Meaning().parts({"ids": torch.ones(2, dtype=torch.long)})
+        OutputMeaning().parts({"ids": torch.ones(2, dtype=torch.long)})
 
 
 def test_what_is_inside_counts_only_if_it_is_chosen() -> None:
     z = torch.ones(2, 3)
     output = {"loss": torch.tensor(1.0), "logits": z, "hidden_states": (z, z), "router_loss": z, "past_key_values": z}
-    assert [part.name for part in Meaning().parts(output)] == ["logits"]
-    chosen = Meaning.of(nn.Identity(), ["hidden_states", "logits"]).parts(output)
+    assert [part.name for part in OutputMeaning().parts(output)] == ["logits"]
+    chosen = OutputMeaning.of(nn.Identity(), ["hidden_states", "logits"]).parts(output)
     assert [part.name for part in chosen] == ["logits", "hidden_states.0", "hidden_states.1"]
-    assert [part.name for part in Meaning().parts({"hidden_states": (z,)})] == ["hidden_states.0"]
-    told = Meaning.of(configured(keys_to_ignore_at_inference=["memory"]))
+    assert [part.name for part in OutputMeaning().parts({"hidden_states": (z,)})] == ["hidden_states.0"]
+    told = OutputMeaning.of(configured(keys_to_ignore_at_inference=["memory"]))
     assert [part.name for part in told.parts({"logits": z, "memory": z})] == ["logits"]
 
 
 @pytest.mark.parametrize("choice", ["lo", [], {"logits": 0}, {"logits": -1.0}, {"logits": "labels"}, {}, 3, [2]])
 def test_choices_that_name_nothing(choice: Any) -> None:
     with pytest.raises(UsageError, match=r"output: found .*(Its parts are logits|Pass patterns)"):
-        Meaning.of(nn.Identity(), choice).parts({"logits": torch.ones(2, 3)})
+        OutputMeaning.of(nn.Identity(), choice).parts({"logits": torch.ones(2, 3)})
 
 
 @pytest.mark.parametrize(
@@ -118,30 +118,30 @@ def test_probabilities_are_no_logits_of_labels() -> None:
 def test_a_configuration_says_what_logits_are(
     config: dict[str, Any], shape: tuple[int, ...], labels: Tensor | None, expected: str
 ) -> None:
-    (part,) = Meaning.of(configured(**config)).parts({"logits": torch.randn(shape)}, labels)
+    (part,) = OutputMeaning.of(configured(**config)).parts({"logits": torch.randn(shape)}, labels)
     assert part.kind == expected
-    (other,) = Meaning.of(configured(**config)).parts({"features": torch.randn(shape)})
+    (other,) = OutputMeaning.of(configured(**config)).parts({"features": torch.randn(shape)})
     assert other.kind == "values", "by another name it may be anything"
 
 
 def test_nested_configurations_know_the_words() -> None:
     inner = type("Config", (), {"to_dict": lambda _: {}})()
     inner.vocab_size = 50
-    (part,) = Meaning.of(configured(text_config=inner)).parts({"logits": torch.randn(2, 3, 50)})
+    (part,) = OutputMeaning.of(configured(text_config=inner)).parts({"logits": torch.randn(2, 3, 50)})
     assert (part.kind, part.axis) == ("classes", -1)
 
 
 def test_the_user_has_the_last_word() -> None:
     z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     for kind in ("classes", "multilabel", "values"):
-        (part,) = Meaning.of(configured(num_labels=3), {"logits": kind}).parts({"logits": z}, y)
+        (part,) = OutputMeaning.of(configured(num_labels=3), {"logits": kind}).parts({"logits": z}, y)
         assert part.kind == kind
 
 
 def test_labels_belong_to_the_logits_or_the_first_part_that_they_fit() -> None:
     y = torch.tensor([0, 1, 2, 0])
     output = {"features": torch.randn(4, 16), "logits": torch.randn(4, 3), "aux": torch.randn(4, 3)}
-    kinds = {part.name: part.kind for part in Meaning().parts(output, y)}
+    kinds = {part.name: part.kind for part in OutputMeaning().parts(output, y)}
     assert kinds == {"features": "values", "logits": "classes", "aux": "classes"}
     torch.testing.assert_close(task_loss(output, y), F.cross_entropy(output["logits"], y))
     assert task_loss({"output": output["logits"]}, {"output": y}) == task_loss(output, y)
@@ -193,7 +193,7 @@ def testlabelsthat_do_not_fit(labels: Any, match: str) -> None:
 def test_distances_by_hand() -> None:
     a, b = ({"logits": torch.randn(4, 3), "boxes": torch.randn(4, 6), "tags": torch.randn(4, 5)} for _ in range(2))
     model = configured(num_labels=3)
-    batch = Batch(meaning=Meaning.of(model, {"logits": 2, "boxes": 1.0, "tags": "multilabel"}))
+    batch = Batch(meaning=OutputMeaning.of(model, {"logits": 2, "boxes": 1.0, "tags": "multilabel"}))
     p, q = (z["logits"].softmax(-1) for z in (b, a))
     s, t = (z["tags"].sigmoid() for z in (a, b))
     expected = {
@@ -278,7 +278,7 @@ def test_the_projection_is_the_second_derivative_of_the_distance() -> None:
     torch.manual_seed(1)
     model = Heads().double()
     x = torch.randn(5, 6, dtype=torch.float64)
-    meaning = Meaning.of(model, {"logits": "classes", "deep.0": "multilabel", "deep.1": 3.0})
+    meaning = OutputMeaning.of(model, {"logits": "classes", "deep.0": "multilabel", "deep.1": 3.0})
     batch = Batch((x,), meaning=meaning)
     h = model.trunk(x).detach()
 

@@ -16,7 +16,7 @@ from linearize.errors import CollapseError
 from linearize.families.option import Option, SiteChoice
 from linearize.families.price import Pricer
 from linearize.gating.groups import groups_of
-from linearize.planning.carry_out import carry_out, edited, site_choices
+from linearize.planning.carry_out import carry_out_choices, edited, site_choices
 from linearize.planning.knapsack import Choice
 from linearize.planning.search import searched
 from linearize.planning.survey import Survey, survey
@@ -62,7 +62,7 @@ def test_a_copy_that_is_put_back_is_as_good_as_a_new_one(found: Survey) -> None:
             forms |= {choice.form for choice in choices.values()}
             model = bench.fresh()
             assert torch.equal(model(IMAGES[0]), expected)
-            carry_out(found, model, choices)
+            carry_out_choices(found, model, choices)
             other = edited(found, choices)
             assert [type(part) for part in model.modules()] == [type(part) for part in other.modules()]
             assert tensors(model).keys() == tensors(other).keys()

@@ -450,11 +450,11 @@ def test_other_runtimes_compute_the_same(tmp_path: Path) -> None:
     batch: Inputs = ((torch.randn(2, 4),), {})
     with torch.no_grad():
         expected = model(*batch[0])
-    binding, _ = ways.ready("onnxruntime", model, batch)()
+    binding, _ = ways.runner("onnxruntime", model, batch)()
     assert torch.allclose(torch.from_numpy(binding.copy_outputs_to_cpu()[0]), expected, atol=1e-5)
     half = nn.Linear(4, 4).bfloat16()
     with pytest.raises(ways.LeftOut, match="bfloat16"):
-        ways.ready("onnxruntime", half, ((torch.randn(2, 4).bfloat16(),), {}))
+        ways.runner("onnxruntime", half, ((torch.randn(2, 4).bfloat16(),), {}))
 
 
 def test_openvino_computes_the_same() -> None:
@@ -463,7 +463,7 @@ def test_openvino_computes_the_same() -> None:
     batch: Inputs = ((torch.randn(2, 4),), {})
     with torch.no_grad():
         expected = model(*batch[0])
-        found = ways.ready("openvino", model, batch)()
+        found = ways.runner("openvino", model, batch)()
     assert torch.allclose(torch.from_numpy(next(iter(found.values()))), expected, atol=1e-5)
 
 
@@ -586,7 +586,7 @@ def test_a_graph_is_captured_after_some_runs(monkeypatch: pytest.MonkeyPatch) ->
             card.run()
             return x
 
-    replay = ways.ready("cudagraphs", Counts(), ((torch.zeros(1),), {}))
+    replay = ways.runner("cudagraphs", Counts(), ((torch.zeros(1),), {}))
     assert card.calls == ["run"] * 4
     replay()
     assert card.calls[4:] == ["replay"], "the model's own code does not run again"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import linearize
 from linearize.cli import run
 from linearize.data import TextBatches, TextQuality, load_text
-from linearize.data.documents import Piece, is_text, pieces_of
-from linearize.data.tokens import Encoder, packed
+from linearize.data.documents import Passage, is_text, pieces_of
+from linearize.data.tokens import TextEncoder, packed
 from linearize.errors import DataError, LinearizeError, UsageError
 
 WORDS = "the cat sat on a mat and the dog ran after a red ball while we read old books in the sun".split()
@@ -172,12 +172,12 @@ def test_of_one_document_the_last_blocks_are_held_back() -> None:
 def test_a_limit_stops_the_reading() -> None:
     seen = []
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[Passage]:
         for text in sentences(1000):
             seen.append(text)
-            yield Piece(text)
+            yield Passage(text)
 
-    found = packed(pieces(), Encoder.of(letters), 16, most=9)
+    found = packed(pieces(), TextEncoder.of(letters), 16, most=9)
     assert (len(found.calibration), len(found.held)) == (9, 1)
     assert len(seen) < 20
 
@@ -205,7 +205,7 @@ def test_a_tokenizer_that_cuts_texts_off_is_not_believed_and_stays_as_it_is() ->
     )
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.enable_truncation(4)
-    assert len(Encoder.of(made).ids(" ".join(WORDS))) == len(WORDS)
+    assert len(TextEncoder.of(made).ids(" ".join(WORDS))) == len(WORDS)
     assert len(made.encode(" ".join(WORDS)).ids) == 4
 
 

@@ -19,7 +19,7 @@ from linearize.analysis.op_kinds import arguments
 from linearize.analysis.units import Unit
 from linearize.gating.gate import ChannelGate
 from linearize.graph.capture import CONSTANT, Capture, is_check
-from linearize.graph.memory import memory
+from linearize.graph.memory import memory_of
 from linearize.graph.ops import constant, is_inplace, op_name
 
 __all__ = ["bounds"]
@@ -95,7 +95,7 @@ class _Bounds:
         except (RuntimeError, TypeError, ValueError):  # an argument that the rule did not expect: not understood
             found = None
         if is_inplace(node):  # what shares the memory has changed, too
-            for other in [other for other in self.known if memory(other) == memory(node)]:
+            for other in [other for other in self.known if memory_of(other) == memory_of(node)]:
                 self.known[other] = None
             if isinstance(node.args[0], fx.Node):
                 self.known[node.args[0]] = found

@@ -12,7 +12,7 @@ from linearize.errors import UsageError
 FIRST, SECOND, LINEAR, INK = "#2166ac", "#e08214", "#dcdcdc", "#333333"
 
 
-NAMES = 40  # more rows than this go without names
+NAMED_ROWS = 40  # more rows than this go without names
 
 
 def new_figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.analysis.canvas import FIRST, INK, LINEAR, NAMES, SECOND, new_figure, write_picture
+from linearize.analysis.canvas import FIRST, INK, LINEAR, NAMED_ROWS, SECOND, new_figure, write_picture
 from linearize.analysis.paths import PathGraph, PathLength, Weighting
 from linearize.analysis.units import Unit
 from linearize.errors import UsageError
@@ -224,7 +224,7 @@ def draw_core(core: Core, path: str | os.PathLike[str], title: str = "") -> None
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
-    figure, (axes,) = new_figure((8, 1.4 + 0.26 * min(len(core.layers), NAMES)), 1)
+    figure, (axes,) = new_figure((8, 1.4 + 0.26 * min(len(core.layers), NAMED_ROWS)), 1)
     from matplotlib.colors import LinearSegmentedColormap
 
     colors = LinearSegmentedColormap.from_list("core", [LINEAR, FIRST])
@@ -232,10 +232,10 @@ def draw_core(core: Core, path: str | os.PathLike[str], title: str = "") -> None
     for place, layer in enumerate(core.layers):
         edges, values = _row(layer, widest)
         axes.pcolormesh(edges, [place - 0.42, place + 0.42], [values], cmap=colors, vmin=0, vmax=1)
-        if len(core.layers) <= NAMES:
+        if len(core.layers) <= NAMED_ROWS:
             text = f" {layer.width} of {layer.channels}"
             axes.text(layer.channels, place, text, va="center", fontsize=7, color=INK)
-    if len(core.layers) <= NAMES:
+    if len(core.layers) <= NAMED_ROWS:
         axes.set_yticks(range(len(core.layers)), [layer.name for layer in core.layers], fontsize=7)
     else:
         axes.set_ylabel("sites, in order of execution")

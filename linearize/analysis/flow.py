@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Sizes = tuple[int, ...]
+TensorSizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Flow:
     soft: bool = False
 
     @property
-    def grid(self) -> Sizes:
+    def grid(self) -> TensorSizes:
         """The shape of the grid, G."""
         return tuple(self.log.shape)
 
@@ -115,7 +115,7 @@ def repeated(flow: Flow, axis: int, times: int) -> Flow:
     )
 
 
-def merge(flows: Sequence[Flow], *, normalized: bool) -> Flow:
+def meet(flows: Sequence[Flow], *, normalized: bool) -> Flow:
     """Branches that meet, element by element: a sum, a product, a maximum.
 
     Unnormalized, all paths count alike. Normalized, each branch that has a path counts alike.
@@ -139,7 +139,7 @@ def _level(log: Tensor) -> Tensor:
     return log - torch.logsumexp(log.flatten(), 0) + math.log(max(1, int((log > -math.inf).sum())))
 
 
-def concatenate(parts: Sequence[tuple[Flow | None, Sizes]], axis: int, *, normalized: bool) -> Flow | None:
+def concatenate(parts: Sequence[tuple[Flow | None, TensorSizes]], axis: int, *, normalized: bool) -> Flow | None:
     """Branches side by side along an axis; a part of None is a constant, which no path leads to.
 
     Normalized, a walk that comes to the whole takes each branch with the same probability, however wide it is.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from linearize.analysis.flow import Flow, average, concatenate, contract, gathered, merge, ranked, repeated, source
+from linearize.analysis.flow import Flow, average, concatenate, contract, gathered, meet, ranked, repeated, source
 from linearize.analysis.op_kinds import _ATTENTION, _CONSTANTS, _MERGES, _MOVES, _REDUCTIONS, _SOFT, arguments
 from linearize.graph.capture import shape
 from linearize.graph.ops import op_name
@@ -95,7 +95,7 @@ class Rules:
         flows = [ranked(self._of(n), rank) for n in operands if n is not skipped]
         if not flows:
             return None
-        merged = merge(flows, normalized=self.normalized)
+        merged = meet(flows, normalized=self.normalized)
         return replace(merged, soft=merged.soft or name in ("softmax", "_softmax", "_safe_softmax"))
 
     def _of(self, node: fx.Node) -> Flow:
@@ -140,7 +140,7 @@ class Rules:
         sizes = shape(operand) or (1,)
         if self.flow(operand) is not None:
             flows.append(contract(self._of(operand), -1, sizes[-1]))  # type: ignore[arg-type]
-        return merge(flows, normalized=self.normalized) if flows else None
+        return meet(flows, normalized=self.normalized) if flows else None
 
     def _product(self, node: fx.Node) -> State:
         return self._matmul(node, node.args[0], node.args[1])
@@ -148,7 +148,7 @@ class Rules:
     def _sum_product(self, node: fx.Node) -> State:
         added, product = self.flow(node.args[0]), self._matmul(node, node.args[1], node.args[2])
         flows = [flow for flow in (added, product) if flow is not None]
-        return merge([ranked(f, len(shape(node) or ())) for f in flows], normalized=self.normalized) if flows else None
+        return meet([ranked(f, len(shape(node) or ())) for f in flows], normalized=self.normalized) if flows else None
 
     def _matmul(self, node: fx.Node, left: Any, right: Any) -> Flow | None:
         """A dense map, a product of two branches, or attention weights that mix the tokens of the values."""
@@ -166,7 +166,7 @@ class Rules:
                 return self._opaque(node, [right])
             flows.append(contract(b, -2, (shape(right) or (1, 1))[-2]))
         rank = len(shape(node) or ())
-        return merge([ranked(f, rank) for f in flows], normalized=self.normalized) if flows else None
+        return meet([ranked(f, rank) for f in flows], normalized=self.normalized) if flows else None
 
     def _einsum(self, node: fx.Node) -> State:
         """Indices that are summed over are contracted; between attention weights and values they are tokens."""
@@ -189,7 +189,7 @@ class Rules:
             grid = [flow.grid[letters.index(letter)] if letter in letters else 1 for letter in output]
             log = flow.log.permute(*order, *rest).reshape(grid)
             made.append(Flow(flow.lengths.permute(*order, *rest, -1).reshape(*grid, -1), log))
-        return merge(made, normalized=self.normalized) if made else None
+        return meet(made, normalized=self.normalized) if made else None
 
     def _convolution(self, node: fx.Node) -> State:
         given, sizes = arguments(node), shape(node) or ()
@@ -201,7 +201,7 @@ class Rules:
             flow = average(flow, range(axis + 1, len(sizes)))
             flow = contract(flow, axis, (shape(given["input"]) or sizes)[axis], groups)
             flows.append(repeated(flow, axis, sizes[axis] // groups))
-        return merge(flows, normalized=self.normalized) if flows else None
+        return meet(flows, normalized=self.normalized) if flows else None
 
     def _pool(self, node: fx.Node) -> State:
         flow = self._of(node.all_input_nodes[0])
@@ -244,7 +244,7 @@ class Rules:
         alike = all(flow is None or flow.grid[axis] == 1 for flow in flows)
         if known is not None and axis != known and alike and max((shape(n) or sizes)[axis] for n in parts) > 1:
             joined = [flow for flow in flows if flow is not None]  # positions side by side
-            return merge(joined, normalized=self.normalized)
+            return meet(joined, normalized=self.normalized)
         pairs = [(flow, shape(n) or sizes) for flow, n in zip(flows, parts, strict=True)]
         return concatenate(pairs, axis, normalized=self.normalized)
 
@@ -285,7 +285,7 @@ class Rules:
         name = op_name(node)
         if name not in self.opaque:
             self.opaque.append(name)
-        return merge([self._uniform(n, node) for n in operands], normalized=self.normalized)
+        return meet([self._uniform(n, node) for n in operands], normalized=self.normalized)
 
 
 def _reads_input(node: fx.Node) -> bool:

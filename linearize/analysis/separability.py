@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from linearize.analysis.canvas import FIRST, NAMES, SECOND, head, new_figure, write_picture
+from linearize.analysis.canvas import FIRST, NAMED_ROWS, SECOND, head, new_figure, write_picture
 from linearize.convert import convert, eager_model
 from linearize.errors import DataError, UsageError
 from linearize.gating.gate import gates
@@ -209,13 +209,13 @@ def draw_separability(found: Separability, path: str | os.PathLike[str], title: 
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
     layers = found.layers
-    figure, (axes,) = new_figure((max(5, 2 + 0.32 * min(len(layers), NAMES)), 3.4), 1)
+    figure, (axes,) = new_figure((max(5, 2 + 0.32 * min(len(layers), NAMED_ROWS)), 3.4), 1)
     places = range(len(layers))
     accuracy = [100 * layer.accuracy for layer in layers]
     axes.plot(places, accuracy, color=FIRST, marker="o", markersize=4, label="accuracy of linear classifiers")
     separable = [100 * layer.separable / layer.classes for layer in layers]
     axes.plot(places, separable, color=SECOND, marker="s", markersize=4, linestyle="--", label="separable classes")
-    if len(layers) <= NAMES:
+    if len(layers) <= NAMED_ROWS:
         axes.set_xticks(places, [layer.name for layer in layers], fontsize=7, rotation=90)
     axes.set_ylim(-3, 103)
     axes.set_ylabel("%")

@@ -19,7 +19,7 @@ from linearize.analysis.bounds import bounds
 from linearize.analysis.channel_ranges import ChannelRange, channel_ranges, unread
 from linearize.analysis.intervals import box_of, input_shapes, per_channel
 from linearize.analysis.pieces import homogeneous, line_on
-from linearize.analysis.symmetry import Evidence, Kind, Required, Symmetry
+from linearize.analysis.symmetry import Evidence, Required, Symmetry, SymmetryKind
 from linearize.analysis.units import find_units
 from linearize.analysis.weights import live_columns, parallel_rows
 from linearize.convert import convert, eager_model
@@ -140,11 +140,11 @@ def _stable(
         gate = found[name]
         kind = gate.site.activation if gate.site is not None else type(gate.activation).__name__.lower()
         lines = {}
-        for c in sorted(set(free(gate)) - _taken(known, name)):
+        for c in sorted(set(nonlinear_channels(gate)) - _taken(known, name)):
             line = line_on(gate.activation, kind, float(low[c]), float(high[c]))
             if line is not None and not (gate.gated_unit and line.slope != 0):
                 lines[c] = line
-        kinds: tuple[Kind, Kind] = ("inactive", "active")
+        kinds: tuple[SymmetryKind, SymmetryKind] = ("inactive", "active")
         for word in kinds:
             chosen = {c: line for c, line in lines.items() if (line.slope == 0) == (word == "inactive")}
             if chosen:
@@ -154,7 +154,7 @@ def _stable(
     return made
 
 
-def free(gate: ChannelGate) -> list[int]:
+def nonlinear_channels(gate: ChannelGate) -> list[int]:
     """Channels of a gate that are completely nonlinear."""
     mask = ~gate.linear & (gate.alpha == 0)
     return [int(c) for c in mask.nonzero().flatten()]
@@ -174,7 +174,7 @@ def _parallel(
         site, taken = gate.site, _taken(known, name)
         if site is None or gate.gated_unit:
             continue
-        channels = [c for c in free(gate) if c not in taken]
+        channels = [c for c in nonlinear_channels(gate) if c not in taken]
         any_scale = homogeneous(gate.activation, site.activation)
         groups = parallel_rows(twin, site, channels, any_scale=any_scale) if use_weights else []
         used = {c for group in groups for c in group}
@@ -206,7 +206,7 @@ def _lost(twin: nn.Module, found: dict[str, ChannelGate], known: Sequence[Symmet
             continue
         taken = _taken([*known, *made], name)
         kept = {r.channels[0] for r in known if r.site == name and r.kind == "parallel"}
-        lost = [c for c in free(gate) if not columns[0][c] and c not in taken and c not in kept]
+        lost = [c for c in nonlinear_channels(gate) if not columns[0][c] and c not in taken and c not in kept]
         if lost:
             zeros = (0.0,) * len(lost)
             word: Evidence = "box" if evidence == "box" else "data"
@@ -230,7 +230,7 @@ def _silent(
     candidates = {}
     for name, channels in unread(twin, found, batches).items():
         kept = {r.channels[0] for r in known if r.site == name and r.kind == "parallel"}
-        free_now = set(free(found[name])) - _taken(known, name) - kept
+        free_now = set(nonlinear_channels(found[name])) - _taken(known, name) - kept
         candidates[name] = [c for c in channels if c in free_now]
     chosen = ablated(twin, found, batches, candidates, known)
     return [

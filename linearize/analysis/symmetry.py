@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from linearize.analysis.canvas import FIRST, INK, NAMES, SECOND, head, new_figure, write_picture
+from linearize.analysis.canvas import FIRST, INK, NAMED_ROWS, SECOND, head, new_figure, write_picture
 from linearize.text_table import render
 
-Kind = Literal["inactive", "active", "parallel", "unseen"]
+SymmetryKind = Literal["inactive", "active", "parallel", "unseen"]
 
 
 Evidence = Literal["data", "box"]
@@ -38,7 +38,7 @@ class Symmetry:
         inputs: example inputs without values, to capture the model again.
     """
 
-    kind: Kind
+    kind: SymmetryKind
     site: str
     channels: tuple[int, ...]
     evidence: Evidence
@@ -81,7 +81,7 @@ def draw_symmetries(symmetries: Iterable[Symmetry], path: str | os.PathLike[str]
     """
     records = list(symmetries)
     sites = list(dict.fromkeys(record.site for record in records))
-    figure, (axes,) = new_figure((7, 1.6 + 0.28 * min(len(sites), NAMES)), 1)
+    figure, (axes,) = new_figure((7, 1.6 + 0.28 * min(len(sites), NAMED_ROWS)), 1)
     for place, site in enumerate(sites):
         start = 0
         for record in (record for record in records if record.site == site):
@@ -94,7 +94,7 @@ def draw_symmetries(symmetries: Iterable[Symmetry], path: str | os.PathLike[str]
         axes.barh(0, 0, color=_COLORS[kind], label=kind)
     if any(record.evidence == "data" for record in records):
         axes.barh(0, 0, color="#bbbbbb", hatch="//", edgecolor="white", label="on the data only")
-    if len(sites) <= NAMES:
+    if len(sites) <= NAMED_ROWS:
         axes.set_yticks(range(len(sites)), sites, fontsize=8)
     axes.set_ylim(len(sites) - 0.4, -0.6)
     axes.set_xlim(left=0)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.blockwise.told import Arguments, NotAChain, told
+from linearize.blockwise.told import BlockArguments, NotAChain, block_arguments
 from linearize.nest import leaves_of
 from linearize.running.batches import Batch
 from linearize.running.models import evaluating
 from linearize.zoo.hollow import without_cache
 
-__all__ = ["Chain", "Form", "block_lists", "chain_of"]
+__all__ = ["BlockChain", "BlockOutput", "block_lists", "chain_of"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _KNOWN = (*_PLAIN, Tensor, torch.dtype, torch.device)
@@ -29,7 +29,7 @@ _SHARE = 0.5  # of the weights outside embeddings that a chain must hold: else l
 
 
 @dataclass(frozen=True)
-class Form:
+class BlockOutput:
     """How a block gives its hidden state back.
 
     Attributes:
@@ -52,7 +52,7 @@ class Form:
         """The hidden state in an output.
 
         Examples:
-            >>> Form(0, 2).hidden((torch.ones(1), None))
+            >>> BlockOutput(0, 2).hidden((torch.ones(1), None))
             tensor([1.])
         """
         found: Tensor = output if self.index is None else output[self.index]
@@ -60,7 +60,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Chain:
+class BlockChain:
     """The blocks of a model.
 
     Attributes:
@@ -71,7 +71,7 @@ class Chain:
 
     blocks: tuple[str, ...]
     hidden: str
-    form: Form
+    form: BlockOutput
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, ...]]:
@@ -107,7 +107,7 @@ def chain_of(
     batch: Batch,
     block: Callable[[str], nn.Module],
     around: Callable[[Sequence[str]], nn.Module],
-) -> tuple[Chain, nn.Module]:
+) -> tuple[BlockChain, nn.Module]:
     """The chain of a model, and the model around it.
 
     Args:
@@ -147,8 +147,8 @@ def _check_own(model: nn.Module, blocks: Sequence[str]) -> None:
             raise NotAChain(holder or other, f"shares the weight {name!r} with {other or 'the rest of the model'}")
 
 
-def _tried(model: nn.Module, blocks: tuple[str, ...], batch: Batch, first: nn.Module) -> Chain:
-    start = told(model, blocks, batch, None)[0]
+def _tried(model: nn.Module, blocks: tuple[str, ...], batch: Batch, first: nn.Module) -> BlockChain:
+    start = block_arguments(model, blocks, batch, None)[0]
     names = [name for name, value in start.items() if isinstance(value, Tensor) and value.is_floating_point()]
     if not names:
         raise NotAChain(blocks[0], "is given no tensor that could be a hidden state")
@@ -159,21 +159,21 @@ def _tried(model: nn.Module, blocks: tuple[str, ...], batch: Batch, first: nn.Mo
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         given = [torch.randn(start[hidden].shape, generator=generator).to(start[hidden]) for _ in blocks]
-        seen = told(model, blocks, batch, [form.wrap(state) for state in given])
+        seen = block_arguments(model, blocks, batch, [form.wrap(state) for state in given])
         _check_order(blocks, seen, hidden, [start[hidden], *given])
         runs.append(seen)
     _check_same(blocks, runs, hidden)
-    return Chain(blocks, hidden, form)
+    return BlockChain(blocks, hidden, form)
 
 
-def _form(path: str, output: Any, hidden: Tensor) -> Form:
+def _form(path: str, output: Any, hidden: Tensor) -> BlockOutput:
     """The form of a block's output."""
-    form = Form()
+    form = BlockOutput()
     if isinstance(output, tuple | list):
         tensors = [index for index, value in enumerate(output) if value is not None]
         if len(tensors) != 1:
             raise NotAChain(path, f"gives back {len(tensors)} things, not only a hidden state")
-        form = Form(tensors[0], len(output), list if isinstance(output, list) else tuple)
+        form = BlockOutput(tensors[0], len(output), list if isinstance(output, list) else tuple)
         output = output[tensors[0]]
     if not isinstance(output, Tensor):
         raise NotAChain(path, f"gives back a {type(output).__name__}, not a hidden state")
@@ -183,7 +183,7 @@ def _form(path: str, output: Any, hidden: Tensor) -> Form:
     return form
 
 
-def _check_order(blocks: Sequence[str], seen: Sequence[Arguments], hidden: str, given: Sequence[Tensor]) -> None:
+def _check_order(blocks: Sequence[str], seen: Sequence[BlockArguments], hidden: str, given: Sequence[Tensor]) -> None:
     """Each block was called, and was given what the one before gave."""
     if len(seen) < len(blocks):
         raise NotAChain(blocks[len(seen)], "is not called on its data")
@@ -193,7 +193,7 @@ def _check_order(blocks: Sequence[str], seen: Sequence[Arguments], hidden: str, 
             raise NotAChain(path, f"is not given what {before or 'the model'} gave: something changes it in between")
 
 
-def _check_same(blocks: Sequence[str], runs: Sequence[Sequence[Arguments]], hidden: str) -> None:
+def _check_same(blocks: Sequence[str], runs: Sequence[Sequence[BlockArguments]], hidden: str) -> None:
     """What else the blocks are told does not depend on hidden states."""
     for path, one, other in zip(blocks, *runs, strict=True):
         for name in one.keys() | other.keys():

@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.blockwise.asked import Share
-from linearize.blockwise.chain import Chain
+from linearize.blockwise.chain import BlockChain
 from linearize.blockwise.source import Source, hollowed
 from linearize.blockwise.states import (
     REFERENCE,
-    Inputs,
+    BlockInputs,
     States,
     first_states,
     passed_on,
@@ -37,7 +37,7 @@ from linearize.plan import Plan
 from linearize.planning.by_budget import to_budget
 from linearize.planning.job import Job
 from linearize.planning.request import Request
-from linearize.running.batches import Batch, Reading
+from linearize.running.batches import Batch, ReadData
 from linearize.running.models import device_of
 from linearize.running.steps import Steps
 from linearize.training.distance import real_loss
@@ -68,8 +68,8 @@ class Engine:
 
     source: Source
     model: nn.Module
-    chain: Chain
-    data: Reading
+    chain: BlockChain
+    data: ReadData
     like: dict[str, Tensor]
     work: Work
     share: Share
@@ -116,17 +116,17 @@ class Engine:
         """Compress one block, and pass on what it makes."""
         start, path = time.perf_counter(), self.chain.blocks[position]
         states = States.read(self.work.states(position))
-        inputs = Inputs(self.model, self.chain, self.data, path, states)
+        inputs = BlockInputs(self.model, self.chain, self.data, path, states)
         block = self.source.block(path)
         done = [note.after if self.share.measure == "params" else note.flops_after for note in notes]
         with without_cache(block):
             small, plan, loss, told = self._compressed(block, inputs, self.share.of(self.costs, done))
             small = self.work.keep(position, small, hollowed(block)).to(device_of(block))
-            some = inputs_of(inputs, self.references)
+            some = some_inputs(inputs, self.references)
             error = real_loss(block, small, some)
             example = some[0].kwargs
             before, after = cost(block, example), cost(small, example)
-        originals = Inputs(self.model, self.chain, self.data, path, states, self.references, REFERENCE)
+        originals = BlockInputs(self.model, self.chain, self.data, path, states, self.references, REFERENCE)
         behind = joined(passed_on(small, self.chain, inputs), passed_on(block, self.chain, originals))
         write_states(self.work.states(position + 1), self.like, behind)
         return Note(
@@ -135,7 +135,7 @@ class Engine:
         )  # fmt: skip
 
     def _compressed(
-        self, block: nn.Module, inputs: Inputs, fraction: float
+        self, block: nn.Module, inputs: BlockInputs, fraction: float
     ) -> tuple[nn.Module, Plan, float, tuple[str, ...]]:
         """A block within its budget, its plan, the predicted loss and remarks; itself, if nothing can be done to it."""
         example = next(iter(inputs)).kwargs
@@ -144,7 +144,7 @@ class Engine:
         except ConvertError as error:
             return block, Plan(()), 0.0, (str(error),)
         request = Request(**{**self.options, self.share.measure: fraction}, seed=self.seed, progress=False)
-        steps, reading = Steps(progress=False), Reading(block, inputs)
+        steps, reading = Steps(progress=False), ReadData(block, inputs)
         job = Job(block, gated, reading, example, steps, request.training, _untrained, lean=True)
         made = to_budget(job, request)
         outcome = made.told["outcome"]
@@ -162,9 +162,9 @@ class Engine:
         return off / max(size, 1e-300)
 
 
-def inputs_of(inputs: Inputs, some: list[int]) -> list[Batch]:
+def some_inputs(inputs: BlockInputs, some: list[int]) -> list[Batch]:
     """Some batches of a block."""
-    return list(Inputs(inputs.model, inputs.chain, inputs.data, inputs.path, inputs.states, some))
+    return list(BlockInputs(inputs.model, inputs.chain, inputs.data, inputs.path, inputs.states, some))
 
 
 def _untrained(*_: Any) -> list[dict[str, float]]:

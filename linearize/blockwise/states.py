@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linearize.blockwise.chain import Chain
-from linearize.blockwise.told import NotAChain, told
+from linearize.blockwise.chain import BlockChain
+from linearize.blockwise.told import NotAChain, block_arguments
 from linearize.errors import DataError, UsageError
 from linearize.running.batches import Batch, to_device
 from linearize.running.models import device_of, evaluating
@@ -25,13 +25,13 @@ from linearize.zoo.hollow import without_cache
 
 __all__ = [
     "REFERENCE",
-    "Inputs",
+    "BlockInputs",
     "States",
     "check_room",
     "first_states",
+    "hollow_states",
     "passed_on",
     "reference_batches",
-    "shapes_of",
     "write_states",
 ]
 
@@ -70,7 +70,7 @@ def _name(kind: str, index: int) -> str:
     return f"{kind}-{index:09d}"
 
 
-class Inputs:
+class BlockInputs:
     """What one block is given for each batch of the data: its hidden state, and whatever else the model tells it.
 
     Args:
@@ -86,7 +86,7 @@ class Inputs:
     def __init__(
         self,
         model: nn.Module,
-        chain: Chain,
+        chain: BlockChain,
         data: Iterable[Batch],
         path: str,
         states: States,
@@ -109,7 +109,7 @@ class Inputs:
             if index in wanted:
                 state = self.states.of(index, self.kind)
                 outputs = [self.chain.form.wrap(state)] * len(blocks)
-                arguments = told(self.model, blocks, batch, outputs)[-1]
+                arguments = block_arguments(self.model, blocks, batch, outputs)[-1]
                 yield Batch((), {**arguments, self.chain.hidden: state}, masks=batch.masks)
 
 
@@ -123,7 +123,7 @@ def reference_batches(count: int) -> list[int]:
     return list(range(0, count, max(1, count // _FEW)))[:_FEW]
 
 
-def shapes_of(model: nn.Module, chain: Chain, data: Iterable[Batch]) -> dict[str, Tensor]:
+def hollow_states(model: nn.Module, chain: BlockChain, data: Iterable[Batch]) -> dict[str, Tensor]:
     """The states of all batches without their values, and again those whose original states are kept."""
     found = [start.to("meta") for _, start in first_states(model, chain, data)]
     made = {_name("batch", index): state for index, state in enumerate(found)}
@@ -175,16 +175,16 @@ def write_states(path: Path, like: dict[str, Tensor], values: Iterator[tuple[str
             raise DataError("data", f"gave {made} where {name} came before", "Pass data that are the same each time.")
         return tensor
 
-    tensorfile.write(path, like, {}, value)
+    tensorfile.write_tensors(path, like, {}, value)
 
 
-def first_states(model: nn.Module, chain: Chain, data: Iterable[Batch]) -> Iterator[tuple[str, Tensor]]:
+def first_states(model: nn.Module, chain: BlockChain, data: Iterable[Batch]) -> Iterator[tuple[str, Tensor]]:
     """The states in front of the first block."""
     for index, batch in enumerate(data):
-        yield _name("batch", index), told(model, chain.blocks, batch, None)[0][chain.hidden]
+        yield _name("batch", index), block_arguments(model, chain.blocks, batch, None)[0][chain.hidden]
 
 
-def passed_on(block: nn.Module, chain: Chain, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+def passed_on(block: nn.Module, chain: BlockChain, inputs: BlockInputs) -> Iterator[tuple[str, Tensor]]:
     """The states behind a block.
 
     Raises:
@@ -204,7 +204,7 @@ def passed_on(block: nn.Module, chain: Chain, inputs: Inputs) -> Iterator[tuple[
             yield _name(inputs.kind, index), output
 
 
-def _hidden(output: Any, chain: Chain, path: str) -> Tensor:
+def _hidden(output: Any, chain: BlockChain, path: str) -> Tensor:
     try:
         found = chain.form.hidden(output)
     except (TypeError, IndexError, KeyError) as error:

@@ -15,9 +15,9 @@ from linearize.running.batches import Batch
 from linearize.running.models import evaluating
 from linearize.zoo.hollow import without_cache
 
-__all__ = ["Arguments", "NotAChain", "told"]
+__all__ = ["BlockArguments", "NotAChain", "block_arguments"]
 
-Arguments = dict[str, Any]
+BlockArguments = dict[str, Any]
 
 
 class NotAChain(UsageError):
@@ -32,7 +32,9 @@ class _Enough(BaseException):
 
 
 @torch.no_grad()
-def told(model: nn.Module, blocks: Sequence[str], batch: Batch, outputs: Sequence[Any] | None) -> list[Arguments]:
+def block_arguments(
+    model: nn.Module, blocks: Sequence[str], batch: Batch, outputs: Sequence[Any] | None
+) -> list[BlockArguments]:
     """What each block is told when the model runs on a batch: its arguments by name.
 
     Nothing of a block runs. Behind the last block the run is left.
@@ -47,9 +49,9 @@ def told(model: nn.Module, blocks: Sequence[str], batch: Batch, outputs: Sequenc
         NotAChain: the blocks are called in another order, or twice, or with arguments that have no names.
         DataError: the batch does not go through the model.
     """
-    seen: list[Arguments] = []
+    seen: list[BlockArguments] = []
 
-    def see(path: str, arguments: Arguments) -> Any:
+    def see(path: str, arguments: BlockArguments) -> Any:
         if path != blocks[len(seen)]:
             raise NotAChain(path, f"is called where {blocks[len(seen)]} was expected: not one after the other")
         seen.append(arguments)
@@ -71,7 +73,7 @@ def told(model: nn.Module, blocks: Sequence[str], batch: Batch, outputs: Sequenc
 
 
 @contextmanager
-def _stand_ins(model: nn.Module, blocks: Sequence[str], see: Callable[[str, Arguments], Any]) -> Iterator[None]:
+def _stand_ins(model: nn.Module, blocks: Sequence[str], see: Callable[[str, BlockArguments], Any]) -> Iterator[None]:
     """Inside this context, calling a block only tells its arguments. Its attributes can still be read."""
     held = [(model.get_submodule(path), path) for path in blocks]
     before = [vars(block).get("forward") for block, _ in held]
@@ -87,10 +89,10 @@ def _stand_ins(model: nn.Module, blocks: Sequence[str], see: Callable[[str, Argu
                 vars(block)["forward"] = forward
 
 
-def _teller(path: str, signature: inspect.Signature, see: Callable[[str, Arguments], Any]) -> Callable[..., Any]:
+def _teller(path: str, signature: inspect.Signature, see: Callable[[str, BlockArguments], Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs).arguments
-        found: Arguments = {}
+        found: BlockArguments = {}
         for name, value in bound.items():
             kind = signature.parameters[name].kind
             if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and value != ():

@@ -18,7 +18,7 @@ from linearize.blockwise.chain import chain_of
 from linearize.blockwise.engine import Engine
 from linearize.blockwise.report import BlockReport
 from linearize.blockwise.source import Source, source_of_folder, source_of_model
-from linearize.blockwise.states import check_room, shapes_of
+from linearize.blockwise.states import check_room, hollow_states
 from linearize.blockwise.told import NotAChain
 from linearize.blockwise.work import Note, Work
 from linearize.blockwise.write import put_together, write_file, write_folder
@@ -28,7 +28,7 @@ from linearize.errors import UsageError
 from linearize.plan import Plan, SitePlan
 from linearize.planning.first_batches import some_batches
 from linearize.planning.resume import facts_of, fingerprint
-from linearize.running.batches import Reading
+from linearize.running.batches import ReadData
 from linearize.running.order import Repeated
 from linearize.running.randomness import randomness_kept
 from linearize.running.steps import Steps
@@ -145,10 +145,10 @@ def _folder(source: Any) -> Path:
 
 def _blockwise(source: Source, data: Repeated, asked: Asked, place: Path, steps: Steps) -> BlockwiseResult:
     """Block by block."""
-    reading = Reading(source.model, data)
+    reading = ReadData(source.model, data)
     with steps("blocks"):
         chain, model = chain_of(source.model, next(iter(reading)), source.block, source.around)
-        like = shapes_of(model, chain, reading)
+        like = hollow_states(model, chain, reading)
         example = some_batches(model, reading, 1)[0]
         costs = Costs.of(source.model, chain.blocks, example, asked.measure)
     share = costs.share(asked)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linearize.blockwise.chain import Chain
+from linearize.blockwise.chain import BlockChain
 from linearize.blockwise.source import Source, hollowed
 from linearize.blockwise.work import Work
 from linearize.checkpoint import save_from
@@ -28,7 +28,7 @@ _OWN = ("config.json", "generation_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
-def put_together(source: Source, model: nn.Module, chain: Chain, work: Work, example: Any) -> nn.Module:
+def put_together(source: Source, model: nn.Module, chain: BlockChain, work: Work, example: Any) -> nn.Module:
     """The whole compressed model: everything but its blocks has values.
 
     Args:
@@ -52,7 +52,7 @@ def put_together(source: Source, model: nn.Module, chain: Chain, work: Work, exa
 class Values:
     """The values of a model's tensors by name: of a block from its file, of everything else from the model."""
 
-    def __init__(self, model: nn.Module, chain: Chain, work: Work) -> None:
+    def __init__(self, model: nn.Module, chain: BlockChain, work: Work) -> None:
         self.work, self.own = work, stored_tensors(model)
         self.places = {f"{path}.": position for position, path in enumerate(chain.blocks)}
 
@@ -67,7 +67,7 @@ class Values:
         return next((prefix for prefix in self.places if name.startswith(prefix)), None)
 
 
-def write_file(path: Path, model: nn.Module, chain: Chain, work: Work) -> None:
+def write_file(path: Path, model: nn.Module, chain: BlockChain, work: Work) -> None:
     """Write one file, which `linearize.load` reads.
 
     Raises:
@@ -76,7 +76,7 @@ def write_file(path: Path, model: nn.Module, chain: Chain, work: Work) -> None:
     save_from(model, path, Values(model, chain, work))
 
 
-def write_folder(folder: Path, model: Any, chain: Chain, work: Work, source: Path | None) -> None:
+def write_folder(folder: Path, model: Any, chain: BlockChain, work: Work, source: Path | None) -> None:
     """Write a folder that transformers loads as one of its own models, a file for each block and one for the rest.
 
     Args:

@@ -208,7 +208,7 @@ def folder(name: str, value: Any) -> Path:
     return found
 
 
-def plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A number of NumPy as one of Python; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value

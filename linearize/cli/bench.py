@@ -59,10 +59,10 @@ def bench(
         typer.Option(metavar="NAME", help="Measure in onnxruntime or openvino. Default: in PyTorch."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device, such as cpu or cuda:0. Default: that of A.")] = None,
-    shape: common.Shape = None,
+    shape: common.ShapeOption = None,
     model_arg: common.ModelArgument = None,
-    pretrained: common.Pretrained = None,
-    seed: common.Seed = 0,
+    pretrained: common.PretrainedOption = None,
+    seed: common.SeedOption = 0,
     suite: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure a whole matrix, as this .yaml file says; needs --out.")
     ] = None,
@@ -73,7 +73,7 @@ def bench(
         Path | None,
         typer.Option(metavar="PATH", help="Also write the result to a file, as JSON; a folder for suites and reports."),
     ] = None,
-    json: common.Json = False,
+    json: common.JsonOption = False,
 ) -> None:
     """Measure the latency of two models in turns, and the ratio between them.
 

@@ -20,13 +20,13 @@ from linearize.zoo.building import affordable, parameters_on_meta
 from linearize.zoo.images import image_format
 
 __all__ = [
-    "Batch",
-    "Json",
+    "BatchOption",
+    "JsonOption",
     "Model",
     "ModelArgument",
-    "Pretrained",
-    "Seed",
-    "Shape",
+    "PretrainedOption",
+    "SeedOption",
+    "ShapeOption",
     "data_for",
     "inputs_for",
     "named_as_typed",
@@ -54,20 +54,20 @@ ModelArgument = Annotated[
         help="One argument of the model, such as num_classes=10. Can be repeated.",
     ),
 ]
-Pretrained = Annotated[
+PretrainedOption = Annotated[
     bool | None,
     typer.Option("--pretrained/--random", help="Weights of a new model. Default: random for timm, pretrained for hf."),
 ]
-Shape = Annotated[
+ShapeOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHAPE",
         help="Shape of one input sample, such as 3x224x224. Needed only if linearize cannot find it out.",
     ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Number of samples in a batch.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights, inputs and orders.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Number of samples in a batch.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of random weights, inputs and orders.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def say(text: str) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from linearize import checks, zoo
 from linearize.checkpoint import save
 from linearize.cli import blockwise, common
-from linearize.cli.opened import folder_for, is_random, opened, parts_of, required
-from linearize.cli.text import Column, Context, Tokenizer, evaluation_of, pair_of
+from linearize.cli.opened import folder_for, is_random, opened, output_parts, required
+from linearize.cli.text import ColumnOption, ContextOption, TokenizerOption, evaluation_of, pair_of
 from linearize.compression import Result, carried_out, check_request
 from linearize.data.documents import is_text
 from linearize.errors import UsageError
@@ -141,13 +141,13 @@ def compress(
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of images or blocks.")] = None,
-    tokenizer: Tokenizer = None,
-    context: Context = None,
-    column: Column = None,
+    tokenizer: TokenizerOption = None,
+    context: ContextOption = None,
+    column: ColumnOption = None,
     model_arg: common.ModelArgument = None,
-    pretrained: common.Pretrained = None,
-    seed: common.Seed = 0,
-    json: common.Json = False,
+    pretrained: common.PretrainedOption = None,
+    seed: common.SeedOption = 0,
+    json: common.JsonOption = False,
 ) -> None:
     """Compress a model to a budget, and save the smaller model, the plan and a report.
 
@@ -184,7 +184,7 @@ def compress(
     if linear is not None and dry_run:
         raise UsageError("--dry-run", "found without a budget", "Pass --flops 0.5, or another budget.")
     unfinished = None if out is None or dry_run else out / "unfinished"
-    parts = parts_of(output)
+    parts = output_parts(output)
     trains = method in ("gates", "both") or candidates > 1
     if epochs is None:
         epochs = 0 if is_text(data) and linear is None and not trains else _EPOCHS

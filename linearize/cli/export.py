@@ -23,8 +23,8 @@ def export(
         Path | None,
         typer.Option(metavar="PATH", help="File or folder to write; without: named as the model, in this folder."),
     ] = None,
-    batch: common.Batch = 2,
-    shape: common.Shape = None,
+    batch: common.BatchOption = 2,
+    shape: common.ShapeOption = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Run the file in its runtime, and keep it only if it is right.")
     ] = True,
@@ -44,9 +44,9 @@ def export(
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write a model card, too.")] = False,
     model_arg: common.ModelArgument = None,
-    pretrained: common.Pretrained = None,
-    seed: common.Seed = 0,
-    json: common.Json = False,
+    pretrained: common.PretrainedOption = None,
+    seed: common.SeedOption = 0,
+    json: common.JsonOption = False,
 ) -> None:
     """Write a model for another program's runtime, run it there, and keep the file only if it is the same function.
 

@@ -21,15 +21,15 @@ __all__ = ["inspect"]
 def inspect(
     model: common.Model,
     model_arg: common.ModelArgument = None,
-    pretrained: common.Pretrained = None,
-    shape: common.Shape = None,
-    batch: common.Batch = 1,
-    seed: common.Seed = 0,
+    pretrained: common.PretrainedOption = None,
+    shape: common.ShapeOption = None,
+    batch: common.BatchOption = 1,
+    seed: common.SeedOption = 0,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw which channels are nonlinear in each layer (.png, .svg, .pdf)."),
     ] = None,
-    json: common.Json = False,
+    json: common.JsonOption = False,
 ) -> None:
     """List the activations of a model, and what each would collapse to, or why it cannot.
 

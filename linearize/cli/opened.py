@@ -14,14 +14,14 @@ from linearize.data import DataSource, TextSource
 from linearize.data.documents import is_text
 from linearize.errors import UsageError
 from linearize.running.models import evaluating
-from linearize.running.outputs import Choice, Meaning, main_part
+from linearize.running.outputs import OutputChoice, OutputMeaning, main_part
 
-__all__ = ["folder_for", "is_random", "opened", "parts_of", "required"]
+__all__ = ["folder_for", "is_random", "opened", "output_parts", "required"]
 
 _IMAGES = 64  # in a batch
 
 
-def parts_of(texts: list[str] | None) -> dict[str, float | str] | None:
+def output_parts(texts: list[str] | None) -> dict[str, float | str] | None:
     """Parts of the output, each with a weight, or with its kind."""
     found: dict[str, float | str] = {}
     for text in texts or ():
@@ -63,7 +63,7 @@ def opened(
     data: str,
     arguments: list[str] | None,
     pretrained: bool | None,
-    parts: Choice,
+    parts: OutputChoice,
     reading: Mapping[str, Any],
     *,
     seed: int,
@@ -91,12 +91,12 @@ def opened(
     return network, source
 
 
-def _check_classes(network: nn.Module, source: DataSource, parts: Choice) -> None:
+def _check_classes(network: nn.Module, source: DataSource, parts: OutputChoice) -> None:
     with evaluating(network):
         batch = next(iter(source.test))
         names = source.test.keywords
         output = network(batch[0]) if names is None else network(**{names[0]: batch[names[0]]})
-    Meaning.of(network, parts).parts(output)  # raises if there is no such part
+    OutputMeaning.of(network, parts).parts(output)  # raises if there is no such part
     classes = main_part(output).tensor.shape[-1]
     if classes < source.num_classes:
         found = f"found {classes} outputs for {source.num_classes} classes"

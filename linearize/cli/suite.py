@@ -13,11 +13,11 @@ from torch import nn
 
 from linearize.cli import common
 from linearize.errors import UsageError
-from linearize.report.charts import seconds
+from linearize.report.charts import in_seconds
 from linearize.report.timing import write_result
 from linearize.storage.atomic import file_checksum
 from linearize.suite.matrix import Cell, read_suite
-from linearize.suite.merge import machines_of, rows_of, to_csv
+from linearize.suite.merge import flat_rows, machines_of, to_csv
 from linearize.suite.page import suite_page
 from linearize.suite.run import run_suite
 from linearize.text_table import render
@@ -105,7 +105,7 @@ def merge(folders: Sequence[str], out: Path | None, *, json: bool) -> None:
     machines = machines_of(paths)
     place = paths[0] if out is None else out
     if json:
-        common.print_json([row for machine in machines for row in rows_of(machine)])
+        common.print_json([row for machine in machines for row in flat_rows(machine)])
     _write(place, paths)
     common.say(f"written to {place}: {_PAGE}, {_TABLE}")
 
@@ -157,7 +157,7 @@ def _rows(records: Sequence[dict[str, Any]]) -> list[list[Any]]:
         for name, result in record["models"].items():
             spread, ratio = result.get("seconds"), result.get("ratio")
             shown = None if ratio is None else f"{ratio['median']:.2f} [{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
-            median = None if spread is None else seconds(spread["median"])
+            median = None if spread is None else in_seconds(spread["median"])
             why = result.get("left_out", "")
             rows.append([str(Cell(**record["cell"])), name, median, shown, why])
     return rows

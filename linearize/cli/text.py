@@ -13,18 +13,18 @@ from linearize.data import DataSource, TextSource, load_text
 from linearize.data.text_quality import quality_of
 from linearize.errors import DataError, UsageError
 
-__all__ = ["Column", "Context", "Tokenizer", "evaluation_of", "pair_of", "text_for"]
+__all__ = ["ColumnOption", "ContextOption", "TokenizerOption", "evaluation_of", "pair_of", "text_for"]
 
-Tokenizer = Annotated[
+TokenizerOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH", help="Of text: a folder or file with a tokenizer. Default: the one in the model's folder."
     ),
 ]
-Context = Annotated[
+ContextOption = Annotated[
     int | None, typer.Option(min=2, help="Of text: tokens in a block. Default: 512, or fewer if the model takes fewer.")
 ]
-Column = Annotated[str | None, typer.Option(help="Of text: the column that holds it. Default: text.")]
+ColumnOption = Annotated[str | None, typer.Option(help="Of text: the column that holds it. Default: text.")]
 
 
 def text_for(

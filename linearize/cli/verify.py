@@ -26,22 +26,22 @@ def verify(
         typer.Option(metavar="DATA", help="Compare on real images instead of random inputs: digits, or a folder."),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Number of batches to compare on.")] = 4,
-    batch: common.Batch = 8,
-    shape: common.Shape = None,
+    batch: common.BatchOption = 8,
+    shape: common.ShapeOption = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="Largest relative error that is allowed. Default: by the dtype, 1e-5 for float32."),
     ] = None,
     model_arg: common.ModelArgument = None,
-    pretrained: common.Pretrained = None,
-    seed: common.Seed = 0,
+    pretrained: common.PretrainedOption = None,
+    seed: common.SeedOption = 0,
     sha256: Annotated[
         bool,
         typer.Option(
             "--sha256", help="Print the SHA-256 digest of file A, and compare it with B if given. No model is loaded."
         ),
     ] = False,
-    json: common.Json = False,
+    json: common.JsonOption = False,
 ) -> None:
     """Check that two models compute the same function. The exit code is 0 if they do, and 1 if not.
 

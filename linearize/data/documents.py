@@ -12,7 +12,7 @@ from typing import Any
 from linearize.data.files import SUFFIXES
 from linearize.errors import DataError
 
-__all__ = ["Piece", "is_text", "pieces_of"]
+__all__ = ["Passage", "is_text", "pieces_of"]
 
 _PIECE = 2**20  # characters that a tokenizer is given at a time
 _HELD = ("test", "val", "valid", "validation", "eval", "heldout", "held-out")
@@ -20,7 +20,7 @@ _FORMS = "Supported are .txt, .jsonl and .parquet files, and folders of them."
 
 
 @dataclass(frozen=True)
-class Piece:
+class Passage:
     """A part of a document.
 
     Attributes:
@@ -56,7 +56,7 @@ def is_text(data: Any) -> bool:
     return False
 
 
-def pieces_of(data: Any, column: str | None = None) -> Iterator[Piece]:
+def pieces_of(data: Any, column: str | None = None) -> Iterator[Passage]:
     """The documents of a source, in pieces, in an order that is always the same.
 
     Args:
@@ -71,12 +71,12 @@ def pieces_of(data: Any, column: str | None = None) -> Iterator[Piece]:
     elif isinstance(data, Mapping):
         for name, part in data.items():
             held = str(name).lower() in _HELD
-            yield from (Piece(piece.text, piece.ends, held) for piece in pieces_of(part, column))
+            yield from (Passage(piece.text, piece.ends, held) for piece in pieces_of(part, column))
     else:
         yield from _of_rows(data, column, "data", lambda index: f"row {index}")
 
 
-def _of_path(path: Path, column: str | None) -> Iterator[Piece]:
+def _of_path(path: Path, column: str | None) -> Iterator[Passage]:
     if not path.exists():
         raise DataError(str(path), "does not exist", _FORMS)
     files = _files(path) if path.is_dir() else [path]
@@ -91,7 +91,7 @@ def _of_path(path: Path, column: str | None) -> Iterator[Piece]:
             raise DataError(str(file), "is empty", "Remove it, or pass other files.")
         try:
             for piece in read(file, column):
-                yield Piece(piece.text, piece.ends, kept if any(held) else None)
+                yield Passage(piece.text, piece.ends, kept if any(held) else None)
         except UnicodeDecodeError as error:
             found = f"is not UTF-8 (byte {error.object[error.start] if error.object else 0:#04x})"
             raise DataError(str(file), found, "Write it anew in UTF-8.") from error
@@ -115,18 +115,18 @@ def _is_held(file: Path, folder: Path) -> bool:
     return any(name.lower() in _HELD for name in names)
 
 
-def _lines(file: Path, _: str | None) -> Iterator[Piece]:
+def _lines(file: Path, _: str | None) -> Iterator[Passage]:
     """A .txt file is one document. It is given in pieces that end with a line."""
     with file.open(encoding="utf-8-sig") as stream:
         text = stream.read(_PIECE) + stream.readline()
         while text:
             more = stream.read(_PIECE)
             more += stream.readline() if more else ""
-            yield Piece(text, ends=not more)
+            yield Passage(text, ends=not more)
             text = more
 
 
-def _json_lines(file: Path, column: str | None) -> Iterator[Piece]:
+def _json_lines(file: Path, column: str | None) -> Iterator[Passage]:
     numbers: list[int] = []
 
     def rows() -> Iterator[Any]:
@@ -144,7 +144,7 @@ def _json_lines(file: Path, column: str | None) -> Iterator[Piece]:
     return _of_rows(rows(), column, str(file), lambda _: f"line {numbers[0]}")
 
 
-def _parquet(file: Path, column: str | None) -> Iterator[Piece]:
+def _parquet(file: Path, column: str | None) -> Iterator[Passage]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -163,14 +163,14 @@ def _parquet(file: Path, column: str | None) -> Iterator[Piece]:
         raise DataError(str(file), f"is no parquet file that can be read ({error!s:.120})", "Write it anew.") from error
 
 
-_READERS: dict[str, Callable[[Path, str | None], Iterator[Piece]]] = {
+_READERS: dict[str, Callable[[Path, str | None], Iterator[Passage]]] = {
     ".txt": _lines,
     ".jsonl": _json_lines,
     ".parquet": _parquet,
 }
 
 
-def _of_rows(rows: Iterable[Any], column: str | None, where: str, place: Callable[[int], str]) -> Iterator[Piece]:
+def _of_rows(rows: Iterable[Any], column: str | None, where: str, place: Callable[[int], str]) -> Iterator[Passage]:
     """Rows: texts, or a mapping each, of which one column is the text."""
     name = column
     for index, row in enumerate(rows):
@@ -183,7 +183,7 @@ def _of_rows(rows: Iterable[Any], column: str | None, where: str, place: Callabl
             found = f"found {type(value).__name__} where a text was expected"
             raise DataError(f"{where}, {place(index)}", found, "Leave such rows out, or pass column=.")
         if value:
-            yield Piece(value)
+            yield Passage(value)
 
 
 def _column(row: Mapping[str, Any], column: str | None, where: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linearize import checks
 from linearize.data.documents import is_text, pieces_of
-from linearize.data.tokens import Encoder, packed
+from linearize.data.tokens import TextEncoder, packed
 from linearize.errors import DataError, UsageError
 from linearize.zoo.text import is_encoder_decoder, longest_context, open_tokenizer, takes_ids, tokenizer_of, vocabulary
 
@@ -146,7 +146,7 @@ def load_text(
     if is_encoder_decoder(model):
         wrong = "found text for a model with an encoder and a decoder, of which each has an input of its own"
         raise DataError("data", wrong, "Pass batches, as its processor makes them.")
-    encoder = Encoder.of(_tokenizer(model, tokenizer))
+    encoder = TextEncoder.of(_tokenizer(model, tokenizer))
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "data"
     found = packed(
         pieces_of(data, column),

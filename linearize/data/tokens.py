@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.data.documents import Piece
+from linearize.data.documents import Passage
 from linearize.errors import DataError
 
-__all__ = ["Encoder", "Packed", "packed"]
+__all__ = ["Packed", "TextEncoder", "packed"]
 
 _SAMPLE = "a"
 _EVERY = 10  # of so many documents, or blocks, one is held back
@@ -23,7 +23,7 @@ _MANY = 20  # documents, from which on whole documents are held back
 
 
 @dataclass(frozen=True)
-class Encoder:
+class TextEncoder:
     """A tokenizer as a function, and the tokens that it puts around a text.
 
     Attributes:
@@ -37,14 +37,14 @@ class Encoder:
     after: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Encoder:
+    def of(cls, tokenizer: Any) -> TextEncoder:
         """From a tokenizer of transformers or tokenizers, anything else with `encode`, or a function of a text.
 
         Raises:
             DataError: it is none of these, or gives no token ids.
 
         Examples:
-            >>> Encoder.of(lambda text: [ord(letter) for letter in text]).ids("ab")
+            >>> TextEncoder.of(lambda text: [ord(letter) for letter in text]).ids("ab")
             [97, 98]
         """
         tokenizer = _unbounded(tokenizer)
@@ -136,7 +136,7 @@ def _blocks(documents: Iterable[Tensor], before: tuple[int, ...], context: int) 
 
 
 def packed(
-    pieces: Iterable[Piece], encoder: Encoder, context: int, *, most: int | None = None, known: int | None = None,
+    pieces: Iterable[Passage], encoder: TextEncoder, context: int, *, most: int | None = None, known: int | None = None,
     hold_back: bool = True, where: str = "data",
 ) -> Packed:  # fmt: skip
     """Documents one after the other, cut into blocks; a tenth is held back.
@@ -181,7 +181,7 @@ def _to_hold(most: int | None) -> int | None:
 
 
 def _read(
-    pieces: Iterable[Piece], encoder: Encoder, body: int, most: int | None, known: int | None
+    pieces: Iterable[Passage], encoder: TextEncoder, body: int, most: int | None, known: int | None
 ) -> dict[bool | None, _Stream]:
     """Tokens of all documents, by what the source says of them, as many as are needed."""
     streams: dict[bool | None, _Stream] = {kind: _Stream() for kind in (None, False, True)}

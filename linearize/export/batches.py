@@ -17,7 +17,7 @@ from linearize.nest import copied
 from linearize.sites.record import record_of
 from linearize.zoo.inputs import example_inputs as known_inputs
 
-__all__ = ["batches_for", "length_axes", "tensors_in", "without_cache"]
+__all__ = ["batch_tensors", "batches_for", "cache_off", "length_axes"]
 
 
 def batches_for(model: nn.Module, example: Any, *, fixed: bool = False) -> list[Inputs]:
@@ -38,9 +38,9 @@ def batches_for(model: nn.Module, example: Any, *, fixed: bool = False) -> list[
         [2, 3, 1]
     """
     args, kwargs = _example(model, example)
-    kwargs = {**kwargs, **without_cache(model, kwargs)}
+    kwargs = {**kwargs, **cache_off(model, kwargs)}
     first: Inputs = (args, kwargs)
-    if not tensors_in(first):
+    if not batch_tensors(first):
         raise CaptureError(type(model).__name__, "found no tensor in its inputs", "Pass example_inputs=.")
     _run(model, first)
     if fixed:
@@ -57,15 +57,15 @@ def batches_for(model: nn.Module, example: Any, *, fixed: bool = False) -> list[
     return found
 
 
-def tensors_in(batch: Inputs) -> list[Tensor]:
+def batch_tensors(batch: Inputs) -> list[Tensor]:
     """The tensors of a batch, in order."""
     return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def length_axes(batch: Inputs) -> list[int | None]:
     """For each tensor of a batch, the axis that counts positions of a sequence: the second of (B, T) ids and masks."""
-    lengths = {t.shape[1] for t in tensors_in(batch) if _is_sequence(t)}
-    return [1 if _is_sequence(t) and len(lengths) == 1 else None for t in tensors_in(batch)]
+    lengths = {t.shape[1] for t in batch_tensors(batch) if _is_sequence(t)}
+    return [1 if _is_sequence(t) and len(lengths) == 1 else None for t in batch_tensors(batch)]
 
 
 def _is_sequence(tensor: Tensor) -> bool:
@@ -91,7 +91,7 @@ def _example(model: nn.Module, example: Any) -> Inputs:
     return made
 
 
-def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def cache_off(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a forward beside those given: a graph of one forward has no cache of earlier ones."""
     config = getattr(model, "config", None)
     asks = "use_cache" not in kwargs and getattr(config, "use_cache", None) and hasattr(config, "to_dict")
@@ -99,7 +99,7 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _samples(batch: Inputs) -> int:
-    return next((t.shape[0] for t in tensors_in(batch) if t.dim()), 1)
+    return next((t.shape[0] for t in batch_tensors(batch) if t.dim()), 1)
 
 
 def _resized(batch: Inputs, rows: list[int]) -> Inputs:
@@ -120,7 +120,7 @@ def _shuffled(batch: Inputs, by: int) -> Inputs:
 
 
 def _shortened(batch: Inputs) -> Inputs | None:
-    lengths = {t.shape[1] for t, axis in zip(tensors_in(batch), length_axes(batch), strict=True) if axis}
+    lengths = {t.shape[1] for t, axis in zip(batch_tensors(batch), length_axes(batch), strict=True) if axis}
     if len(lengths) != 1:
         return None
     keep = max(1, (lengths.pop() + 1) // 2)

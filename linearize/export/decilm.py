@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from linearize.export.compare import distance, expected
 from linearize.export.decilm_back import read_back
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.storage.folders import write_text
-from linearize.zoo.decoders import Decoder, read_decoder
+from linearize.zoo.decoders import DecoderWeights, read_decoder
 from linearize.zoo.unlike import Unlike
 
 __all__ = ["DeciLm"]
@@ -45,7 +45,7 @@ class DeciLm:
     writes: Mapping[str, str] = {"transformers": "transformers"}
     runs: Mapping[str, str] = {"transformers": "transformers"}
     means = Means(own_layers=False, modules=False, round_to=_STEP)
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ()
     library = "vllm"
     near: tuple[str, ...] = ("gguf", "remote", "onnx")
@@ -87,7 +87,7 @@ class DeciLm:
         return "import vllm\n\nmodel = vllm.LLM('NAME', trust_remote_code=True)"
 
 
-def _check(decoder: Decoder) -> None:
+def _check(decoder: DecoderWeights) -> None:
     """What the servers cannot be told.
 
     Raises:
@@ -109,7 +109,7 @@ def _check(decoder: Decoder) -> None:
             raise Unlike(f"{layer.path}.{_PLACES[wrong[0]]}", "has a bias, which not all servers read")
 
 
-def config_of(decoder: Decoder, dtype: torch.dtype) -> dict[str, Any]:
+def config_of(decoder: DecoderWeights, dtype: torch.dtype) -> dict[str, Any]:
     """What config.json says."""
     own = decoder.config.to_dict()
     rope = dict(own["rope_parameters"])
@@ -144,7 +144,7 @@ def config_of(decoder: Decoder, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _tensors(decoder: Decoder) -> dict[str, Tensor]:
+def _tensors(decoder: DecoderWeights) -> dict[str, Tensor]:
     """Weights by the names that the servers expect."""
     found = {_OUTSIDE[name]: tensor for name, tensor in decoder.tensors.items()}
     biased = any(layer.biased for layer in decoder.layers)

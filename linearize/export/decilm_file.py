@@ -11,7 +11,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 
-class Block(dict[str, Any]):
+class BlockConfig(dict[str, Any]):
     """A dict whose entries are read as attributes."""
 
     def __getattr__(self, name: str) -> Any:
@@ -27,4 +27,6 @@ class DeciLMConfig(LlamaConfig):
 
     def __init__(self, block_configs: Any = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.block_configs = [Block({part: Block(said) for part, said in block.items()}) for block in block_configs]
+        self.block_configs = [
+            BlockConfig({part: BlockConfig(said) for part, said in block.items()}) for block in block_configs
+        ]

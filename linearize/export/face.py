@@ -12,10 +12,10 @@ from torch import nn
 
 from linearize.graph.capture import Inputs
 
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+RUNTIME_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of runtimes that compute in the types of the parameters. For float64: they compute in float32."""
 
-__all__ = ["TOLERANCES", "Format", "Means", "Proof", "Refusal", "Subject"]
+__all__ = ["RUNTIME_TOLERANCES", "Format", "Means", "Proof", "Refusal", "Subject"]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from linearize.export.plain import gated
 from linearize.zoo.inputs import unwrap
 from linearize.zoo.stock import expect_stock, prove_stock
 
-__all__ = ["check_fit", "expect_fit", "prove_fit"]
+__all__ = ["check_exportable", "expect_fit", "prove_fit"]
 
 
-def check_fit(model: nn.Module, name: str) -> None:
+def check_exportable(model: nn.Module, name: str) -> None:
     """See that nothing is known to be in the way; nothing is computed.
 
     Args:
@@ -46,7 +46,7 @@ def expect_fit(model: nn.Module, *, stock: bool, target: str | None) -> None:
     if stock:
         expect_stock(model)
     if target is not None:
-        check_fit(model, target)
+        check_exportable(model, target)
 
 
 def prove_fit(model: nn.Module, example_inputs: Any, *, stock: bool, target: str | None) -> None:
@@ -56,7 +56,7 @@ def prove_fit(model: nn.Module, example_inputs: Any, *, stock: bool, target: str
     if target is None:
         return
     try:
-        check_fit(model, target)
+        check_exportable(model, target)
     except ExportError as error:
         warnings.warn(f'target="{target}": it cannot hold the model: {error}', stacklevel=4)
 

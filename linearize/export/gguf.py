@@ -15,7 +15,7 @@ from linearize.export.face import Means, Proof, Refusal, Subject
 from linearize.export.llamacpp import prove, prove_states
 from linearize.export.plain import floating_types
 from linearize.export.vocabulary import add_vocabulary, check_tokenizer
-from linearize.zoo.decoders import Decoder, DecoderLayer, read_decoder
+from linearize.zoo.decoders import DecoderLayer, DecoderWeights, read_decoder
 from linearize.zoo.encoders import is_encoder, read_encoder
 from linearize.zoo.unlike import Unlike
 
@@ -107,7 +107,7 @@ class Gguf:
 _TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 
-def _read(model: nn.Module) -> Decoder:
+def _read(model: nn.Module) -> DecoderWeights:
     """The decoder without layers that do nothing."""
     decoder = read_decoder(model)
     layers = tuple(layer for layer in decoder.layers if layer.width or layer.attention != "none")
@@ -116,7 +116,7 @@ def _read(model: nn.Module) -> Decoder:
     return replace(decoder, layers=layers)
 
 
-def architecture_of(decoder: Decoder) -> str:
+def architecture_of(decoder: DecoderWeights) -> str:
     """The name of the architecture in llama.cpp that computes what the decoder does.
 
     Raises:
@@ -141,7 +141,7 @@ def architecture_of(decoder: Decoder) -> str:
 _QKV = ("attn_q", "attn_k", "attn_v")
 
 
-def _add_numbers(writer: Any, decoder: Decoder, architecture: str) -> None:
+def _add_numbers(writer: Any, decoder: DecoderWeights, architecture: str) -> None:
     config, layers = decoder.config, decoder.layers
     odd = architecture == "deci"
     writer.add_block_count(len(layers))
@@ -160,7 +160,7 @@ def _add_numbers(writer: Any, decoder: Decoder, architecture: str) -> None:
     writer.add_vocab_size(decoder.tensors["token_embd.weight"].shape[0])
 
 
-def _tensors(decoder: Decoder, architecture: str) -> list[tuple[str, Tensor]]:
+def _tensors(decoder: DecoderWeights, architecture: str) -> list[tuple[str, Tensor]]:
     found = list(decoder.tensors.items())
     factors = _factors(decoder)
     if factors is not None:
@@ -171,7 +171,7 @@ def _tensors(decoder: Decoder, architecture: str) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _factors(decoder: Decoder) -> Tensor | None:
+def _factors(decoder: DecoderWeights) -> Tensor | None:
     """The numbers that divide the angles of rotation; None if the angles are the ordinary ones."""
     n = decoder.rotary.numel()
     base = float(decoder.config.rope_parameters["rope_theta"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from linearize.zoo.encoders import Encoder
+from linearize.zoo.encoders import EncoderWeights
 from linearize.zoo.unlike import Unlike
 
 __all__ = ["ALLOWED", "NAME", "add_numbers", "check_widths"]
@@ -16,7 +16,7 @@ NAME = "bert"
 """Of the architecture."""
 
 
-def check_widths(encoder: Encoder) -> None:
+def check_widths(encoder: EncoderWeights) -> None:
     """See that one number tells the width of all layers.
 
     Raises:
@@ -28,7 +28,7 @@ def check_widths(encoder: Encoder) -> None:
             raise Unlike(f"encoder.layer.{i}.intermediate.dense", f"{found} (compress with uniform=True)")
 
 
-def add_numbers(writer: Any, encoder: Encoder) -> None:
+def add_numbers(writer: Any, encoder: EncoderWeights) -> None:
     """The sizes of an encoder, and that it attends both ways; states of all tokens, not pooled."""
     import gguf
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.export.batches import tensors_in
+from linearize.export.batches import batch_tensors
 from linearize.export.compare import distance, expected
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import Program, program_of
 from linearize.export.stepping import Stepping, decoded, stepping
@@ -35,7 +35,7 @@ class Onnx:
     writes: Mapping[str, str] = {"onnx": "onnx", "onnxscript": "onnx"}
     runs: Mapping[str, str] = {"onnxruntime": "onnx"}
     means = Means()
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ("opset", "external_data", "cache")
     library = "onnxruntime"
     near: tuple[str, ...] = ("openvino", "pt2", "remote")
@@ -117,7 +117,7 @@ class OrtSession:
 
     def fits(self, batch: Inputs) -> bool:
         """Whether a batch has the sizes that are fixed."""
-        tensors = tensors_in(batch)
+        tensors = batch_tensors(batch)
         return len(tensors) == len(self.shapes) and all(
             not isinstance(size, int) or size == have
             for shape, tensor in zip(self.shapes.values(), tensors, strict=True)
@@ -126,7 +126,7 @@ class OrtSession:
 
     def run(self, batch: Inputs) -> Callable[[], Any]:
         """A call on a batch."""
-        arrays = [t.detach().cpu().contiguous().numpy() for t in tensors_in(batch)]
+        arrays = [t.detach().cpu().contiguous().numpy() for t in batch_tensors(batch)]
         return partial(self.session.run, None, dict(zip(self.shapes, arrays, strict=True)))
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.export.batches import tensors_in
+from linearize.export.batches import batch_tensors
 from linearize.export.compare import distance, expected
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import Flat, input_names, output_names, program_of
 from linearize.graph.capture import Inputs
@@ -31,7 +31,7 @@ class OpenVino:
     writes: Mapping[str, str] = {"openvino": "openvino"}
     runs: Mapping[str, str] = {"openvino": "openvino"}
     means = Means()
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ()
     library = "openvino"
     near: tuple[str, ...] = ("onnx", "pt2", "remote")
@@ -91,7 +91,7 @@ def _translated(subject: Subject) -> tuple[Any, str]:
             return openvino.convert_model(program.exported), program.told
         except openvino.frontend.OpConversionFailure as error:
             reason = str(error).strip().splitlines()[-1]
-        tensors = tensors_in(subject.batches[0])
+        tensors = batch_tensors(subject.batches[0])
         with untouched(subject.model):
             made = openvino.convert_model(Flat(subject.model, subject.batches[0]), example_input=tuple(tensors))
         sizes = [[-1 if axis in axes else size for axis, size in enumerate(t.shape)]
@@ -124,7 +124,7 @@ class OvSession:
         """Whether a batch has the sizes that are fixed."""
         import openvino
 
-        ports, tensors = self.made.inputs, tensors_in(batch)
+        ports, tensors = self.made.inputs, batch_tensors(batch)
         return len(ports) == len(tensors) and all(
             port.get_partial_shape().compatible(openvino.PartialShape(list(t.shape)))
             for port, t in zip(ports, tensors, strict=True)
@@ -132,7 +132,7 @@ class OvSession:
 
     def run(self, batch: Inputs) -> Callable[[], Any]:
         """A call on a batch, whose outputs are its own until the next."""
-        tensors = [t.detach().cpu().contiguous().numpy() for t in tensors_in(batch)]
+        tensors = [t.detach().cpu().contiguous().numpy() for t in batch_tensors(batch)]
         request = self.made.create_infer_request()
         return partial(request.infer, tensors, share_inputs=True, share_outputs=True)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import ExportError
-from linearize.export.batches import tensors_in
+from linearize.export.batches import batch_tensors
 from linearize.export.face import Subject
 from linearize.graph.capture import Inputs
 from linearize.nest import mapped
@@ -77,5 +77,5 @@ def outputs_elsewhere(subject: Subject, path: Path, load: str) -> list[list[Tens
 
 def _plain(batch: Inputs) -> Any:
     """On the CPU, in containers that a loader of weights takes."""
-    assert tensors_in(batch)  # noqa: S101 - of a subject
+    assert batch_tensors(batch)  # noqa: S101 - of a subject
     return mapped(batch, lambda value: value.detach().cpu() if isinstance(value, Tensor) else value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CaptureError
-from linearize.export.batches import length_axes, tensors_in
+from linearize.export.batches import batch_tensors, length_axes
 from linearize.export.face import Subject
 from linearize.graph.capture import Inputs, silent, tensors_of
 from linearize.graph.protect import untouched
@@ -70,7 +70,7 @@ def program_of(subject: Subject) -> Program:
         CaptureError: its control flow depends on the data.
     """
     model, batch = subject.model, subject.batches[0]
-    tensors = [t.detach().clone() for t in tensors_in(batch)]
+    tensors = [t.detach().clone() for t in batch_tensors(batch)]
     names = input_names(model, batch)
     wanted = [dict(axes) for axes in subject.axes or ()]
     if not wanted:

@@ -14,7 +14,7 @@ from torch import nn
 
 from linearize.errors import ExportError, UsageError
 from linearize.export.compare import distance, expected
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.process import outputs_elsewhere
 from linearize.export.program import program_of
 from linearize.graph.capture import silent
@@ -38,7 +38,7 @@ class Pt2:
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {}
     means = Means()
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ()
     library = "torch"
     near: tuple[str, ...] = ("onnx", "openvino", "remote")

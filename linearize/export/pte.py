@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from linearize.errors import ExportError
-from linearize.export.batches import tensors_in
+from linearize.export.batches import batch_tensors
 from linearize.export.compare import distance, expected
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.plain import floating_types
 from linearize.export.program import program_of
 from linearize.graph.capture import silent
@@ -30,7 +30,7 @@ class Pte:
     writes: Mapping[str, str] = {"executorch": "executorch"}
     runs: Mapping[str, str] = {"executorch": "executorch"}
     means = Means()
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ()
     library = "executorch"
     near: tuple[str, ...] = ("onnx", "openvino", "pt2")
@@ -49,7 +49,7 @@ class Pte:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        count = len(tensors_in(subject.batches[0]))
+        count = len(batch_tensors(subject.batches[0]))
         program = program_of(Subject(subject.model, subject.batches, axes=({},) * count))
         try:
             with warnings.catch_warnings(), silent():
@@ -60,7 +60,7 @@ class Pte:
             line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
             raise ExportError("format pte", f"ExecuTorch cannot take it ({line[:300]})", "Use onnx.") from error
         path.write_bytes(made.buffer)
-        shapes = [list(tensor.shape) for tensor in tensors_in(subject.batches[0])]
+        shapes = [list(tensor.shape) for tensor in batch_tensors(subject.batches[0])]
         sizes = [f"{name} {shape}" for name, shape in zip(program.inputs, shapes, strict=True)]
         return {"inputs": ", ".join(sizes), "outputs": ", ".join(program.outputs), **_places(edge)}
 
@@ -74,7 +74,7 @@ class Pte:
             method = Runtime.get().load_program(str(path)).load_method("forward")
             found = []
             for batch in subject.batches:
-                outputs = method.execute([t.detach().cpu().contiguous() for t in tensors_in(batch)])
+                outputs = method.execute([t.detach().cpu().contiguous() for t in batch_tensors(batch)])
                 found.append([output.clone() for output in outputs])
         version = importlib.metadata.version("executorch")
         return Proof(f"ExecuTorch {version}", distance(expected(subject), found), len(found))

@@ -16,7 +16,7 @@ from torch import nn
 from linearize._version import __version__
 from linearize.export import remote_file
 from linearize.export.compare import distance, expected
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.export.process import outputs_elsewhere
 from linearize.export.remote_plan import Plan, plan_of
 from linearize.storage.folders import write_text
@@ -45,7 +45,7 @@ class Remote:
     writes: Mapping[str, str] = {"transformers": "transformers"}
     runs: Mapping[str, str] = {"transformers": "transformers"}
     means = Means()
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ()
     library = "transformers"
     near: tuple[str, ...] = ("onnx", "pt2", "openvino")

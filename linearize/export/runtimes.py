@@ -14,18 +14,18 @@ from torch import nn
 
 from linearize import checks
 from linearize.errors import ExportError, LinearizeError, UsageError
-from linearize.export.batches import without_cache
+from linearize.export.batches import cache_off
 from linearize.export.face import Subject
 from linearize.export.registry import format_of
 from linearize.graph.capture import Inputs
 from linearize.running.devices import device_of
 
-__all__ = ["NAMES", "Run", "Runtime", "Session", "check_runtime", "runtime_of"]
+__all__ = ["FORMATS", "Runtime", "RuntimeCall", "Session", "check_runtime", "runtime_of"]
 
-Run = Callable[[], Any]
+RuntimeCall = Callable[[], Any]
 """One forward pass on inputs that are there already."""
 
-NAMES = {"onnxruntime": "onnx", "openvino": "openvino"}
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Runtimes by their names, with the format of `linearize.export` that each reads."""
 
 
@@ -35,7 +35,7 @@ class Session(Protocol):
     def fits(self, batch: Inputs) -> bool:
         """Whether a batch has the sizes that the file leaves open, or fixes."""
 
-    def run(self, batch: Inputs) -> Run:
+    def run(self, batch: Inputs) -> RuntimeCall:
         """A call on a batch."""
 
 
@@ -49,7 +49,7 @@ class Runtime:
     def __init__(self, told: str) -> None:
         self.told = told
 
-    def run(self, model: nn.Module, batch: Inputs) -> Run:
+    def run(self, model: nn.Module, batch: Inputs) -> RuntimeCall:
         """A model, ready to run there on a batch.
 
         Args:
@@ -74,15 +74,15 @@ class _Exported(Runtime):
         }
         told, self._open = opened[name]
         super().__init__(told())
-        self._format = format_of(NAMES[name])
+        self._format = format_of(FORMATS[name])
         self._ready: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
 
-    def run(self, model: nn.Module, batch: Inputs) -> Run:
+    def run(self, model: nn.Module, batch: Inputs) -> RuntimeCall:
         if device_of(model).type != "cpu":
             found = f"found a model on {device_of(model)}, and {self.told} runs on the processor here"
             raise UsageError("runtime", found, "Move it (model.cpu()), or pass a function that measures elsewhere.")
         args, kwargs = batch
-        batch = (args, {**kwargs, **without_cache(model, kwargs)})
+        batch = (args, {**kwargs, **cache_off(model, kwargs)})
         ready = self._ready.setdefault(model, [])
         session = next((one for one in ready if one.fits(batch)), None)
         if session is None:
@@ -114,13 +114,13 @@ class _Own(Runtime):
         super().__init__(f"the function {getattr(function, '__qualname__', type(function).__name__)}")
         self._function = function
 
-    def run(self, model: nn.Module, batch: Inputs) -> Run:
+    def run(self, model: nn.Module, batch: Inputs) -> RuntimeCall:
         args, kwargs = batch
         made: Any = self._function(model, args, kwargs)
         if not callable(made):
             found = f"the function gave a {type(made).__name__}"
             raise UsageError("runtime", found, "Return a function without arguments that runs the model once.")
-        ready: Run = made
+        ready: RuntimeCall = made
         return ready
 
 
@@ -139,9 +139,9 @@ def check_runtime(given: Any) -> None:
     """
     if callable(given):
         return
-    if not isinstance(given, str) or given not in NAMES:
-        checks.refuse("runtime", given, "one of " + ", ".join(f'"{name}"' for name in NAMES) + ", or a function")
-    chosen = format_of(NAMES[given])
+    if not isinstance(given, str) or given not in FORMATS:
+        checks.refuse("runtime", given, "one of " + ", ".join(f'"{name}"' for name in FORMATS) + ", or a function")
+    chosen = format_of(FORMATS[given])
     for module, extra in {**chosen.writes, **chosen.runs}.items():
         if importlib.util.find_spec(module) is None:
             raise UsageError("runtime", f"{module} is not installed", f'Install it: pip install "linearize[{extra}]".')
@@ -151,7 +151,7 @@ def runtime_of(given: Any) -> Runtime:
     """The runtime that a user names, or brings.
 
     Args:
-        given: one of `NAMES`; a function of (model, args, kwargs) that gives a function without arguments, which runs
+        given: one of `FORMATS`; a function of (model, args, kwargs) that gives a function without arguments, which runs
             the model once; or a `Runtime`.
 
     Raises:

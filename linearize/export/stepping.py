@@ -18,7 +18,7 @@ from linearize.errors import ExportError
 from linearize.export.face import Subject
 from linearize.graph.capture import Inputs
 from linearize.zoo.caches import generates
-from linearize.zoo.past import arguments_of, cache_keyword, cache_of, pairs_of
+from linearize.zoo.past import argument_names, cache_keyword, cache_of, pairs_of
 from linearize.zoo.unlike import Unlike
 
 __all__ = ["Stepping", "decoded", "stepping"]
@@ -35,7 +35,7 @@ class Stepping(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.takes = [name for name in ("position_ids",) if name in arguments_of(model)]
+        self.takes = [name for name in ("position_ids",) if name in argument_names(model)]
         self.keyword = cache_keyword(model)
 
     def forward(
@@ -100,7 +100,7 @@ def _inputs(model: nn.Module, ids: Tensor, before: int) -> Inputs:
 
 def _step(model: nn.Module, new: Tensor, mask: Tensor, positions: Tensor, past: Mapping[str, Any]) -> Inputs:
     given: dict[str, Any] = {"input_ids": new, "attention_mask": mask}
-    if "position_ids" in arguments_of(model):
+    if "position_ids" in argument_names(model):
         given["position_ids"] = positions.expand(new.shape[0], -1).clone()
     return (), {**given, "past_key_values": past}
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from linearize.errors import CheckpointError
 from linearize.export.compare import distance, expected
-from linearize.export.face import TOLERANCES, Means, Proof, Refusal, Subject
+from linearize.export.face import RUNTIME_TOLERANCES, Means, Proof, Refusal, Subject
 from linearize.running.models import device_of
 from linearize.zoo.stock import check_stock, check_timm, library_class, stock_copy
 from linearize.zoo.timm_models import is_timm
@@ -28,7 +28,7 @@ class Stock:
     writes: Mapping[str, str] = {}
     runs: Mapping[str, str] = {}
     means = Means(own_layers=False, uniform=True, modules=False)
-    tolerances: Mapping[torch.dtype, float] = TOLERANCES
+    tolerances: Mapping[torch.dtype, float] = RUNTIME_TOLERANCES
     options: tuple[str, ...] = ()
     library = "transformers"
     near: tuple[str, ...] = ("gguf", "decilm", "remote", "onnx", "pt2")

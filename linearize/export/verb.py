@@ -18,7 +18,7 @@ from linearize.export import registry
 from linearize.export.batches import batches_for
 from linearize.export.card import card_of
 from linearize.export.face import Format, Proof, Subject
-from linearize.export.fit import check_fit
+from linearize.export.fit import check_exportable
 from linearize.export.plain import allowance
 from linearize.export.registry import format_of
 from linearize.report.compression import Report
@@ -130,7 +130,7 @@ def export(
     options = _options(chosen, opset=opset, external_data=external_data, cache=cache, tokenizer=tokenizer)
     _check_place(target, chosen, overwrite=overwrite)
     model = unwrap(model)
-    check_fit(model, chosen.name)
+    check_exportable(model, chosen.name)
     _check_installed(chosen, check=check)
     with evaluating(model):
         subject = Subject(model, batches_for(model, example_inputs, fixed=chosen.fixed), options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from linearize.errors import ExportError, UsageError
 
-__all__ = ["add_vocabulary", "check_tokenizer", "open_tokenizer"]
+__all__ = ["add_vocabulary", "check_tokenizer", "vocabulary_tokenizer"]
 
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 # How texts are split before pairs of tokens are joined, as llama.cpp names the ways.
@@ -19,7 +19,7 @@ _ROLES = {"bos": "cls", "eos": "sep"}  # what encoders put around a text
 _TEXTS = ["Hello world", "It's 12345 o'clock,  isn't it?\n\nYes.", "Grüße 你好 ", "x = [1, 2]  # done\t!"]
 
 
-def open_tokenizer(tokenizer: Any) -> Any:
+def vocabulary_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer, or that of a folder.
 
     Raises:
@@ -65,7 +65,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, words: int, config: Any, *, piec
             if isinstance(number, int) and 0 <= number < words:
                 getattr(writer, f"add_{name}_token_id")(number)
         return f"numbers from 0 to {words - 1}, as no tokenizer was given"
-    known = open_tokenizer(tokenizer)
+    known = vocabulary_tokenizer(tokenizer)
     data = json.loads(known.backend_tokenizer.to_str())
     if pieces:
         return _add_pieces(writer, known, data, words)
@@ -119,7 +119,7 @@ def check_tokenizer(path: Path, tokenizer: Any) -> None:
 
     if tokenizer is None:
         return
-    known = open_tokenizer(tokenizer)
+    known = vocabulary_tokenizer(tokenizer)
     special = known.cls_token_id is not None  # an encoder's, whose texts stand between two of them
     _, _, found = ask(path, [], text=_TEXTS, special=special)
     for text, ids in zip(_TEXTS, found, strict=True):

@@ -18,7 +18,7 @@ from linearize.sites.record import record_of
 from linearize.sites.select import UNSELECTED
 from linearize.tensors import meddler
 
-__all__ = ["enclosed", "free", "homes_of", "is_in", "meddled", "within"]
+__all__ = ["enclosed", "encloses", "homes_of", "is_in", "may_go", "meddled"]
 
 
 def homes_of(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ def homes_of(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, lis
     return found
 
 
-def within(path: str, parts: Sequence[str]) -> bool:
+def encloses(path: str, parts: Sequence[str]) -> bool:
     """Whether all of some paths are inside a module."""
     return all(part.startswith(f"{path}.") for part in parts)
 
@@ -48,17 +48,17 @@ def is_in(path: str) -> Callable[[str], bool]:
     return lambda other: other == path or other.startswith(f"{path}.")
 
 
-def free(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
+def may_go(model: nn.Module, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
     """True if no group of sites is half inside, and the user's choice of sites does not speak against it."""
     for parts in homes.values():
         inside = [is_in(path)(part) for part in parts]
-        if any(inside) and not within(path, parts):
+        if any(inside) and not encloses(path, parts):
             return False
     record = record_of(model)
     barred = [site for site in (record.sites if record else ()) if site.ungated in UNSELECTED]
     if any(is_in(path)(site.module) for site in barred):
         return False
-    return not barred or any(within(path, parts) for parts in homes.values())
+    return not barred or any(encloses(path, parts) for parts in homes.values())
 
 
 def meddled(model: nn.Module) -> dict[str, str]:
@@ -115,4 +115,4 @@ def _total(groups: Sequence[Group], group: Group) -> Option:
 
 def _lies_in(group: Group, path: str, homes: Mapping[str, Sequence[str]]) -> bool:
     parts = list(group.touches) or [part for site in group.sites for part in homes.get(site, (site,))]
-    return within(path, parts)
+    return encloses(path, parts)

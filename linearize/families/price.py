@@ -21,7 +21,7 @@ from linearize.gating.groups import ports_of
 from linearize.plan import NARROWED
 from linearize.sites.site import Site
 from linearize.surgery.maps import Reader
-from linearize.surgery.narrow import chains_of, narrow
+from linearize.surgery.narrow import coupled_sites, narrow
 from linearize.tensors import held
 
 __all__ = ["Price", "Pricer"]
@@ -118,7 +118,7 @@ class Pricer:
         reader = Reader(self.model, "meta")
         positions: dict[str, int] = {}
         units = 0.0
-        chains = {chain.lower.name: chain for chain in chains_of(self.model, self._sites())}
+        chains = {chain.lower.name: chain for chain in coupled_sites(self.model, self._sites())}
         found = {gate.site.name: gate for gate in self.gates if gate.site is not None}
         for gate, choice in reversed(list(zip(self.gates, choices, strict=True))):
             site = gate.site

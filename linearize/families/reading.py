@@ -17,14 +17,14 @@ from linearize.graph.capture import Capture, Inputs
 from linearize.graph.protect import untouched
 from linearize.running.models import batches_of, device_of, eagerly, evaluating, move
 
-__all__ = ["Reading", "one_sample", "read", "weighs"]
+__all__ = ["CapturedAttention", "one_sample", "read", "weighs"]
 
 _NAME = "reading"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
+class CapturedAttention:
     """A captured model and its attentions.
 
     Attributes:
@@ -40,20 +40,20 @@ class Reading:
     times: float
 
 
-def read(model: nn.Module, batch: Any, memory: MutableMapping[str, Any] | None = None) -> Reading:
+def read(model: nn.Module, batch: Any, memory: MutableMapping[str, Any] | None = None) -> CapturedAttention:
     """The graph of a gated model; remembered, if there is anywhere to."""
     if memory is not None and _NAME in memory:
-        known: Reading = memory[_NAME]
+        known: CapturedAttention = memory[_NAME]
         return known
     whole = batches_of(batch)[0]
-    found = Reading((), None, whole, 1.0)
+    found = CapturedAttention((), None, whole, 1.0)
     tries = (one_sample(whole), (whole, 1.0)) if weighs(model, batch) else ()
     for inputs, times in tries:
         try:
             attentions, captured = attentions_of(model, inputs)
         except CaptureError:
             continue
-        found = Reading(tuple(attentions), captured, inputs, times)
+        found = CapturedAttention(tuple(attentions), captured, inputs, times)
         break
     if memory is not None:
         memory[_NAME] = found

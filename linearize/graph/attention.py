@@ -20,7 +20,7 @@ from linearize.graph.overlap import shared_parameters
 from linearize.graph.problem import Dead
 from linearize.graph.segment import Segment, labels_through, origins
 from linearize.graph.walk import Walker
-from linearize.graph.weighing import LINEAR, QUIET, SCORED, Core, cores, scores
+from linearize.graph.weighing import LINEAR, QUIET, SCORED, AttentionNodes, cores, scores
 from linearize.sites.site import Port
 
 __all__ = ["Attention", "Rows", "attentions_of"]
@@ -94,7 +94,7 @@ def attentions_of(model: nn.Module, inputs: Inputs) -> tuple[list[Attention], Ca
     return found, captured
 
 
-def _read(walker: Walker, core: Core, owner: str) -> Attention:
+def _read(walker: Walker, core: AttentionNodes, owner: str) -> Attention:
     captured = walker.captured
     sizes = shape(core.out) or ()
     if len(sizes) not in (3, 4) or (len(sizes) == 4 and sizes[0] != 1 and sizes[-3] == 1):
@@ -145,7 +145,7 @@ def _dependence(captured: Capture, target: fx.Node) -> list[dict[fx.Node, frozen
     raise Dead("a head of it depends on nothing")
 
 
-def _values(captured: Capture, core: Core, heads: int, width: int) -> list[dict[fx.Node, frozenset[int]]]:
+def _values(captured: Capture, core: AttentionNodes, heads: int, width: int) -> list[dict[fx.Node, frozenset[int]]]:
     """By head of the values, their features in the linear map that they come from; they are only moved on the way."""
     sources = origins(core.values, LINEAR, op_name)
     if len(sources) != 1:
@@ -192,7 +192,7 @@ def _before(walker: Walker, node: fx.Node) -> Port:
     return port
 
 
-def _private(captured: Capture, sources: list[fx.Node], core: Core) -> None:
+def _private(captured: Capture, sources: list[fx.Node], core: AttentionNodes) -> None:
     """See that nothing else reads queries, keys and values, but caches in the output of the model."""
     inside: set[fx.Node] = set(sources)
     for target in (*core.scored, core.values):
@@ -232,7 +232,7 @@ def _units(rows: list[Rows], heads: int) -> tuple[tuple[int, ...], ...]:
     return groups
 
 
-def _kept(captured: Capture, core: Core, values: list[dict[fx.Node, frozenset[int]]]) -> tuple[float, float]:
+def _kept(captured: Capture, core: AttentionNodes, values: list[dict[fx.Node, frozenset[int]]]) -> tuple[float, float]:
     """Numbers that a cache holds: of keys and values that belong to heads, and of those that all heads share."""
     found = [values]
     if core.keys is not None:

@@ -23,7 +23,7 @@ from linearize.graph.explain import explain
 from linearize.graph.opaque import opaque_layers
 from linearize.graph.protect import untouched
 from linearize.graph.stacks import WRAPPED, Call, call_of, stack_of
-from linearize.nest import copied, plain
+from linearize.nest import copied, plain_nest
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -103,8 +103,8 @@ def _inside_objects(output: Any) -> list[Tensor]:
         return [t for value in output.values() for t in _inside_objects(value)]
     if isinstance(output, (list, tuple)):
         return [t for value in output for t in _inside_objects(value)]
-    plain = isinstance(output, (Tensor, nn.Module, type)) or hasattr(output, "__dataclass_fields__")
-    return [] if plain else tensors_of(list(getattr(output, "__dict__", {}).values()))
+    plain_nest = isinstance(output, (Tensor, nn.Module, type)) or hasattr(output, "__dataclass_fields__")
+    return [] if plain_nest else tensors_of(list(getattr(output, "__dict__", {}).values()))
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -130,7 +130,7 @@ def normalize_inputs(example_inputs: Any) -> Inputs:
 
     In containers of their own, mappings of other classes as dicts, nested ones, too.
     """
-    inputs = plain(example_inputs)
+    inputs = plain_nest(example_inputs)
     if isinstance(inputs, dict):
         return (), inputs
     if isinstance(inputs, (tuple, list)):

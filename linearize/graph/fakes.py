@@ -16,11 +16,11 @@ from linearize.graph.capture import Inputs
 from linearize.graph.protect import untouched
 from linearize.nest import copied
 
-Run = Callable[..., Any]
+FakeRun = Callable[..., Any]
 
 
 @contextmanager
-def fake_runs(model: nn.Module, inputs: Inputs, *, real: bool = False, on_cpu: bool = False) -> Iterator[Run]:
+def fake_runs(model: nn.Module, inputs: Inputs, *, real: bool = False, on_cpu: bool = False) -> Iterator[FakeRun]:
     """Inside, a function that runs the model once. What one run leaves on the model, the next one finds there.
 
     Afterwards the model is as it was. The function takes `training` and `gradients` (both False), `twice` for a batch
@@ -96,4 +96,4 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-__all__ = ["Run", "fake_runs"]
+__all__ = ["FakeRun", "fake_runs"]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import tensors_of
 from linearize.graph.dryrun import given_to, numbers_of, written_of
-from linearize.graph.fakes import Run
+from linearize.graph.fakes import FakeRun
 
 # They move values or give them another shape or memory, and compute nothing.
 _SILENT = frozenset(
@@ -29,7 +29,7 @@ _SHAPED = frozenset(
 
 
 @dataclass(frozen=True)
-class Way:
+class Derivation:
     """How one call of a module gets its input: the ops since the watched modules before it."""
 
     ops: tuple[tuple[Any, ...], ...]
@@ -63,9 +63,9 @@ class Follower(TorchDispatchMode):
         self.alive: list[Any] = []  # so that no id is used twice
         self.draws: list[int] = []
         self.state = _generators()
-        self.found: dict[str, list[Way]] = {}
+        self.found: dict[str, list[Derivation]] = {}
 
-    def ways(self, run: Run, **kind: Any) -> dict[str, list[Way]]:
+    def ways(self, run: FakeRun, **kind: Any) -> dict[str, list[Derivation]]:
         """By path, how each of its calls gets its input in one run."""
         self._clear()
         with self._watched():
@@ -141,7 +141,7 @@ class Follower(TorchDispatchMode):
             self.draws.append(len(self.done))
             self.state = state
 
-    def _way(self, start: list[int]) -> Way:
+    def _way(self, start: list[int]) -> Derivation:
         inside, reached, ahead = set[int](), list[int](), list(start)
         while ahead:
             position = ahead.pop()
@@ -166,7 +166,7 @@ class Follower(TorchDispatchMode):
                 ops.append((op.name or "view", op.numbers, sources))
         ends = tuple(number[position] for position in start)
         drawn = bool(reached) and any(position > min(reached) for position in self.draws)
-        return Way((*ops, ("input", (), ends)), drawn)
+        return Derivation((*ops, ("input", (), ends)), drawn)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from linearize.graph.capture import Capture, is_check
 from linearize.graph.ops import is_inplace
 
 
-def memory(node: fx.Node) -> int | None:
+def memory_of(node: fx.Node) -> int | None:
     """An identifier of the memory of a node's value. Views of one tensor have the same."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
@@ -19,8 +19,8 @@ def memory(node: fx.Node) -> int | None:
 
 def overwrites(activation: Activation) -> bool:
     """True if an activation writes into the memory of its input."""
-    mine = memory(activation.source)
-    return any(is_inplace(node) and memory(node) == mine for node in activation.nodes)
+    mine = memory_of(activation.source)
+    return any(is_inplace(node) and memory_of(node) == mine for node in activation.nodes)
 
 
 def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
@@ -28,8 +28,8 @@ def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
 
     Such an op would see another value if the activation did not work in place.
     """
-    mine = memory(activation.source)
-    written = [node for node in activation.nodes if is_inplace(node) and memory(node) == mine]
+    mine = memory_of(activation.source)
+    written = [node for node in activation.nodes if is_inplace(node) and memory_of(node) == mine]
     if not written:
         return None
     start = captured.order[written[0]]
@@ -38,7 +38,7 @@ def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
     for node in nodes:
         if captured.order[node] <= start or node in fresh or is_check(node):
             continue
-        read = [source for source in node.all_input_nodes if memory(source) == mine]
+        read = [source for source in node.all_input_nodes if memory_of(source) == mine]
         if any(source not in fresh for source in read):
             return node
         if read:
@@ -48,12 +48,12 @@ def stale_reader(captured: Capture, activation: Activation) -> fx.Node | None:
 
 def overwritten(captured: Capture, reader: fx.Node, until: Iterable[fx.Node]) -> fx.Node | None:
     """The first op that writes into what `reader` has read, before the last op of `until` runs."""
-    held = {memory(source) for source in reader.all_input_nodes} - {None}
+    held = {memory_of(source) for source in reader.all_input_nodes} - {None}
     end = max((captured.order[node] for node in until), default=0)
     nodes: list[fx.Node] = list(captured.graph.nodes)
     for node in nodes:
         if captured.order[reader] < captured.order[node] < end and is_inplace(node):
             target = node.args[0]
-            if isinstance(target, fx.Node) and memory(target) in held:
+            if isinstance(target, fx.Node) and memory_of(target) in held:
                 return node
     return None

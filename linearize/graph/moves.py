@@ -9,10 +9,10 @@ from torch import fx
 
 from linearize.graph.capture import shape
 from linearize.graph.motion import SPLITS, Motion, argument, axes_of, broadcast_axis, rule, wrap
-from linearize.graph.ops import IDENTITY, op_name
+from linearize.graph.ops import IDENTITY_OPS, op_name
 
 
-@rule(*IDENTITY)
+@rule(*IDENTITY_OPS)
 def _identity(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if op_name(node).endswith("dropout") and argument(node, 2, "train", False) is True:
         return Motion(axis, "dropout is active even in eval mode")

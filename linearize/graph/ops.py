@@ -23,10 +23,10 @@ ARITHMETIC = frozenset(
         "ge le eq ne scalar_tensor full_like zeros_like ones_like"
     ).split()
 )
-IDENTITY = frozenset(
+IDENTITY_OPS = frozenset(
     ("clone contiguous alias detach to _to_copy lift_fresh type_as dropout feature_dropout alpha_dropout").split()
 )
-RESHAPES = IDENTITY | frozenset("view reshape flatten unsqueeze squeeze expand".split())
+RESHAPES = IDENTITY_OPS | frozenset("view reshape flatten unsqueeze squeeze expand".split())
 _ALIASES = {
     "multiply": "mul",
     "divide": "div",

@@ -12,8 +12,8 @@ from collections.abc import Collection
 from torch import nn
 
 from linearize.graph.capture import Inputs
-from linearize.graph.fakes import Run, fake_runs
-from linearize.graph.follow import Follower, Way
+from linearize.graph.fakes import FakeRun, fake_runs
+from linearize.graph.follow import Derivation, Follower
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Co
     return {}
 
 
-def _compared(follow: Follower, run: Run, *, computes: bool) -> dict[str, str]:
+def _compared(follow: Follower, run: FakeRun, *, computes: bool) -> dict[str, str]:
     """What the first run shows, and those of other kinds; runs that compute leave statistics and memory alone."""
     together = [kind for kind in _TOGETHER if not (computes and ("training" in kind or "twice" in kind))]
     first = follow.ways(run)
@@ -80,7 +80,7 @@ def _compared(follow: Follower, run: Run, *, computes: bool) -> dict[str, str]:
     return found
 
 
-def _run(follow: Follower, run: Run, kind: dict[str, bool]) -> dict[str, list[Way]]:
+def _run(follow: Follower, run: FakeRun, kind: dict[str, bool]) -> dict[str, list[Derivation]]:
     """What a run shows; nothing if it does not work."""
     try:
         return follow.ways(run, **kind)
@@ -89,12 +89,12 @@ def _run(follow: Follower, run: Run, kind: dict[str, bool]) -> dict[str, list[Wa
         return {}
 
 
-def _differing(first: dict[str, list[Way]], other: dict[str, list[Way]]) -> list[str]:
+def _differing(first: dict[str, list[Derivation]], other: dict[str, list[Derivation]]) -> list[str]:
     """The modules that both runs call, and that get their inputs in different ways."""
     return [path for path in first if path in other and other[path] != first[path]]
 
 
-def _what(first: list[Way], other: list[Way]) -> str:
+def _what(first: list[Derivation], other: list[Derivation]) -> str:
     """The first op that one of two runs has and the other has not."""
     if len(first) != len(other):
         return f"{len(other)} calls, not {len(first)}"

@@ -15,7 +15,7 @@ from linearize.graph.capture import shape, users
 from linearize.graph.ops import op_name
 from linearize.graph.segment import origins
 
-__all__ = ["LINEAR", "QUIET", "SCORED", "Core", "cores", "scores"]
+__all__ = ["LINEAR", "QUIET", "SCORED", "AttentionNodes", "cores", "scores"]
 
 LINEAR = ("linear", "addmm")
 _FUSED = "scaled_dot_product_attention"
@@ -26,7 +26,7 @@ QUIET = ("dropout", "to", "_to_copy", "type_as", "contiguous", "clone", "alias",
 
 
 @dataclass(frozen=True)
-class Core:
+class AttentionNodes:
     """The nodes of one attention: what is weighed, and by what."""
 
     scored: tuple[fx.Node, ...]  # each with the heads on the third axis from the end
@@ -36,18 +36,18 @@ class Core:
     fused: bool = True
 
 
-def cores(graph: fx.Graph) -> Iterator[Core]:
+def cores(graph: fx.Graph) -> Iterator[AttentionNodes]:
     """The attentions of a graph, in order of execution."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if op_name(node) == _FUSED:
             q, k, v = node.args[:3]
-            yield Core((q, k), v, node, k)
+            yield AttentionNodes((q, k), v, node, k)
         elif op_name(node) in SCORED[:2] and len(shape(node) or ()) >= 3:
             product = _weighing(node)
             if product is not None:
-                yield Core((node.args[0],), product.args[1], product, _keys(node), fused=False)  # type: ignore[arg-type]
+                yield AttentionNodes((node.args[0],), product.args[1], product, _keys(node), fused=False)  # type: ignore[arg-type]
 
 
 def _weighing(softmax: fx.Node) -> fx.Node | None:
@@ -81,7 +81,7 @@ def _keys(softmax: fx.Node) -> fx.Node | None:
     return None
 
 
-def scores(core: Core, sizes: tuple[int, ...]) -> float:
+def scores(core: AttentionNodes, sizes: tuple[int, ...]) -> float:
     """The costs of one head: products of queries and keys, and the weighing of values."""
     batch, positions, width = (sizes[0] if len(sizes) == 4 else 1), sizes[-2], sizes[-1]
     read = (shape(core.values) or ())[-2]

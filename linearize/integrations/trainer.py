@@ -33,9 +33,9 @@ except ImportError as error:
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["FILE", "PriorCallback", "gated_optimizer", "gated_optimizer_groups"]
+__all__ = ["TRAINER_FILE", "PriorCallback", "gated_optimizer", "gated_optimizer_groups"]
 
-FILE = "prior.safetensors"
+TRAINER_FILE = "prior.safetensors"
 """Name of the prior's state in a checkpoint folder of the Trainer: tensors and JSON, no pickle."""
 
 
@@ -95,7 +95,7 @@ class PriorCallback(TrainerCallback):  # type: ignore[misc] # mypy does not foll
             warnings.warn(text, stacklevel=2)
         elif args.should_save:
             told = {"step": state.global_step, "alphas": alphas_of(self.prior), "prior": self.prior.state_dict()}
-            write_state(_folder(args, state.global_step) / FILE, told)
+            write_state(_folder(args, state.global_step) / TRAINER_FILE, told)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **now: Any) -> None:
         """Add the share of linear channels and the penalty to what is logged of training."""
@@ -113,7 +113,7 @@ class PriorCallback(TrainerCallback):  # type: ignore[misc] # mypy does not foll
         self._attached = None
 
     def _restore(self, args: Any, step: int) -> None:
-        path = (self.resume_from or _folder(args, step)) / FILE
+        path = (self.resume_from or _folder(args, step)) / TRAINER_FILE
         if not path.is_file():
             found = f"found no such file, although training goes on from step {step}"
             remedy = "Pass PriorCallback(prior, resume_from=) the checkpoint's folder, if it is another."

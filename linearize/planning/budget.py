@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from linearize import checks
 from linearize.errors import UsageError
 from linearize.families.option import MEASURES, Measure
-from linearize.report.budget import NAMES
+from linearize.report.budget import MEASURE_NAMES
 
 __all__ = ["SERVED", "TIMED", "Budget", "read_budgets"]
 
@@ -31,7 +31,7 @@ class Budget:
     fraction: float
 
     def __str__(self) -> str:
-        return f"{NAMES.get(self.measure, self.measure)} at {self.fraction:.3g} of the original's"
+        return f"{MEASURE_NAMES.get(self.measure, self.measure)} at {self.fraction:.3g} of the original's"
 
 
 def read_budgets(

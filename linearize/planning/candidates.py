@@ -17,7 +17,7 @@ from torch import nn
 from linearize.families.option import Group, Measure, Option
 from linearize.planning.gradual import path_to
 from linearize.planning.job import Job
-from linearize.planning.search import DEAR, kinds, unscaled, without
+from linearize.planning.search import DEAR, kinds, unscaled, without_forms
 from linearize.planning.settle import Settled
 from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey
@@ -64,10 +64,10 @@ def surveys_of(found: Survey, around: Survey) -> dict[str, Survey]:
     """
     own = {name: forms for name, forms in kinds().items() if " and " not in name}
     every = [form for forms in own.values() for form in forms]
-    made = {"mixed": around, "widths": replace(found, groups=without(found.groups, every))}
+    made = {"mixed": around, "widths": replace(found, groups=without_forms(found.groups, every))}
     for name, forms in own.items():
         others = [form for form in every if form not in forms]
-        favoured = [_favoured(group, forms) for group in without(found.groups, others)]
+        favoured = [_favoured(group, forms) for group in without_forms(found.groups, others)]
         made[f"widths and {name}"] = replace(found, groups=favoured)
     return made
 

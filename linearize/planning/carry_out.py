@@ -21,7 +21,7 @@ from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.form_choice import make_plan
 from linearize.zoo.layers import close_up
 
-__all__ = ["carry_out", "collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
+__all__ = ["carry_out_choices", "collapsed", "edited", "explained", "planned", "replaced", "site_choices"]
 
 
 def site_choices(choice: Choice) -> dict[str, SiteChoice]:
@@ -38,11 +38,11 @@ def replaced(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
 def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A copy of the gated model with the choices carried out. `keep` overrides which channels stay."""
     model = duplicate(found.gated, CollapseError)
-    carry_out(found, model, choices, keep)
+    carry_out_choices(found, model, choices, keep)
     return model
 
 
-def carry_out(
+def carry_out_choices(
     found: Survey, model: nn.Module, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None
 ) -> None:
     """The same on a copy that is at hand."""

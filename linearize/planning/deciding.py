@@ -19,7 +19,7 @@ from linearize.planning.budget import Budget
 from linearize.planning.carry_out import collapsed, planned, replaced, site_choices
 from linearize.planning.knapsack import choose
 from linearize.planning.market import Market, market_of, without_idle_biases
-from linearize.planning.settle import Gauges, fraction_of, within
+from linearize.planning.settle import Gauges, fraction_of, is_met
 from linearize.planning.survey import Survey
 from linearize.running.copies import duplicate
 from linearize.training.cost_prior import CostPrior
@@ -112,7 +112,7 @@ class Deciding:
             small = collapsed(model, plan)
         reached = fraction_of(self.found, self.budget, model, small, self.batch, self.gauges)
         self.say(f"  promised {prior.share:.3f}, reached {reached:.3f} of the original's {self.budget.measure}")
-        return Ending(model, plan, small, reached, within(self.budget, reached))
+        return Ending(model, plan, small, reached, is_met(self.budget, reached))
 
 
 def from_plan(

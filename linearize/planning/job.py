@@ -13,7 +13,7 @@ from linearize.export.runtimes import Runtime
 from linearize.plan import Plan
 from linearize.planning.request import Request
 from linearize.planning.resume import NOTHING, Notes
-from linearize.running.batches import Reading
+from linearize.running.batches import ReadData
 from linearize.running.steps import Steps
 from linearize.serving.point import Point, size_of
 
@@ -41,7 +41,7 @@ class Job:
 
     original: nn.Module
     gated: nn.Module
-    data: Reading
+    data: ReadData
     batch: Any
     steps: Steps
     options: Mapping[str, Any]

@@ -15,7 +15,7 @@ from linearize.planning.job import Job, Made
 from linearize.planning.knapsack import Choice, uniform
 from linearize.planning.request import Request
 from linearize.planning.search import unscaled
-from linearize.planning.settle import Gauges, Settled, within
+from linearize.planning.settle import Gauges, Settled, is_met
 from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey, descriptions
 from linearize.report.budget import Outcome
@@ -26,7 +26,7 @@ from linearize.training.distance import real_loss, some_of
 
 __all__ = ["drift", "dry", "gauges", "limits", "measurements", "outcome_of", "told_of"]
 
-Shares = Mapping[Measure, tuple[float, float | None]]
+CostShares = Mapping[Measure, tuple[float, float | None]]
 """By measure, the fractions of the original's cost that a plan predicts, and that remain; None if not measured."""
 
 
@@ -95,7 +95,9 @@ def _cache(found: Survey, choice: Choice) -> list[str]:
     return [f"keys and values kept of the example batch: {after:.0f} of {before:.0f} bytes"] if before else []
 
 
-def outcome_of(job: Job, request: Request, found: Survey, each: Shares, loss: float, *, met: bool | None) -> Outcome:
+def outcome_of(
+    job: Job, request: Request, found: Survey, each: CostShares, loss: float, *, met: bool | None
+) -> Outcome:
     """What became of a budget, or of several."""
     budgets, point = request.budgets, job.point(request)
     parts = []
@@ -106,7 +108,7 @@ def outcome_of(job: Job, request: Request, found: Survey, each: Shares, loss: fl
         if len(budgets) == 1:
             same = uniform(found.groups, budget.measure, limits(found, budgets)[budget.measure])
             other = None if same is None else same.loss
-        own = met if reached is None or len(budgets) == 1 else within(budget, reached)
+        own = met if reached is None or len(budgets) == 1 else is_met(budget, reached)
         parts.append(
             Outcome(
                 budget.measure,

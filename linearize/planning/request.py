@@ -19,7 +19,7 @@ from linearize.finetune import finetune as train
 from linearize.plan import Plan, When
 from linearize.planning.budget import SERVED, Budget, read_budgets
 from linearize.planning.timing.table import cache_file
-from linearize.running.outputs import Choice
+from linearize.running.outputs import OutputChoice
 from linearize.serving.point import Point, read_point
 from linearize.training.arguments import check_numbers
 from linearize.training.kept import check_folder
@@ -76,7 +76,7 @@ class Request:
     runtime: Any = None
     modules: bool = True
     families: Sequence[str] | None = None
-    output: Choice = None
+    output: OutputChoice = None
     round_to: int | None = None
     when: When = "cheaper"
     batch_sizes: Sequence[int] | None = None

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
 from linearize.families.records import flaw_in
-from linearize.nest import plain
+from linearize.nest import plain_nest
 from linearize.planning.decision import DECISION_FILE, Decision
 from linearize.running.batches import count_of, length_of
 from linearize.storage.digest import take_in
@@ -189,7 +189,7 @@ def facts_of(data: Iterable[Any]) -> list[Any]:
         >>> facts_of([torch.ones(2, 3)])[:3]
         [1, 1, [((2, 3), 'torch.float32')]]
     """
-    first, again = (pytree.tree_leaves(plain(next(iter(data)))) for _ in range(2))
+    first, again = (pytree.tree_leaves(plain_nest(next(iter(data)))) for _ in range(2))
     shapes = [(tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x) for x in first]
     length, samples = count_of(data), length_of(getattr(data, "dataset", None))
     return [

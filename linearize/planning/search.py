@@ -18,7 +18,7 @@ import torch
 from linearize.errors import CollapseError
 from linearize.families import registry
 from linearize.families.option import Group, Measure, Option
-from linearize.planning.carry_out import carry_out, site_choices
+from linearize.planning.carry_out import carry_out_choices, site_choices
 from linearize.planning.knapsack import Choice
 from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey
@@ -26,7 +26,7 @@ from linearize.report.trial import Trial
 from linearize.running.copies import Workbench
 from linearize.training.distance import Yardstick, some_of
 
-__all__ = ["DEAR", "kinds", "searched", "unscaled", "without"]
+__all__ = ["DEAR", "kinds", "searched", "unscaled", "without_forms"]
 
 _SPREAD = 0.5  # of the logarithm of the factors
 DEAR = 1e6  # a loss that nobody takes who has another choice
@@ -59,7 +59,7 @@ def searched(
     best = found.groups
     race.wins(found.groups, "at the start")
     for name, forms in kinds().items():
-        others = without(found.groups, forms)
+        others = without_forms(found.groups, forms)
         if trials and others != found.groups and race.wins(others, f"without {name}"):
             best = others
     start, factors = best, torch.zeros(len(found.groups), dtype=torch.float64)
@@ -95,7 +95,7 @@ class _Race:
             return False
         self.tried.add(choice.options)
         model = self.bench.fresh()
-        carry_out(self.found, model, site_choices(choice))
+        carry_out_choices(self.found, model, site_choices(choice))
         losses = self.measure.losses(model, self.best)
         behind = len(losses) and losses[-1] == float("inf")
         self.say(f"  search: {'given up' if behind else f'{sum(losses):.4g}'} {of}")
@@ -118,7 +118,7 @@ def _scaled(group: Group, scale: float) -> Group:
     return replace(group, options=tuple(replace(option, loss=option.loss * scale) for option in group.options))
 
 
-def without(groups: list[Group], forms: Sequence[str]) -> list[Group]:
+def without_forms(groups: list[Group], forms: Sequence[str]) -> list[Group]:
     """The groups, with options of some forms at a loss that nobody takes who has another choice."""
 
     def dear(option: Option) -> Option:

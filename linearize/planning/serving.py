@@ -23,7 +23,7 @@ from linearize.running.models import evaluating
 from linearize.serving.decoder import Decoder
 from linearize.serving.memory import Memory, weight_bytes
 from linearize.serving.point import Point, size_of
-from linearize.serving.turns import in_turns
+from linearize.serving.turns import decode_in_turns
 from linearize.zoo.caches import keepers
 
 __all__ = ["with_memory", "with_steps"]
@@ -96,7 +96,7 @@ def with_steps(
             return lambda: decoder.step(kept, 0)
 
         shares = shares_of(original, {point.batch: fresh}, parts_of(gated, groups), rounds=rounds)
-        seconds = in_turns({"original": original}, point, rounds=3)["original"].of(kind)
+        seconds = decode_in_turns({"original": original}, point, rounds=3)["original"].of(kind)
     old, tokens = size_of(batch), 1 if kind == "decode" else decoder.prompt.shape[1]
     shaped = [replace(group, shape=_shape(group.shape, old, tokens)) for group in groups]
     whole = {point.batch: sorted(seconds)[len(seconds) // 2]}

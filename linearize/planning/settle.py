@@ -24,7 +24,7 @@ from linearize.planning.knapsack import Choice, choose
 from linearize.planning.several import choose_within
 from linearize.planning.survey import Survey
 
-__all__ = ["Gauges", "Settled", "fraction_of", "settle", "within"]
+__all__ = ["Gauges", "Settled", "fraction_of", "is_met", "settle"]
 
 Gauges = Mapping[Measure, Callable[[nn.Module], float]]
 """By measure, what tells the fraction of the original's that a model takes."""
@@ -117,7 +117,7 @@ def _nearest_of_all(
             break
         for budget in budgets:
             predicted, reached = settled.each[budget.measure]
-            if not within(budget, reached):
+            if not is_met(budget, reached):
                 one = replace(settled, predicted=predicted, reached=reached)
                 aims[budget.measure] = _tightened(aims[budget.measure], budget, one)
         if min(aims.values()) <= 0:
@@ -137,12 +137,12 @@ def _try_all(found: Survey, budgets: Sequence[Budget], choice: Choice, batch: An
     for budget in others:
         reached = fraction_of(found, budget, settled.gated, settled.small, batch, gauges)
         each[budget.measure] = found.share(budget.measure, choice.options), reached
-        met = met and within(budget, reached)
+        met = met and is_met(budget, reached)
     used = [max(each[b.measure][side] / b.fraction for b in budgets) for side in (0, 1)]
     return replace(settled, predicted=used[0], reached=used[1], met=met, each=each)
 
 
-def within(budget: Budget, reached: float) -> bool:
+def is_met(budget: Budget, reached: float) -> bool:
     """Whether what was reached meets a budget; of times, as far as measurements can tell."""
     return reached <= budget.fraction * (1 + (_LATENCY_TOLERANCE if budget.measure in TIMED else 1e-12))
 
@@ -205,7 +205,7 @@ def _try(found: Survey, budget: Budget, choice: Choice, batch: Any, gauges: Gaug
         small = collapsed(gated, plan)
     predicted = found.share(found.measure, choice.options)
     reached = fraction_of(found, budget, gated, small, batch, gauges)
-    return Settled(choice, gated, small, plan, predicted, reached, within(budget, reached))
+    return Settled(choice, gated, small, plan, predicted, reached, is_met(budget, reached))
 
 
 def fraction_of(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["NAMES", "Outcome"]
+__all__ = ["MEASURE_NAMES", "Outcome"]
 
-NAMES = {
+MEASURE_NAMES = {
     "flops": "FLOPs",
     "params": "parameters",
     "activations": "nonlinear units",
@@ -58,7 +58,7 @@ class Outcome:
         if self.parts:
             return "; ".join(map(str, self.parts))
         name = (
-            NAMES.get(self.measure, self.measure)
+            MEASURE_NAMES.get(self.measure, self.measure)
             + (f" ({self.at})" if self.at else "")
             + (f" in {self.runtime}" if self.runtime else "")
         )

@@ -11,7 +11,7 @@ from linearize.report.svg import WIDTH, Axis, circle, group, line, path, picture
 from linearize.report.timing import Ratio, Timing
 from linearize.report.trial import Trial
 
-__all__ = ["curves", "latencies", "seconds", "trials"]
+__all__ = ["curves", "in_seconds", "latencies", "trials"]
 
 _CURVES = ("loss", "accuracy", "score", "eval_loss", "share", "lr")
 _HEIGHT = 130.0
@@ -19,11 +19,11 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 8.0, WIDTH - 8.0, 24.0, _HEIGHT - 18.0
 _DOTS = 60  # samples that are drawn of one measurement
 
 
-def seconds(value: float) -> str:
+def in_seconds(value: float) -> str:
     """A time with a unit that fits.
 
     Examples:
-        >>> seconds(0.00123), seconds(2.0), seconds(4.5e-5)
+        >>> in_seconds(0.00123), seconds(2.0), seconds(4.5e-5)
         ('1.23 ms', '2 s', '45 us')
     """
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
@@ -44,7 +44,7 @@ def latencies(timings: Sequence[Timing], ratios: Sequence[Ratio]) -> Markup:
             y += 22 if place else 14
             parts.append(text(0, y, title, "strong"))
             y += 6
-        told = f"{timing.model}: {seconds(timing.median)} [{seconds(timing.q1)}, {seconds(timing.q3)}]"
+        told = f"{timing.model}: {in_seconds(timing.median)} [{in_seconds(timing.q1)}, {in_seconds(timing.q3)}]"
         told += "" if ratio is None else f", ratio {ratio}"
         names.append(f"{title}, {told}")
         parts.append(text(0, y + 11, told, "label"))

@@ -11,11 +11,11 @@ from linearize.plan import UNCHANGED, Plan, SitePlan, added_form
 from linearize.report.svg import short, strip
 from linearize.summary import SiteSummary, Summary
 
-__all__ = ["Layer", "layers_of"]
+__all__ = ["LayerRow", "layer_rows"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """One layer.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layer:
     loss_bar: Markup | None
 
 
-def layers_of(plan: Plan | None, summary: Summary) -> list[Layer]:
+def layer_rows(plan: Plan | None, summary: Summary) -> list[LayerRow]:
     """A row for each entry of the plan, and for each site that is not in it; without a plan, for each site."""
     planned = () if plan is None else plan.sites
     most = max((site.loss for site in planned), default=0.0)
@@ -53,7 +53,7 @@ def _within(name: str, path: str) -> bool:
     return name == path or name.startswith(f"{path}.")
 
 
-def _planned(site: SitePlan, most: float) -> Layer:
+def _planned(site: SitePlan, most: float) -> LayerRow:
     gone, linear = set(site.dropped), set(site.linear) - set(site.dropped)
     stay = max(0, site.channels - len(gone) - len(linear))
     if not site.channels:
@@ -73,13 +73,15 @@ def _planned(site: SitePlan, most: float) -> Layer:
     name = f"Loss of {site.site}: {short(site.loss)}"
     loss = strip(name, [(site.loss / most, "loss")], thin=True) if site.loss > 0 else None
     bar = strip(f"{site.site}, {site.form}: {told}", counts)
-    return Layer(site.site, site.form, width, site.rank, site.loss, site.reason or "", bar, loss)
+    return LayerRow(site.site, site.form, width, site.rank, site.loss, site.reason or "", bar, loss)
 
 
-def _unplanned(site: SiteSummary) -> Layer:
+def _unplanned(site: SiteSummary) -> LayerRow:
     total = max(site.channels, 1)
     parts: Sequence[tuple[float, str]] = [(1 - site.linear / total, "stays"), (site.linear / total, "folded")]
     form = (site.form or UNCHANGED) if site.gated else "no gate"
     width = f"{site.channels} → {site.channels - site.linear}" if site.channels else ""
     told = f"{site.channels} channels, {site.linear} linear" if site.channels else "its channels are not known"
-    return Layer(site.name, form, width, 0, 0.0, site.reason or "", strip(f"{site.name}, {form}: {told}", parts), None)
+    return LayerRow(
+        site.name, form, width, 0, 0.0, site.reason or "", strip(f"{site.name}, {form}: {told}", parts), None
+    )

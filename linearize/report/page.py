@@ -7,7 +7,7 @@ from typing import Any
 
 from linearize.report import charts
 from linearize.report.figures import Figures
-from linearize.report.layers import layers_of
+from linearize.report.layers import layer_rows
 from linearize.report.svg import short
 from linearize.report.web import data_url, page
 from linearize.text_table import render_html
@@ -35,7 +35,7 @@ def page_of(report: Figures, table: str) -> str:
         notes=report.notes,
         plan_url="" if report.planned is None else data_url(report.planned.to_json()),
         report_url=data_url(json.dumps(report.to_dict(), indent=1)),
-        layers=layers_of(report.planned, report.summary),
+        layers=layer_rows(report.planned, report.summary),
         latency=None if timing is None else charts.latencies(timing.timings, timing.ratios),
         machine="" if timing is None else _machine(timing.environment),
         trials=charts.trials(report.trials) if report.trials else None,

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from linearize.errors import DataError, LinearizeError
-from linearize.nest import copied, leaves_of, mapped, plain
+from linearize.nest import copied, leaves_of, mapped, plain_nest
 from linearize.running.models import device_of
-from linearize.running.outputs import UNKNOWN, Choice, Meaning
+from linearize.running.outputs import UNKNOWN, OutputChoice, OutputMeaning
 
 __all__ = [
     "IGNORED",
     "Batch",
-    "Reading",
+    "ReadData",
     "count_of",
     "labels_are_inputs",
     "length_of",
@@ -57,7 +57,7 @@ class Batch:
     kwargs: dict[str, Any] = field(default_factory=dict)
     labels: Any = None
     masks: dict[str, Tensor] | None = None
-    meaning: Meaning = UNKNOWN
+    meaning: OutputMeaning = UNKNOWN
 
     def __post_init__(self) -> None:
         if self.masks is None:
@@ -93,7 +93,7 @@ class Batch:
             ) from error
 
 
-def read_batch(model: nn.Module, batch: Any, meaning: Meaning | None = None) -> Batch:
+def read_batch(model: nn.Module, batch: Any, meaning: OutputMeaning | None = None) -> Batch:
     """Sort a batch into inputs and labels.
 
     Raises:
@@ -107,10 +107,10 @@ def read_batch(model: nn.Module, batch: Any, meaning: Meaning | None = None) -> 
     if isinstance(batch, Batch):
         return batch
     _check(batch)
-    meaning = meaning or Meaning.of(model)
+    meaning = meaning or OutputMeaning.of(model)
     if isinstance(batch, Tensor):
         return Batch((batch,), meaning=meaning)
-    batch = plain(batch)
+    batch = plain_nest(batch)
     if isinstance(batch, dict):
         labels = batch.get("labels")
         kwargs = batch if _takes(model, "labels") else {key: batch[key] for key in batch if key != "labels"}
@@ -133,7 +133,7 @@ def read_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Batch]:
     return (to_device(read_batch(model, raw), device) for raw in data)
 
 
-class Reading:
+class ReadData:
     """A user's data as `Batch`es, read again in every pass. It has a length, counted if necessary.
 
     Args:
@@ -145,14 +145,14 @@ class Reading:
         DataError: there is no end to the data.
 
     Examples:
-        >>> data = Reading(nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))])
+        >>> data = ReadData(nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))])
         >>> len(data), next(iter(data)).size
         (1, 3)
     """
 
-    def __init__(self, model: nn.Module, data: Iterable[Any], output: Choice = None) -> None:
+    def __init__(self, model: nn.Module, data: Iterable[Any], output: OutputChoice = None) -> None:
         self.model, self.data, self.length = model, data, count_of(data)
-        self.meaning = Meaning.of(model, output)
+        self.meaning = OutputMeaning.of(model, output)
 
     def __iter__(self) -> Iterator[Batch]:
         return (read_batch(self.model, raw, self.meaning) for raw in self.data)

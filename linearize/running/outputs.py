@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
-from linearize.running.targets import Kind, class_axes, fitted, labels_by_part
+from linearize.running.targets import OutputKind, class_axes, fitted, labels_by_part
 
-__all__ = ["UNKNOWN", "Choice", "Kind", "Meaning", "Part", "main_part", "real", "tensors_in"]
+__all__ = ["UNKNOWN", "OutputChoice", "OutputKind", "OutputMeaning", "OutputPart", "main_part", "real", "tensors_in"]
 
-Choice = str | Sequence[str] | Mapping[str, float | str] | None
+OutputChoice = str | Sequence[str] | Mapping[str, float | str] | None
 """Which parts of an output count: glob patterns of their names; or by pattern a weight, or a kind."""
 
 # Names, in all of transformers, of what is inside a model, and of what its loss is: no results. They can be chosen.
@@ -32,7 +32,7 @@ _INSIDE = ("loss", "*_loss", "*hidden_states", "*attentions", "*past_key_values"
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputPart:
     """One part of an output.
 
     Attributes:
@@ -47,7 +47,7 @@ class Part:
 
     name: str
     tensors: tuple[Tensor, ...]
-    kind: Kind = "values"
+    kind: OutputKind = "values"
     axis: int = -1
     weight: float = 1.0
     labels: Tensor | None = None
@@ -104,7 +104,7 @@ def _alike(entries: Sequence[Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Meaning:
+class OutputMeaning:
     """What is known about a model's output before it exists.
 
     Attributes:
@@ -117,21 +117,21 @@ class Meaning:
     """
 
     weights: Mapping[str, float] | None = None
-    kinds: Mapping[str, Kind] | None = None
+    kinds: Mapping[str, OutputKind] | None = None
     problem: str | None = None
     sizes: frozenset[int] = frozenset()
     inside: tuple[str, ...] = ()
     head: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, output: Choice = None) -> Meaning:
+    def of(cls, model: nn.Module, output: OutputChoice = None) -> OutputMeaning:
         """From the model's configuration, if it has one, and the choice of the user.
 
         Raises:
             UsageError: the choice is no pattern, weight or kind.
 
         Examples:
-            >>> Meaning.of(nn.Linear(2, 2), {"boxes": 2.0}).weights
+            >>> OutputMeaning.of(nn.Linear(2, 2), {"boxes": 2.0}).weights
             {'boxes': 2.0}
         """
         weights, kinds = _chosen(output)
@@ -143,7 +143,7 @@ class Meaning:
         head = hasattr(config, "problem_type") and isinstance(labels, int) and labels > 1
         return cls(weights, kinds, problem if isinstance(problem, str) else None, _sizes(config), inside, head)
 
-    def parts(self, output: Any, labels: Any = None) -> list[Part]:
+    def parts(self, output: Any, labels: Any = None) -> list[OutputPart]:
         """The parts of an output that count. Their weights sum to 1.
 
         Raises:
@@ -157,9 +157,9 @@ class Meaning:
         weights = self._weighed(tensors)
         total = sum(weights.values())
         given = labels_by_part(list(weights), {name: tensors[name] for name in weights}, labels)
-        found: list[Part] = []
+        found: list[OutputPart] = []
         for name, weight in weights.items():
-            part = Part(name, tuple(tensors[name]), weight=weight / total, labels=given.get(name))
+            part = OutputPart(name, tuple(tensors[name]), weight=weight / total, labels=given.get(name))
             found.append(self._read(part))
         return found
 
@@ -179,7 +179,7 @@ class Meaning:
             found |= dict.fromkeys(some, weight)
         return {name: found[name] for name in tensors if name in found}
 
-    def _read(self, part: Part) -> Part:
+    def _read(self, part: OutputPart) -> OutputPart:
         """The part with its kind."""
         z, y = part.tensors[0], part.labels
         told = next((kind for pattern, kind in (self.kinds or {}).items() if _names(pattern, part.name)), None)
@@ -206,10 +206,10 @@ class Meaning:
         return next((axis for axis in some if any_size or z.shape[axis] in self.sizes), None)
 
 
-UNKNOWN = Meaning()
+UNKNOWN = OutputMeaning()
 
 
-def main_part(output: Any) -> Part:
+def main_part(output: Any) -> OutputPart:
     """The part to use where only one is possible: the logits, or else the first.
 
     Raises:
@@ -227,12 +227,11 @@ def _names(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*") or pattern == name
 
 
-def _chosen(output: Choice) -> tuple[dict[str, float] | None, dict[str, Kind] | None]:
+def _chosen(output: OutputChoice) -> tuple[dict[str, float] | None, dict[str, OutputKind] | None]:
     if output is None:
         return None, None
-    remedy = (
-        f"Pass patterns of names, or a dict of patterns with weights above 0 or kinds ({', '.join(get_args(Kind))})."
-    )
+    kinds = ", ".join(get_args(OutputKind))
+    remedy = f"Pass patterns of names, or a dict of patterns with weights above 0 or kinds ({kinds})."
     if isinstance(output, str):
         output = [output]
     given = dict(output) if isinstance(output, Mapping) else None
@@ -241,11 +240,11 @@ def _chosen(output: Choice) -> tuple[dict[str, float] | None, dict[str, Kind] | 
             raise UsageError("output", f"found {output!r}", remedy)
         return dict.fromkeys(output, 1.0), None
     weights: dict[str, float] = {}
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, OutputKind] = {}
     for name, value in given.items():
         told: Any = value
         number = isinstance(told, int | float) and not isinstance(told, bool) and 0 < float(told) < float("inf")
-        if not isinstance(name, str) or not (number or told in get_args(Kind)):
+        if not isinstance(name, str) or not (number or told in get_args(OutputKind)):
             raise UsageError("output", f"found {name!r}: {value!r}", remedy)
         weights[name] = float(told) if number else 1.0
         if not number:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from linearize.nest import leaves_of
 
-__all__ = ["Kind", "class_axes", "fitted", "labels_by_part"]
+__all__ = ["OutputKind", "class_axes", "fitted", "labels_by_part"]
 
-Kind = Literal["classes", "multilabel", "values"]
+OutputKind = Literal["classes", "multilabel", "values"]
 
 
 def class_axes(z: Tensor) -> tuple[int, ...]:
@@ -21,7 +21,7 @@ def class_axes(z: Tensor) -> tuple[int, ...]:
     return (-1,) if z.dim() < 3 else (-1, 1) if z.dim() == 3 else (1, -1)
 
 
-def fitted(z: Tensor, y: Tensor) -> tuple[Kind, int] | None:
+def fitted(z: Tensor, y: Tensor) -> tuple[OutputKind, int] | None:
     """The kind of an output with these targets, and its class axis; None if they do not fit.
 
     Whole numbers of the shape without one axis are classes, and so are rows of the output's own shape that are

@@ -17,7 +17,7 @@ from linearize.running.devices import check_whole
 from linearize.running.models import device_of
 from linearize.serving.memory import memory
 from linearize.serving.point import Point, check_serving
-from linearize.serving.turns import Samples, in_turns
+from linearize.serving.turns import Samples, decode_in_turns
 from linearize.text_table import render
 
 __all__ = ["GenerationResult", "Served", "benchmark_generation"]
@@ -136,7 +136,7 @@ def benchmark_generation(
             progress(
                 f"generating with {', '.join(named)}: batch {point.batch}, prompt {length}, {new_tokens} new tokens"
             )
-        samples = in_turns(named, point, rounds=rounds, steps=new_tokens)
+        samples = decode_in_turns(named, point, rounds=rounds, steps=new_tokens)
         rows += _rows(named, samples, point, length)
     first = next(iter(named.values()))
     facts = environment(device_of(first), next(p.dtype for p in first.parameters() if p.is_floating_point()))

@@ -80,14 +80,14 @@ class Decoder:
     def seconds_of_steps(self) -> list[float]:
         """Seconds of each token behind the prompt."""
         cache, device = self.fresh(), self.prompt.device
-        return [seconds(partial(self.step, cache, index), device) for index in range(self.steps)]
+        return [decode_seconds(partial(self.step, cache, index), device) for index in range(self.steps)]
 
     def seconds_of_prefill(self) -> float:
         """Seconds from the prompt to the scores of the first token."""
-        return seconds(self.prefill, self.prompt.device)
+        return decode_seconds(self.prefill, self.prompt.device)
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
+def decode_seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of a call, until the device is done with it."""
     wait(device)
     start = time.perf_counter()

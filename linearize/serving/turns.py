@@ -16,7 +16,7 @@ from linearize.running.models import evaluating
 from linearize.serving.decoder import Decoder
 from linearize.serving.point import Point
 
-__all__ = ["Samples", "in_turns", "ratio_of"]
+__all__ = ["Samples", "decode_in_turns", "ratio_of"]
 
 _WARMUP = 1
 _PREFILLS = 3  # in a round
@@ -45,7 +45,7 @@ class Samples:
         return [quartiles(values)[0] for values in (self.prefill if kind == "prefill" else self.steps)]
 
 
-def in_turns(
+def decode_in_turns(
     models: Mapping[str, nn.Module], point: Point, *, rounds: int, steps: int | None = None, warmup: int = _WARMUP
 ) -> dict[str, Samples]:
     """Measure every model once in each round; the order alternates between rounds.
@@ -98,6 +98,6 @@ def ratio_of(
     reference: nn.Module, candidate: nn.Module, point: Point, kind: Literal["prefill", "decode"], rounds: int
 ) -> float:
     """The median over rounds of a time of a model over that of another."""
-    found = in_turns({"reference": reference, "candidate": candidate}, point, rounds=rounds)
+    found = decode_in_turns({"reference": reference, "candidate": candidate}, point, rounds=rounds)
     pairs = zip(found["candidate"].of(kind), found["reference"].of(kind), strict=True)
     return quartiles([a / b for a, b in pairs])[1]

@@ -17,7 +17,7 @@ from linearize.schema import (
     one_of,
     optional,
     path,
-    plain,
+    plain_data,
     scalar,
     struct,
     text,
@@ -48,7 +48,7 @@ _PORT = struct(
 
 def _expression(value: Any, where: str) -> None:
     """A constant that is computed from parameters; a name, a number or a known operation."""
-    plain(union(number(), path), depth=45, entries=1000)(value, where)
+    plain_data(union(number(), path), depth=45, entries=1000)(value, where)
     expression_of(value)
 
 
@@ -67,7 +67,7 @@ _SITE = struct(
     },
     {
         "call": optional(integer()), "target": _NAME, "function": optional(identifier),
-        "options": array(each(identifier, plain(_option, depth=4, entries=1000)), 100), "gated_unit": boolean,
+        "options": array(each(identifier, plain_data(_option, depth=4, entries=1000)), 100), "gated_unit": boolean,
         "ungated": optional(text()), "reason": optional(text()), "producer": optional(_PORT), "up": optional(_PORT),
         "consumers": array(_PORT, 10_000), "folds": array(_FOLD, 1000), "up_folds": array(_FOLD, 1000),
         "consumer_folds": array(_FOLD, 1000), "parts": integer(1), "bent": boolean, "steady": boolean,
@@ -101,7 +101,7 @@ def _check_port(port: dict[str, Any], site: dict[str, Any], where: str) -> None:
 
 # What any layer's description may hold; a layer's own schema is in `surgery/specs.py`.
 _VALUE: Check = union(
-    optional(text(200)), boolean, integer(-(2**24)), number(), plain(scalar, depth=8, entries=100_000)
+    optional(text(200)), boolean, integer(-(2**24)), number(), plain_data(scalar, depth=8, entries=100_000)
 )  # fmt: skip
 _MODULE = struct({"type": identifier}, {})
 

@@ -29,7 +29,7 @@ __all__ = [
     "read_checked",
     "read_file",
     "sync_folder",
-    "write",
+    "write_atomically",
     "write_checked",
 ]
 
@@ -74,7 +74,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
         raise CheckpointError(str(path), f"it cannot be read: {error.strerror or error}", "Check the file.") from error
 
 
-def write(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
     """Write a file completely or not at all. A failure leaves the old file.
 
     The mode of a file that is replaced is kept, and a link stays a link. Threads and processes may write the same
@@ -122,7 +122,7 @@ def write_checked(path: str | os.PathLike[str], data: bytes) -> None:
         file.write(_MARK + checksum(data).encode() + b"\n")
         file.write(data)
 
-    write(path, fill)
+    write_atomically(path, fill)
 
 
 def read_checked(path: str | os.PathLike[str], *, limit: int = 2**30) -> bytes:

@@ -14,10 +14,10 @@ from linearize.storage import tensorfile
 from linearize.storage.manifest import Manifest
 from linearize.zoo.structure import stored_tensors
 
-__all__ = ["check_value", "is_plain_tensor", "tensors_of"]
+__all__ = ["check_value", "is_plain_tensor", "tensors_to_store"]
 
 
-def tensors_of(model: nn.Module, content: Manifest) -> dict[str, Tensor]:
+def tensors_to_store(model: nn.Module, content: Manifest) -> dict[str, Tensor]:
     """The tensors to store, each once; ``content`` learns their further names, and which are frozen."""
     first: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from linearize.errors import CheckpointError
-from linearize.storage.atomic import write
+from linearize.storage.atomic import write_atomically
 
 __all__ = ["clear", "make_folder", "remove_leftovers", "write_text"]
 
@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    write(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

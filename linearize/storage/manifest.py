@@ -14,7 +14,7 @@ import torch
 from linearize import schema
 from linearize._version import __version__
 from linearize.errors import CheckpointError
-from linearize.schema import Unfit, array, mapping, optional, path, plain, text
+from linearize.schema import Unfit, array, mapping, optional, path, plain_data, text
 from linearize.sites.record import Record, Step
 from linearize.sites.schema import EXTRA, SITE, STEP
 from linearize.sites.site import Site
@@ -188,14 +188,14 @@ def _with_tensors(value: Any) -> Any:
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in tensorfile.DTYPE_NAMES)
 _STORED_TENSOR = schema.each(array(schema.integer(0, 2**40), 16), schema.one_of(*_DTYPES))
 _FORM: dict[str, schema.Check] = {
-    "recipe": optional(mapping(text(100), plain(_any_scalar, entries=500_000), 20)),
+    "recipe": optional(mapping(text(100), plain_data(_any_scalar, entries=500_000), 20)),
     "no_recipe": text(),
     "steps": array(STEP, 100_000),
     "aliases": mapping(text(), text()),
     "frozen": array(text()),
     "extras": array(EXTRA),
-    "attributes": array(schema.each(path, schema.identifier, plain(_any_scalar))),
+    "attributes": array(schema.each(path, schema.identifier, plain_data(_any_scalar))),
     "sites": array(SITE, 100_000),
-    "inputs": plain(_any_scalar, entries=10_000),
+    "inputs": plain_data(_any_scalar, entries=10_000),
 }
 """What each text of the metadata must hold."""

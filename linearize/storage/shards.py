@@ -192,9 +192,9 @@ def write_shards(
     size = 0
     for number, (tensors, value) in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        tensorfile.write(folder / name, tensors, {"format": "pt"}, value)
+        tensorfile.write_tensors(folder / name, tensors, {"format": "pt"}, value)
         places |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     text = json.dumps(index, indent=2) + "\n"
-    atomic.write(folder / INDEX, lambda file: file.write(text.encode()))
+    atomic.write_atomically(folder / INDEX, lambda file: file.write(text.encode()))

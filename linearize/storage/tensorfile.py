@@ -87,7 +87,7 @@ class Header:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def write(
+def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -105,7 +105,7 @@ def write(
     Raises:
         CheckpointError: the folder is missing or not writable, or the disk is full.
     """
-    atomic.write(path, lambda file: _stream(file, tensors, metadata, value or tensors.__getitem__))
+    atomic.write_atomically(path, lambda file: _stream(file, tensors, metadata, value or tensors.__getitem__))
 
 
 def _stream(

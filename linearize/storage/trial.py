@@ -18,7 +18,7 @@ from linearize.graph.capture import fake_inputs
 from linearize.graph.dryrun import dry_run, first_line
 from linearize.graph.protect import untouched
 from linearize.nest import copied
-from linearize.zoo.building import Limit, within
+from linearize.zoo.building import Limit, within_limit
 
 __all__ = ["check_runs"]
 
@@ -56,7 +56,7 @@ def _problem(model: nn.Module, inputs: Any, limit: Limit) -> str | None:
     bound = Limit(limit.elements, min(limit.parts, _SOME + _EACH * parts), limit.size)
     for attempt in (_hollow, _fake):
         try:
-            with untouched(model), torch.no_grad(), within(bound):
+            with untouched(model), torch.no_grad(), within_limit(bound):
                 attempt(model, inputs)
         except UsageError as error:
             _log.debug("no run without values: %s", error)

@@ -18,9 +18,9 @@ from linearize.suite import generating
 from linearize.suite.devices import Device
 from linearize.suite.inputs import Inputting, batch_of
 from linearize.suite.matrix import DTYPES, Cell, Suite
-from linearize.suite.measure import Calls, Measured, energy, in_turns
+from linearize.suite.measure import CellCalls, Measured, energy, in_turns
 from linearize.suite.schema import FORMAT
-from linearize.suite.ways import LeftOut, ready
+from linearize.suite.ways import LeftOut, runner
 
 __all__ = ["Bench"]
 
@@ -79,14 +79,14 @@ class Bench:
         with torch.cuda.device(self.device.place):
             yield
 
-    def _calls(self, cell: Cell, left: dict[str, str]) -> Calls:
+    def _calls(self, cell: Cell, left: dict[str, str]) -> CellCalls:
         """The calls of each model that runs in this cell."""
         found: dict[tuple[str, str], Callable[[], Any]] = {}
         for name, model in self.placed.items():
             try:
                 batch = batch_of(cell, self.inputs, self.device.place)
                 if cell.work == _FORWARD:
-                    parts = {_FORWARD: ready(cell.way, model, batch)}
+                    parts = {_FORWARD: runner(cell.way, model, batch)}
                 elif cell.way == "eager":
                     parts = generating.calls(model, batch, cell.new_tokens)
                 else:
@@ -100,7 +100,7 @@ class Bench:
             found |= {(name, part): run for part, run in parts.items()}
         return found
 
-    def _results(self, cell: Cell, calls: Calls, found: Measured) -> dict[str, dict[str, Any]]:
+    def _results(self, cell: Cell, calls: CellCalls, found: Measured) -> dict[str, dict[str, Any]]:
         main = _FORWARD if cell.work == _FORWARD else generating.ALL
         first = next(iter(self.models))
         results = {}

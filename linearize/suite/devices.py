@@ -24,7 +24,7 @@ from linearize.suite.powercap import PowerCap, clock_mhz, throttled
 
 __all__ = ["Accelerator", "Cuda", "Device", "Processor", "device_for"]
 
-Run = Callable[[], Any]
+DeviceCall = Callable[[], Any]
 
 
 class Device(Protocol):
@@ -42,7 +42,7 @@ class Device(Protocol):
     def now(self) -> float:
         """Seconds on a clock that only goes forward."""
 
-    def seconds(self, run: Run, number: int) -> float:
+    def seconds(self, run: DeviceCall, number: int) -> float:
         """Mean seconds of a call, over a number of calls in a row."""
 
     def state(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Device(Protocol):
     def joules(self) -> float | None:
         """A counter of energy; None where it cannot be read."""
 
-    def peak(self, run: Run) -> int | None:
+    def peak(self, run: DeviceCall) -> int | None:
         """Bytes that a call takes at most, besides what was there before it; None where that cannot be known."""
 
     def tidy(self) -> None:
@@ -76,7 +76,7 @@ class Processor:
         """The clock of the process."""
         return time.perf_counter()
 
-    def seconds(self, run: Run, number: int) -> float:
+    def seconds(self, run: DeviceCall, number: int) -> float:
         """By that clock, without the garbage collector."""
         enabled = gc.isenabled()
         gc.disable()
@@ -86,7 +86,7 @@ class Processor:
             if enabled:
                 gc.enable()
 
-    def _seconds(self, run: Run, number: int) -> float:
+    def _seconds(self, run: DeviceCall, number: int) -> float:
         self._wait()
         start = time.perf_counter()
         for _ in range(number):
@@ -107,7 +107,7 @@ class Processor:
         """From the counters of the sockets."""
         return self._power.joules()
 
-    def peak(self, run: Run) -> int | None:
+    def peak(self, run: DeviceCall) -> int | None:
         """As torch's allocator counts it."""
         return peak_of(run)
 
@@ -130,7 +130,7 @@ class Accelerator(Processor):
         """Not known."""
         return None
 
-    def peak(self, run: Run) -> int | None:  # noqa: ARG002 - others use it
+    def peak(self, run: DeviceCall) -> int | None:  # noqa: ARG002 - others use it
         """Not known."""
         return None
 
@@ -150,7 +150,7 @@ class Cuda(Accelerator):
         facts |= {"capability": f"{own.major}.{own.minor}", "cores": os.cpu_count(), "versions": versions()}
         return {**facts, "kernel": platform.release(), **self._nvml.facts()}
 
-    def _seconds(self, run: Run, number: int) -> float:
+    def _seconds(self, run: DeviceCall, number: int) -> float:
         with torch.cuda.device(self.place):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._wait()
@@ -169,7 +169,7 @@ class Cuda(Accelerator):
         """From the counter of the board."""
         return self._nvml.joules()
 
-    def peak(self, run: Run) -> int | None:
+    def peak(self, run: DeviceCall) -> int | None:
         """As torch's allocator counts it."""
         self._wait()
         torch.cuda.reset_peak_memory_stats(self.place)

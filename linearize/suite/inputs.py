@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import UsageError
-from linearize.export.batches import length_axes, tensors_in
+from linearize.export.batches import batch_tensors, length_axes
 from linearize.graph.capture import Inputs, normalize_inputs
 from linearize.nest import mapped
 from linearize.running.models import move
@@ -38,7 +38,7 @@ def batch_of(cell: Cell, inputs: Inputting, place: torch.device) -> Inputs:
 
 def _lengthened(batch: Inputs, length: int) -> Inputs:
     """Sequences repeated or cut to a length."""
-    wanted = {id(t) for t, axis in zip(tensors_in(batch), length_axes(batch), strict=True) if axis is not None}
+    wanted = {id(t) for t, axis in zip(batch_tensors(batch), length_axes(batch), strict=True) if axis is not None}
     if not wanted:
         raise UsageError("lengths", "found no sequences of tokens in the model's inputs", "Use shapes instead.")
 

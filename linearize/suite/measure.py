@@ -10,10 +10,10 @@ from linearize.report.timing import quartiles
 from linearize.suite.devices import Device
 from linearize.suite.matrix import Suite
 
-__all__ = ["Calls", "Measured", "energy", "in_turns"]
+__all__ = ["CellCalls", "Measured", "energy", "in_turns"]
 
 Key = tuple[str, str]
-Calls = Mapping[Key, Callable[[], Any]]
+CellCalls = Mapping[Key, Callable[[], Any]]
 
 _SHORTEST = 0.02  # seconds: a shorter measurement is at the mercy of the clock, so fast calls repeat
 _AGREE = 3  # measurements that must agree
@@ -47,7 +47,7 @@ class Measured:
         return {**found, "slowed": list(slowed)}
 
 
-def in_turns(calls: Calls, device: Device, suite: Suite) -> Measured:
+def in_turns(calls: CellCalls, device: Device, suite: Suite) -> Measured:
     """Measure each call once in a round; the order alternates.
 
     Args:
@@ -75,7 +75,7 @@ def _number(run: Callable[[], Any], device: Device) -> int:
     return max(1, min(_MOST, round(_SHORTEST / max(device.seconds(run, 1), 1e-9))))
 
 
-def _warm(calls: Calls, numbers: Mapping[Key, int], device: Device, suite: Suite, found: Measured) -> None:
+def _warm(calls: CellCalls, numbers: Mapping[Key, int], device: Device, suite: Suite, found: Measured) -> None:
     """Measure until the last times of every call agree, or the time is over."""
     start = device.now()
     last: dict[Key, list[float]] = {name: [] for name in calls}

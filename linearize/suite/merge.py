@@ -74,7 +74,7 @@ def machines_of(folders: Sequence[Path]) -> list[Machine]:
     return found
 
 
-def rows_of(machine: Machine) -> list[dict[str, Any]]:
+def flat_rows(machine: Machine) -> list[dict[str, Any]]:
     """A flat row for each model in each cell."""
     rows = []
     for record in machine.records:
@@ -102,7 +102,7 @@ def to_csv(machines: Sequence[Machine]) -> str:
     writer = csv.DictWriter(made, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for machine in machines:
-        for row in rows_of(machine):
+        for row in flat_rows(machine):
             writer.writerow({name: _safe(row.get(name)) for name in COLUMNS})
     return made.getvalue()
 

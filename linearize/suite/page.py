@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linearize._version import __version__
-from linearize.report.charts import seconds
+from linearize.report.charts import in_seconds
 from linearize.report.svg import strip
 from linearize.report.web import data_url, page
 from linearize.suite.matrix import Cell
@@ -93,12 +93,12 @@ def _model(cell: Cell, name: str, result: Mapping[str, Any], most: float, kind: 
     spread = result.get("seconds")
     if not spread:
         return {"name": name, "left_out": result.get("left_out", "not measured"), "bar": None, "facts": []}
-    told = f"{seconds(spread['median'])} [{seconds(spread['q1'])}, {seconds(spread['q3'])}]"
+    told = f"{in_seconds(spread['median'])} [{in_seconds(spread['q1'])}, {in_seconds(spread['q3'])}]"
     facts = [told]
     if result.get("ratio"):
         facts.append(f"ratio {_shown(result['ratio'])[0]}")
     if result.get("first_token"):
-        facts.append(f"first token {seconds(result['first_token']['median'])}")
+        facts.append(f"first token {in_seconds(result['first_token']['median'])}")
     if result.get("first_token_ratio"):
         facts.append(f"ratio of that {_shown(result['first_token_ratio'])[0]}")
     if result.get("tokens_per_second"):

@@ -13,7 +13,7 @@ from linearize.schema import parse
 from linearize.storage.atomic import sync_folder
 from linearize.storage.folders import write_text
 from linearize.suite.matrix import Cell
-from linearize.suite.schema import FORMAT, IDENTITY, RECORD
+from linearize.suite.schema import FORMAT, RECORD, RECORD_IDENTITY
 
 __all__ = ["append", "begin", "identity_of", "records_of"]
 
@@ -82,7 +82,7 @@ def identity_of(folder: Path) -> dict[str, Any]:
     if type(version) is int and version > FORMAT:
         raise UsageError(str(path), f"has the format {version}, not {FORMAT}", "Use the version that wrote it.")
     try:
-        IDENTITY(found, "")
+        RECORD_IDENTITY(found, "")
     except ValueError as error:
         raise UsageError(str(path), f"is damaged ({str(error)[:200]})", _ANEW) from error
     return found

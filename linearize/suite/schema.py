@@ -10,7 +10,7 @@ from linearize.schema import (
     number,
     one_of,
     optional,
-    plain,
+    plain_data,
     scalar,
     struct,
     text,
@@ -18,7 +18,7 @@ from linearize.schema import (
 )
 from linearize.suite.matrix import DTYPES, WAYS, WORK
 
-__all__ = ["FORMAT", "IDENTITY", "RECORD"]
+__all__ = ["FORMAT", "RECORD", "RECORD_IDENTITY"]
 
 FORMAT = 1
 
@@ -52,12 +52,12 @@ _MEASURED = struct(
 _WATCHED = struct({"slowed": array(text(200))}, dict.fromkeys(
     ("clock_mhz", "memory_clock_mhz", "power_w", "temperature_c", "load"), optional(array(number(), 3, 3))
 ))  # fmt: skip
-IDENTITY = struct(
+RECORD_IDENTITY = struct(
     {
         "format": one_of(FORMAT),
-        "suite": plain(scalar),
+        "suite": plain_data(scalar),
         "models": mapping(text(), struct({"class": text(), "parameters": integer(0, _MOST)})),
-        "about": plain(scalar),
+        "about": plain_data(scalar),
         "device": text(),
     }
 )
@@ -70,7 +70,7 @@ RECORD = struct(
         "warmup": integer(),
         "rounds": integer(),
         "watched": _WATCHED,
-        "environment": plain(scalar),
+        "environment": plain_data(scalar),
         "time": text(100),
     }
 )

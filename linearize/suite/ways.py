@@ -16,7 +16,7 @@ from linearize.errors import LinearizeError, UsageError
 from linearize.graph.capture import Inputs
 from linearize.running.models import move
 
-__all__ = ["LeftOut", "check_ways", "ready"]
+__all__ = ["LeftOut", "check_ways", "runner"]
 
 _RUNTIMES = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -55,7 +55,7 @@ def _check_provider(place: torch.device) -> None:
         raise UsageError("ways: onnxruntime", found, "pip install onnxruntime-gpu, or leave it out of ways.")
 
 
-def ready(way: str, model: nn.Module, batch: Inputs) -> Callable[[], Any]:
+def runner(way: str, model: nn.Module, batch: Inputs) -> Callable[[], Any]:
     """A function that runs a model on a batch once. Both are on their device, in their types, in eval mode.
 
     Raises:
@@ -115,9 +115,9 @@ def _in_onnxruntime(path: Path, batch: Inputs) -> Callable[[], Any]:
     """A session whose inputs stay where they are."""
     import onnxruntime
 
-    from linearize.export.batches import tensors_in
+    from linearize.export.batches import batch_tensors
 
-    tensors = [tensor.detach().contiguous() for tensor in tensors_in(batch)]
+    tensors = [tensor.detach().contiguous() for tensor in batch_tensors(batch)]
     place = tensors[0].device
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -141,10 +141,10 @@ def _in_onnxruntime(path: Path, batch: Inputs) -> Callable[[], Any]:
 
 def _in_openvino(path: Path, batch: Inputs) -> Callable[[], Any]:
     """The same session in which an export is proven and latencies are measured."""
-    from linearize.export.batches import tensors_in
+    from linearize.export.batches import batch_tensors
     from linearize.export.openvino import OvSession
 
-    strange = next((tensor.dtype for tensor in tensors_in(batch) if tensor.dtype == torch.bfloat16), None)
+    strange = next((tensor.dtype for tensor in batch_tensors(batch) if tensor.dtype == torch.bfloat16), None)
     if strange is not None:
         raise LeftOut(f"OpenVINO takes no inputs of {strange} from Python")
     return OvSession(path).run(batch)

@@ -12,19 +12,19 @@ from torch import nn
 
 from linearize.errors import CheckpointError
 
-__all__ = ["ATTRIBUTES", "SETTINGS", "fewer_in", "numbers_of", "set_attributes"]
+__all__ = ["ATTRIBUTES", "SETTINGS", "fewer_in", "set_attributes", "whole_numbers_of"]
 
 ATTRIBUTES = "Attributes"
 SETTINGS = "Settings"
 
 
-def numbers_of(module: nn.Module) -> dict[str, int]:
+def whole_numbers_of(module: nn.Module) -> dict[str, int]:
     """The whole numbers among a module's own attributes, those in tuples and lists too, as "name.index".
 
     Examples:
         >>> layer = nn.Linear(2, 3)
         >>> layer.sizes = (4, 5)
-        >>> numbers_of(layer)
+        >>> whole_numbers_of(layer)
         {'in_features': 2, 'out_features': 3, 'sizes.0': 4, 'sizes.1': 5}
     """
     found: dict[str, int] = {}
@@ -51,7 +51,7 @@ def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
         >>> layer.sizes
         (4, 6)
     """
-    known = numbers_of(module)
+    known = whole_numbers_of(module)
     for name, value in values.items():
         if name not in known or type(value) is not int:
             found = f"has no number {name!r:.80} that could become {value!r:.40}"

@@ -21,7 +21,7 @@ from linearize.surgery.fusing import keep_readable
 from linearize.surgery.leftover import keep_activation, shrink_activation
 from linearize.surgery.make import make_layer
 from linearize.surgery.maps import Reader
-from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
+from linearize.surgery.narrow import CoupledSites, constant_channels, coupled_sites, narrow
 from linearize.surgery.specs import Spec, build, replace_module, spec_of
 
 KEEPS_MAPS = (MASKED, UNCHANGED)  # forms that leave the maps of a site as they are
@@ -41,7 +41,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     steps, unfolded = list[Step](), list[Site]()
     at: dict[str, int] = {}
     last_use = _last_use(found)
-    chains = {chain.lower.name: chain for chain in chains_of(result, (gate.site for gate in found.values()))}
+    chains = {chain.lower.name: chain for chain in coupled_sites(result, (gate.site for gate in found.values()))}
     for planned in reversed(plan.sites):
         gate = found[planned.site]
         site, carries = gate.site, True
@@ -79,7 +79,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     return result
 
 
-def _dropped(planned: SitePlan, chain: Chain, found: dict[str, ChannelGate], masks: dict[str, Tensor]) -> Tensor:
+def _dropped(planned: SitePlan, chain: CoupledSites, found: dict[str, ChannelGate], masks: dict[str, Tensor]) -> Tensor:
     """The channels that leave a chain, bool (C,).
 
     Raises:

@@ -19,7 +19,7 @@ from torch import nn
 
 from linearize.errors import ConvertError
 
-Method = Callable[..., Any]
+CompiledMethod = Callable[..., Any]
 
 _FACTORY = "_linearize_factory"
 _REMEDY = "Make the activation a module of its own, called once, and convert again."
@@ -28,7 +28,7 @@ _FUTURES = functools.reduce(
 )
 
 
-class Calls(ast.NodeTransformer):
+class CallNumbering(ast.NodeTransformer):
     """Visits calls in the order in which they are evaluated, arguments first, and numbers them.
 
     Attributes:
@@ -48,7 +48,7 @@ class Calls(ast.NodeTransformer):
         return node
 
 
-def compiled(module: nn.Module, name: str, change: ast.NodeTransformer, given: dict[str, Any]) -> Method:
+def compiled(module: nn.Module, name: str, change: ast.NodeTransformer, given: dict[str, Any]) -> CompiledMethod:
     """One method of the module's class with its source changed: the same globals, closures, defaults, decorators.
 
     `given` are values that the changed source reads under names of our own.
@@ -62,7 +62,7 @@ def compiled(module: nn.Module, name: str, change: ast.NodeTransformer, given: d
     try:
         if not _words(_code(function, definition, ())) <= _words(function.__code__):
             raise refused(module, f"the source of its {name} is not what runs")
-        if isinstance(change, Calls):
+        if isinstance(change, CallNumbering):
             change.me, change.locals = _first_parameter(definition), frozenset(function.__code__.co_varnames)
             change.locals |= {*function.__code__.co_cellvars, *function.__code__.co_freevars}
         definition.body = [change.visit(statement) for statement in definition.body]

@@ -16,7 +16,7 @@ from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, NARROWED, UNCHANGED, Plan, SitePlan, When
 from linearize.sites.site import Site
 from linearize.surgery.maps import Reader
-from linearize.surgery.narrow import Chain, chains_of, constant_channels, narrow
+from linearize.surgery.narrow import CoupledSites, constant_channels, coupled_sites, narrow
 
 _MERGED = ("vanished", "merged", "merged (input)")
 
@@ -77,8 +77,8 @@ class _Narrowing:
     ) -> None:
         self.reader, self.found, self.masks = reader, found, masks
         self.gone: dict[str, Tensor] = {}
-        self.chains: dict[str, Chain] = {}
-        for chain in chains_of(reader.model, (gate.site for gate in found.values())):
+        self.chains: dict[str, CoupledSites] = {}
+        for chain in coupled_sites(reader.model, (gate.site for gate in found.values())):
             names = (chain.upper.name, chain.lower.name)
             gone = constant_channels(chain, found, masks)
             some = bool(gone.any()) and not bool(gone.all()) and not barred.keys() & set(names)
@@ -104,7 +104,7 @@ class _Narrowing:
         self.before = dict(zip((chain.lower.name, chain.upper.name), before, strict=True))
         return True
 
-    def _vanishes(self, chain: Chain) -> bool:
+    def _vanishes(self, chain: CoupledSites) -> bool:
         """All of both activations is linear: then one dense map is for the ordinary choice to weigh."""
         return all(bool(self.masks[name].all()) for name in (chain.upper.name, chain.lower.name))
 

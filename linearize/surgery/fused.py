@@ -20,7 +20,7 @@ from linearize.surgery.subclass import subclass
 
 SWITCH = "activation_relu_or_gelu"
 _BEFORE = "_linearize_fused"
-STEP = "Unfused"
+UNFUSED = "Unfused"
 
 
 def unfuse(module: nn.Module, options: dict[str, Any]) -> nn.Module:  # noqa: ARG001 - as the other builders
@@ -77,7 +77,7 @@ def fuse_again(model: nn.Module, steps: list[Step]) -> list[Step]:
     kept: list[Step] = []
     for position, step in enumerate(steps):
         later = steps[position + 1 :]
-        if step["module"]["type"] == STEP and not any(_concerns(other, step["path"]) for other in later):
+        if step["module"]["type"] == UNFUSED and not any(_concerns(other, step["path"]) for other in later):
             fuse(model.get_submodule(step["path"]))
         else:
             kept.append(step)

@@ -13,7 +13,7 @@ from linearize.graph.overwrite import overwritten_later
 from linearize.graph.ways import other_ways
 from linearize.sites.record import Step
 from linearize.sites.site import Site
-from linearize.surgery.fused import STEP, SWITCH, fuse, unfuse
+from linearize.surgery.fused import SWITCH, UNFUSED, fuse, unfuse
 from linearize.surgery.specs import replace_module
 
 _ELSEWHERE = "the model holds it in another place, too, and calls it from there"
@@ -43,7 +43,7 @@ def settle_modes(
     paths = dict.fromkeys(
         path for name in replaced for path in _above(name) if vars(model.get_submodule(path)).get(SWITCH)
     )
-    steps: list[Step] = [{"path": path, "module": {"type": STEP}} for path in paths]
+    steps: list[Step] = [{"path": path, "module": {"type": UNFUSED}} for path in paths]
     for path in paths:
         unfuse(model.get_submodule(path), {})
     called = called_modules(model, inputs)

@@ -21,11 +21,11 @@ from linearize.sites.site import Port, Site
 from linearize.surgery.maps import Reader
 from linearize.tensors import held
 
-__all__ = ["Chain", "chains_of", "constant_channels", "narrow"]
+__all__ = ["CoupledSites", "constant_channels", "coupled_sites", "narrow"]
 
 
 @dataclass(frozen=True)
-class Chain:
+class CoupledSites:
     """Two sites with a depthwise map between them: the upper one's only consumer is the lower one's producer."""
 
     upper: Site
@@ -37,7 +37,7 @@ class Chain:
         return tuple(port for port in (self.upper.producer, self.lower.producer, *self.lower.consumers) if port)
 
 
-def chains_of(model: nn.Module, sites: Iterable[Site | None]) -> list[Chain]:
+def coupled_sites(model: nn.Module, sites: Iterable[Site | None]) -> list[CoupledSites]:
     """The chains among sites, in order.
 
     Examples:
@@ -46,7 +46,8 @@ def chains_of(model: nn.Module, sites: Iterable[Site | None]) -> list[Chain]:
         ...     nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 2, 1)
         ... )
         >>> gated = linearize.convert(net, torch.randn(1, 2, 5, 5))
-        >>> [(c.upper.name, c.lower.name) for c in chains_of(gated, [g.site for g in linearize.gates(gated).values()])]
+        >>> sites = [gate.site for gate in linearize.gates(gated).values()]
+        >>> [(c.upper.name, c.lower.name) for c in coupled_sites(gated, sites)]
         [('1', '3')]
     """
     able = [site for site in sites if site is not None and _able(site)]
@@ -56,7 +57,7 @@ def chains_of(model: nn.Module, sites: Iterable[Site | None]) -> list[Chain]:
         below = lower.get(site.consumers[0].module)
         if below is None or len(site.consumers) > 1 or site.consumer_folds or below.channels != site.channels:
             continue
-        chain = Chain(site, below)
+        chain = CoupledSites(site, below)
         first, middle, *last = (getattr(model.get_submodule(port.module), "groups", 1) for port in chain.ports)
         weight = held(model.get_submodule(chain.ports[1].module), "weight")
         depthwise = weight is not None and tuple(weight.shape[:2]) == (middle, 1) and middle == site.channels
@@ -71,7 +72,7 @@ def _able(site: Site) -> bool:
     return site.reason is None and site.up is None and bool(site.consumers) and whole
 
 
-def constant_channels(chain: Chain, found: Mapping[str, ChannelGate], masks: Mapping[str, Tensor]) -> Tensor:
+def constant_channels(chain: CoupledSites, found: Mapping[str, ChannelGate], masks: Mapping[str, Tensor]) -> Tensor:
     """The channels of which a chain passes on no more than a constant: bool (C,), on the CPU.
 
     Args:
@@ -87,7 +88,7 @@ def constant_channels(chain: Chain, found: Mapping[str, ChannelGate], masks: Map
     return constant | silent if chain.lower.steady else constant & (lower.intercept == 0).cpu()
 
 
-def narrow(reader: Reader, chain: Chain, found: Mapping[str, ChannelGate], gone: Tensor) -> Pieces:
+def narrow(reader: Reader, chain: CoupledSites, found: Mapping[str, ChannelGate], gone: Tensor) -> Pieces:
     """The maps of a chain without some of its channels. Their constants are added to the consumers' biases.
 
     Args:

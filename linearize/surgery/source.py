@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import ConvertError
-from linearize.surgery.compiled import Calls, Method, compiled, refused
+from linearize.surgery.compiled import CallNumbering, CompiledMethod, compiled, refused
 from linearize.surgery.layers import activate, pick
 
 Watch = Callable[[str, int, Any], Any]
@@ -50,7 +50,7 @@ class Place:
     arguments: tuple[str, ...] = ()
 
 
-def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) -> dict[str, Method]:
+def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) -> dict[str, CompiledMethod]:
     """Methods of a module's class with some calls redirected to children.
 
     Args:
@@ -61,7 +61,7 @@ def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) ->
     Raises:
         ConvertError: a method has no source, or not that call.
     """
-    found: dict[str, Method] = {}
+    found: dict[str, CompiledMethod] = {}
     known = set(_methods(type(module)))
     for name in dict.fromkeys(place.method for place, _, _ in places):
         if name not in known:
@@ -74,9 +74,9 @@ def methods_with(module: nn.Module, places: Sequence[tuple[Place, str, str]]) ->
     return found
 
 
-def watched_methods(module: nn.Module, watch: Watch) -> dict[str, Method]:
+def watched_methods(module: nn.Module, watch: Watch) -> dict[str, CompiledMethod]:
     """The methods of a module's class, made to ask `watch` at each of their calls what to call."""
-    found: dict[str, Method] = {}
+    found: dict[str, CompiledMethod] = {}
     for name in _methods(type(module)):
         marking = _Mark(name)
         try:
@@ -91,7 +91,7 @@ def watched_methods(module: nn.Module, watch: Watch) -> dict[str, Method]:
 def has_source(module: nn.Module, name: str = "forward") -> bool:
     """True if the source of a method can be read."""
     try:
-        compiled(module, name, Calls(), {})
+        compiled(module, name, CallNumbering(), {})
     except ConvertError:
         return False
     return True
@@ -114,7 +114,7 @@ def _methods(cls: type) -> Iterator[str]:
     return iter(names)
 
 
-class _Mark(Calls):
+class _Mark(CallNumbering):
     """Asks what to call at each call."""
 
     def __init__(self, method: str) -> None:
@@ -129,7 +129,7 @@ class _Mark(Calls):
         return ast.Call(ast.Call(ast.Name(_WATCH, ast.Load()), given, []), node.args, node.keywords)
 
 
-class _Ask(Calls):
+class _Ask(CallNumbering):
     """Remembers what one call calls."""
 
     def __init__(self, index: int) -> None:
@@ -143,7 +143,7 @@ class _Ask(Calls):
         return node
 
 
-class _Redirect(Calls):
+class _Redirect(CallNumbering):
     """Turns some calls into calls of children."""
 
     def __init__(self, waiting: dict[int, tuple[Place, str, str]]) -> None:

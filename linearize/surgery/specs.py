@@ -25,7 +25,7 @@ Spec = dict[str, Any]
 
 # They change a module instead of replacing it.
 IN_PLACE = (
-    "Rewrite", "Held", "Kept", "Neutral", fused.STEP, attributes.ATTRIBUTES, attributes.SETTINGS, skipped.SHORTENED,
+    "Rewrite", "Held", "Kept", "Neutral", fused.UNFUSED, attributes.ATTRIBUTES, attributes.SETTINGS, skipped.SHORTENED,
     smaller.SMALLER,
 )  # fmt: skip
 _DEEPEST = 30  # activations inside activations
@@ -189,7 +189,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "Rewrite": rewrite_calls,
     "Held": hold_function,
     "Kept": lambda current, options: keep_attributes(current, **options),
-    fused.STEP: fused.unfuse,
+    fused.UNFUSED: fused.unfuse,
     attributes.ATTRIBUTES: attributes.attributes_step,
     attributes.SETTINGS: attributes.settings_step,
     skipped.SHORTENED: skipped.shortened_step,

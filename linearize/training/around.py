@@ -13,16 +13,16 @@ from linearize.running.devices import bring
 from linearize.running.progress import progress_bar
 from linearize.tensors import same_values
 from linearize.training.losses import Evaluate, scores_of
-from linearize.training.run import Run
+from linearize.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["judged", "ready", "tell_of_epoch", "teller", "wrapped"]
+__all__ = ["judged", "prepared", "tell_of_epoch", "teller", "wrapped"]
 
 
 @contextmanager
-def ready(run: Run, total: int, *, progress: bool) -> Iterator[Callable[[str], None]]:
+def prepared(run: TrainingRun, total: int, *, progress: bool) -> Iterator[Callable[[str], None]]:
     """Model and teacher as training needs them, afterwards as they were; gives what moves the bar."""
     teacher, inside = run.objective.teacher, run.objective.features
     with (
@@ -62,7 +62,7 @@ def teller(
     return tell
 
 
-def judged(run: Run, record: dict[str, float], evaluate: Evaluate | None) -> dict[str, float]:
+def judged(run: TrainingRun, record: dict[str, float], evaluate: Evaluate | None) -> dict[str, float]:
     """The record of an epoch with the share of linear channels and what the evaluation says."""
     record = record | {"share": run.share}
     if evaluate is None:
@@ -71,7 +71,7 @@ def judged(run: Run, record: dict[str, float], evaluate: Evaluate | None) -> dic
         return record | scores_of(run.model, evaluate)
 
 
-def tell_of_epoch(run: Run, on_epoch: Callable[[dict[str, float]], None] | None) -> None:
+def tell_of_epoch(run: TrainingRun, on_epoch: Callable[[dict[str, float]], None] | None) -> None:
     """Tell trackers and the user of the epoch that is over."""
     record = run.history[-1]
     if run.accelerator.trackers:

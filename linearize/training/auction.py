@@ -12,14 +12,14 @@ from torch import Tensor
 
 from linearize.training.slots import Slot
 
-__all__ = ["Price", "chosen"]
+__all__ = ["PriceOf", "chosen"]
 
-Price = Callable[[Mapping[str, int]], float]
+PriceOf = Callable[[Mapping[str, int]], float]
 """The share of a cost that is left, for the numbers of channels that are gone, by slot."""
 
 
 def chosen(
-    slots: Mapping[str, Slot], scores: Mapping[str, Tensor], price: Price, share: float, *, fill: bool = True
+    slots: Mapping[str, Slot], scores: Mapping[str, Tensor], price: PriceOf, share: float, *, fill: bool = True
 ) -> dict[str, Tensor]:
     """Who is gone: the best score first, in the numbers that each slot allows, until the price is at most `share`.
 
@@ -60,7 +60,9 @@ def chosen(
     return gone
 
 
-def _filled(counts: dict[str, int], taken: list[tuple[float, int, str]], price: Price, share: float) -> dict[str, int]:
+def _filled(
+    counts: dict[str, int], taken: list[tuple[float, int, str]], price: PriceOf, share: float
+) -> dict[str, int]:
     """The same numbers, with whole blocks given back as long as the price stays within the share."""
     below = {(high, name): low for (_, high, name), low in zip(taken, _lows(taken), strict=True)}
     while True:

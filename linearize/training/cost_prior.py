@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError
 from linearize.gating.gate import ChannelGate, gates
-from linearize.training.auction import Price, chosen
+from linearize.training.auction import PriceOf, chosen
 from linearize.training.compete import SCHEDULES
 from linearize.training.slots import Slot, before_any_cut
 
@@ -60,7 +60,7 @@ class CostPrior:
         self,
         model: nn.Module,
         slots: Sequence[Slot],
-        price: Price,
+        price: PriceOf,
         *,
         aim: float,
         steps: int,

@@ -18,8 +18,8 @@ from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from linearize.errors import TrainingError
 from linearize.running.batches import IGNORED, Batch
-from linearize.running.outputs import Part
-from linearize.running.targets import Kind
+from linearize.running.outputs import OutputPart
+from linearize.running.targets import OutputKind
 
 __all__ = ["counted", "distances", "distillation_loss", "relative_error"]
 
@@ -59,7 +59,7 @@ def distances(output: Any, taught: Any, batch: Batch, temperature: float = 1.0) 
     return found
 
 
-def _pair(student: Part, teacher: Part, batch: Batch) -> tuple[Tensor, Tensor]:
+def _pair(student: OutputPart, teacher: OutputPart, batch: Batch) -> tuple[Tensor, Tensor]:
     """What a model and its teacher gave at the positions that count, classes last."""
     if "*" in teacher.name:
         student, teacher = _as_long(student, teacher)
@@ -75,7 +75,7 @@ def _pair(student: Part, teacher: Part, batch: Batch) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _as_long(student: Part, teacher: Part) -> tuple[Part, Part]:
+def _as_long(student: OutputPart, teacher: OutputPart) -> tuple[OutputPart, OutputPart]:
     """Lists of samples with equally many rows in each: a detection that only one of the two has is one of zeros."""
     if len(student.tensors) != len(teacher.tensors):
         raise _other(teacher.name, _shapes(student), _shapes(teacher))
@@ -89,7 +89,7 @@ def _as_long(student: Part, teacher: Part) -> tuple[Part, Part]:
     return replace(student, tensors=first), replace(teacher, tensors=second)
 
 
-def _shapes(part: Part) -> str:
+def _shapes(part: OutputPart) -> str:
     return ", ".join(str(tuple(t.shape)) for t in part.tensors)
 
 
@@ -116,7 +116,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
 
 
-_DISTANCES: dict[Kind, Callable[[Tensor, Tensor, float], Tensor]] = {
+_DISTANCES: dict[OutputKind, Callable[[Tensor, Tensor, float], Tensor]] = {
     "classes": _divergence,
     "multilabel": _yes_or_no,
     "values": lambda student, teacher, _: relative_error(student, teacher),

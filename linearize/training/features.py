@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from linearize.errors import TrainingError, UsageError
 from linearize.running.batches import Batch
-from linearize.running.outputs import UNKNOWN, Part
+from linearize.running.outputs import UNKNOWN, OutputPart
 from linearize.training.divergence import counted, relative_error
 
 __all__ = ["Features"]
@@ -50,7 +50,7 @@ class Features:
                 raise UsageError("features", f"found {pattern!r}, which names no module of model and teacher", remedy)
             found |= dict.fromkeys(some)
         self.paths = tuple(found)
-        self._seen: dict[tuple[str, bool], list[Part]] = {}
+        self._seen: dict[tuple[str, bool], list[OutputPart]] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:

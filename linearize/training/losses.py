@@ -16,7 +16,7 @@ from linearize.errors import DataError, UsageError
 from linearize.nest import leaves_of
 from linearize.running.batches import IGNORED, read_batches
 from linearize.running.models import evaluating
-from linearize.running.outputs import UNKNOWN, Meaning, Part, real, tensors_in
+from linearize.running.outputs import UNKNOWN, OutputMeaning, OutputPart, real, tensors_in
 from linearize.running.targets import fitted
 from linearize.training.divergence import relative_error
 
@@ -25,7 +25,7 @@ __all__ = ["evaluate_batches", "has_loss", "scores_of", "task_loss"]
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]] | Iterable[Any]
 
 
-def task_loss(output: Any, labels: Any, meaning: Meaning = UNKNOWN) -> Tensor:
+def task_loss(output: Any, labels: Any, meaning: OutputMeaning = UNKNOWN) -> Tensor:
     """The output's own `loss` if it has one, else that of the part that the labels belong to.
 
     Classes: cross entropy; multi-label: binary cross entropy; values: squared error relative to the mean square of the
@@ -55,14 +55,14 @@ def task_loss(output: Any, labels: Any, meaning: Meaning = UNKNOWN) -> Tensor:
     return torch.stack([_loss(part) * (part.weight / total) for part in labelled]).sum()
 
 
-def _labelled(parts: Sequence[Part], labels: Any) -> list[Part]:
+def _labelled(parts: Sequence[OutputPart], labels: Any) -> list[OutputPart]:
     """The parts that have labels; of a single tensor of labels only the logits, or else the first."""
     found = [part for part in parts if part.labels is not None]
     found.sort(key=lambda part: part.name.rsplit(".", 1)[-1] != "logits")
     return found[:1] if isinstance(labels, Tensor) else found
 
 
-def _loss(part: Part) -> Tensor:
+def _loss(part: OutputPart) -> Tensor:
     """The loss of an output's part that has labels."""
     z, y = part.tensor, part.labels
     if y is None or fitted(part.tensors[0], y) is None:
@@ -87,7 +87,7 @@ def _check_range(labels: Tensor, classes: int) -> None:
         raise DataError("data", f"found the label {int(wrong[0])} for {classes} classes", remedy)
 
 
-def _unfitting(parts: Sequence[Part], labels: Any) -> DataError:
+def _unfitting(parts: Sequence[OutputPart], labels: Any) -> DataError:
     shapes = ", ".join(f"{part.name} {tuple(part.tensors[0].shape)}" for part in parts)
     if not isinstance(labels, Tensor):
         names = ", ".join(name for name, _ in leaves_of(labels)) or "nothing"

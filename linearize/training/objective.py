@@ -18,13 +18,13 @@ from linearize.training.losses import task_loss
 from linearize.training.path import PlannedPath
 from linearize.training.priors import SparsityPrior
 
-__all__ = ["WHOLE_BATCH", "Loss", "Objective", "Part", "Prior"]
+__all__ = ["WHOLE_BATCH", "BatchPart", "Loss", "Objective", "Prior"]
 
 Loss = Callable[[Any, Any], Tensor]
 Prior = SparsityPrior | PlannedPath | CostPrior
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """The place of a batch among those whose gradients make one step of the optimizer."""
 
     place: int = 0
@@ -36,7 +36,7 @@ class Part(NamedTuple):
         return self.place + 1 == self.of
 
 
-WHOLE_BATCH = Part()
+WHOLE_BATCH = BatchPart()
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Objective:
     features: Features | None = None
     feature_weight: float = 1.0
 
-    def __call__(self, output: Any, batch: Batch, part: Part = WHOLE_BATCH) -> dict[str, Tensor]:
+    def __call__(self, output: Any, batch: Batch, part: BatchPart = WHOLE_BATCH) -> dict[str, Tensor]:
         """The terms that are in use, by name, each with its weight.
 
         Their sum is divided by the number of batches of a step: so the last of them has the prior so many times.

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SparsityPrior", "param_groups"]
 
-Kind = Literal["paper", "folding", "target"]
-Unit = Literal["channels", "cost"]
+PriorKind = Literal["paper", "folding", "target"]
+PriorUnit = Literal["channels", "cost"]
 Together = Literal["channels", "sites", "blocks"]
 
 
@@ -88,27 +88,27 @@ class SparsityPrior:
         self,
         model: nn.Module,
         *,
-        kind: Kind = "paper",
+        kind: PriorKind = "paper",
         weight: float | None = None,
         p: float = 0.5,
         target: float | None = None,
         steps: int | None = None,
         schedule: str = "cosine",
         ramp: float = 0.2,
-        by: Unit = "channels",
+        by: PriorUnit = "channels",
         cost_weighted: bool = False,
         calibration: Calibration | None = None,
         tolerance: float = 1e-3,
         together: Together = "channels",
     ) -> None:
-        checks.choice("kind", kind, get_args(Kind))
+        checks.choice("kind", kind, get_args(PriorKind))
         weight = (0.0 if kind == "target" else 1e-4) if weight is None else weight
         checks.number("weight", weight, least=0)
         checks.number("p", p, above=0)
         checks.number("tolerance", tolerance, above=0)
         if tolerance >= 1:
             checks.refuse("tolerance", tolerance, "a number between 0 and 1")
-        checks.choice("by", by, get_args(Unit))
+        checks.choice("by", by, get_args(PriorUnit))
         checks.choice("together", together, get_args(Together))
         checks.boolean("cost_weighted", cost_weighted)
         if kind == "target" and together != "channels":

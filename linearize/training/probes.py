@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from linearize.running.batches import Batch
-from linearize.running.targets import Kind
+from linearize.running.targets import OutputKind
 from linearize.training.divergence import counted
 
 __all__ = ["projection"]
@@ -80,7 +80,7 @@ def _finite(z: Tensor) -> Tensor:
     return z if bool(z.detach().sum().isfinite()) else z.masked_fill(torch.isinf(z.detach()), 0)
 
 
-_PROJECTIONS: dict[Kind, Callable[[Tensor, torch.Generator], tuple[Tensor, int]]] = {
+_PROJECTIONS: dict[OutputKind, Callable[[Tensor, torch.Generator], tuple[Tensor, int]]] = {
     "classes": _of_classes,
     "multilabel": _of_labels,
     "values": _of_values,

@@ -18,21 +18,21 @@ from linearize.gating.gate import gates
 from linearize.running.batches import Batch, read_batch, to_device
 from linearize.running.models import hold_norms
 from linearize.running.order import generators_of, set_epoch
-from linearize.running.outputs import Meaning
+from linearize.running.outputs import OutputMeaning
 from linearize.running.randomness import random_state, set_random_state
 from linearize.training.accelerators import mean_over_processes
-from linearize.training.objective import WHOLE_BATCH, Objective, Part
+from linearize.training.objective import WHOLE_BATCH, BatchPart, Objective
 from linearize.training.schema import fits_optimizer, flaw_in_run
 from linearize.training.state import Damaged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Run"]
+__all__ = ["TrainingRun"]
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A model in training. `step` counts optimizer steps of the whole run, including those before it was resumed."""
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Run:
     total: int
     warmup: int
     clip: float | None
-    meaning: Meaning | None = None
+    meaning: OutputMeaning | None = None
     accumulate: int = 1  # batches of one step
     keep_norms: bool = False
     on_step: Callable[[dict[str, float]], None] | None = None
@@ -73,7 +73,7 @@ class Run:
         for raw in islice(data, length):
             batch = read_batch(self.model, raw, self.meaning)
             place = count % self.accumulate
-            part = Part(place, min(self.accumulate, length - count + place))
+            part = BatchPart(place, min(self.accumulate, length - count + place))
             terms = self.update(to_device(batch, self.accelerator.device), count, part)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -89,7 +89,7 @@ class Run:
         means = mean_over_processes(self.accelerator, {name: value / count for name, value in sums.items()})
         return {"epoch": float(number + 1)} | means | {"lr": self._rate(), "seconds": time.perf_counter() - start}
 
-    def update(self, batch: Batch, index: int = 0, part: Part = WHOLE_BATCH) -> dict[str, float]:
+    def update(self, batch: Batch, index: int = 0, part: BatchPart = WHOLE_BATCH) -> dict[str, float]:
         """The gradients of one batch, and one step of the optimizer if it is the last of its step.
 
         Raises:

@@ -60,7 +60,7 @@ def write_state(path: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_take_apart(state, tensors, {}))
     metadata = {"format": _FORMAT, "version": str(_VERSION), "state": skeleton, "sha256": _checksum(skeleton, tensors)}
-    tensorfile.write(path, tensors, metadata)
+    tensorfile.write_tensors(path, tensors, metadata)
 
 
 def read_state(path: Path) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from linearize.errors import CaptureError, UsageError
 
-__all__ = ["NO_LIMIT", "Limit", "affordable", "parameters_on_meta", "within"]
+__all__ = ["NO_LIMIT", "Limit", "affordable", "parameters_on_meta", "within_limit"]
 
 # In-place functions that change values only, never shape, dtype or flags.
 _FILLING = {
@@ -174,7 +174,7 @@ def affordable(where: str, *shape: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def within(limit: Limit, *, move: bool = False) -> Iterator[_Account]:
+def within_limit(limit: Limit, *, move: bool = False) -> Iterator[_Account]:
     """Limit what is made inside this context: modules, buffers, tensors. Other threads are not affected.
 
     Raises:
@@ -235,7 +235,7 @@ def parameters_on_meta(limit: Limit = NO_LIMIT, *, move: bool = True) -> Iterato
         UsageError: a constructor inside asks for more.
     """
     moved = WeakIdKeyDictionary()
-    with within(limit, move=move) as account:
+    with within_limit(limit, move=move) as account:
 
         def register(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
             if parameter is None or not account.mine:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from linearize.zoo.transformers_models import is_transformers
 from linearize.zoo.unlike import Unlike
 
-__all__ = ["Decoder", "DecoderLayer", "read_decoder"]
+__all__ = ["DecoderLayer", "DecoderWeights", "read_decoder"]
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of configurations whose models are read here."""
@@ -50,7 +50,7 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderWeights:
     """A whole model.
 
     Attributes:
@@ -76,7 +76,7 @@ class Decoder:
         return next((layer.path for layer, one in zip(self.layers, said, strict=True) if one != said[0]), "")
 
 
-def read_decoder(model: nn.Module) -> Decoder:
+def read_decoder(model: nn.Module) -> DecoderWeights:
     """Read a causal language model.
 
     Linear channels of its gated units that were folded into one product are told as ordinary channels whose gate is
@@ -106,7 +106,7 @@ def read_decoder(model: nn.Module) -> Decoder:
         raise Unlike("lm_head", "has a bias")
     if abs(float(rotary.attention_scaling) - 1) > 0:
         raise Unlike("model.rotary_emb", f"scales attention by {rotary.attention_scaling}")
-    return Decoder(kind, config, layers, _head_dim(config), rotary.inv_freq.detach().double(), tensors)
+    return DecoderWeights(kind, config, layers, _head_dim(config), rotary.inv_freq.detach().double(), tensors)
 
 
 def _head_dim(config: Any) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from linearize.zoo.transformers_models import is_transformers
 from linearize.zoo.unlike import Unlike
 
-__all__ = ["Encoder", "is_encoder", "read_encoder"]
+__all__ = ["EncoderWeights", "is_encoder", "read_encoder"]
 
 _PARTS = {
     "attn_q": "attention.self.query",
@@ -36,7 +36,7 @@ _EMBEDDINGS = {
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderWeights:
     """A whole encoder.
 
     Attributes:
@@ -56,7 +56,7 @@ def is_encoder(model: nn.Module) -> bool:
     return kind == "bert" and is_transformers(model) and hasattr(model, "embeddings") and hasattr(model, "encoder")
 
 
-def read_encoder(model: nn.Module) -> Encoder:
+def read_encoder(model: nn.Module) -> EncoderWeights:
     """Read a BERT encoder: post-norm layers, learned positions, GELU.
 
     Raises:
@@ -81,7 +81,7 @@ def read_encoder(model: nn.Module) -> Encoder:
         widths.append(int(tensors[f"blk.{i}.ffn_up.weight"].shape[0]))
     if not widths:
         raise Unlike("encoder.layer", "holds no layer")
-    return Encoder(config, tuple(widths), tensors)
+    return EncoderWeights(config, tuple(widths), tensors)
 
 
 def _at(layer: nn.Module, path: str) -> Any:

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from linearize.zoo.unlike import Unlike
 
-__all__ = ["arguments_of", "cache_keyword", "cache_of", "pairs_of"]
+__all__ = ["argument_names", "cache_keyword", "cache_of", "pairs_of"]
 
 Pair = tuple[Tensor, Tensor]
 
 
-def arguments_of(model: nn.Module) -> list[str]:
+def argument_names(model: nn.Module) -> list[str]:
     """Names of the arguments of a model's forward."""
     return list(inspect.signature(model.forward).parameters)
 
 
 def cache_keyword(model: nn.Module) -> str:
     """The argument under which a model takes its cache, and the name under which it gives it back."""
-    return "cache" if "cache" in arguments_of(model) else "past_key_values"
+    return "cache" if "cache" in argument_names(model) else "past_key_values"
 
 
 def pairs_of(output: Any, model: nn.Module) -> list[Pair]:

@@ -61,7 +61,7 @@ def stock_copy(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         32
     """
     if timm_models.is_timm(model):
-        made = timm_stock.filled(check_timm(model), model)
+        made = timm_stock.with_copies(check_timm(model), model)
         difference = _difference(model, made, example_inputs)
         if difference:
             raise CheckpointError(type(model).__name__, difference, "Save it with linearize.save instead.")
@@ -137,7 +137,7 @@ def check_stock(model: nn.Module) -> tuple[type[nn.Module], dict[str, Tensor], A
     return kind, state, found_config
 
 
-def check_timm(model: nn.Module) -> timm_stock.Arguments:
+def check_timm(model: nn.Module) -> timm_stock.TimmArguments:
     """The arguments with which timm makes a model of these shapes; nothing is computed.
 
     Raises:

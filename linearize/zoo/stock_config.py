@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
-Place = tuple[str | int, ...]
+ConfigPlace = tuple[str | int, ...]
 """Where a number stands: names of attributes, and indices of lists."""
-Change = tuple[Place, int]
+Change = tuple[ConfigPlace, int]
 
 _OPEN = ("inner", "intermediate", "ff")  # names of widths that follow from others while they are None
 
@@ -83,7 +83,7 @@ def pairs(now: Shapes, wanted: Shapes) -> list[tuple[int, int]]:
     return sorted({(o, w) for old, want in both for o, w in zip(old, want, strict=True) if o != w})
 
 
-def _numbers(config: Any, place: Place = ()) -> Iterator[tuple[Place, int | None]]:
+def _numbers(config: Any, place: ConfigPlace = ()) -> Iterator[tuple[ConfigPlace, int | None]]:
     """The whole numbers of a config, of the configs inside and of its lists; and widths that are left open."""
     if isinstance(config, list):
         items: list[tuple[str | int, Any]] = list(enumerate(config))

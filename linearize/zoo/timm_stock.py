@@ -15,13 +15,13 @@ from linearize.zoo.building import parameters_on_meta
 from linearize.zoo.plain import unpack
 from linearize.zoo.stock_config import Shapes, pairs
 
-__all__ = ["Arguments", "arguments_of", "filled", "shapes_before"]
+__all__ = ["TimmArguments", "arguments_of", "shapes_before", "with_copies"]
 
-Arguments = tuple[str, dict[str, Any]]
+TimmArguments = tuple[str, dict[str, Any]]
 """The name of an architecture, and arguments of `timm.create_model`."""
 
 
-def arguments_of(model: nn.Module) -> Arguments | None:
+def arguments_of(model: nn.Module) -> TimmArguments | None:
     """The arguments with which timm makes a model of these shapes; None if there are none.
 
     Numbers that the constructor takes, such as `mlp_ratio`, are scaled by the ratio of widths, one after the other.
@@ -90,7 +90,7 @@ def _shapes(name: str, kwargs: dict[str, Any]) -> Shapes:
     return {key: tuple(value.shape) for key, value in made.state_dict().items()}
 
 
-def filled(arguments: Arguments, model: nn.Module) -> nn.Module:
+def with_copies(arguments: TimmArguments, model: nn.Module) -> nn.Module:
     """A model of these arguments with copies of all tensors, in eval mode.
 
     Raises:

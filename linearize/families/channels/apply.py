@@ -31,7 +31,7 @@ from linearize.families.channels.observation import Observation
 from linearize.families.channels.skip import skip_source
 from linearize.gating.gate import ChannelGate, gates
 
-__all__ = ["Edit", "carry_out", "edit_for"]
+__all__ = ["Edit", "edit_for", "write_edit"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _features(channels: Tensor, group: int) -> Tensor:
 
 
 @torch.no_grad()
-def carry_out(model: nn.Module, edit: Edit) -> None:
+def write_edit(model: nn.Module, edit: Edit) -> None:
     """Write an edit into a gated model, in place: weights, biases and the gate."""
     gate: ChannelGate = gates(model)[edit.site]
     site = gate.site

@@ -24,7 +24,7 @@ from linearize.families.channels.editable import (
     obstacle_to_refit,
 )
 from linearize.families.channels.observation import Observation
-from linearize.families.channels.skip import Source, skip_source
+from linearize.families.channels.skip import SkipSource, skip_source
 from linearize.gating.gate import gates
 from linearize.running.models import device_of
 from linearize.running.passes import Moment, Notebook, run_passes
@@ -46,7 +46,7 @@ class SiteCollector:
     """
 
     found: Observation
-    start: Source | None
+    start: SkipSource | None
     gradients: bool = True
     kind: str = field(default="site", init=False)
     _x: Tensor | None = field(default=None, init=False)
@@ -216,7 +216,7 @@ def observe(
     return {collector.name: collector.found for collector in collectors}
 
 
-def _empty(model: nn.Module, site: Site, source: Source | None) -> Observation:
+def _empty(model: nn.Module, site: Site, source: SkipSource | None) -> Observation:
     consumers = consumers_of(model, site)
     inputs = source.inputs if source is not None else 0
     device = device_of(model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.algebra.piece import Infeasible
 from linearize.sites.site import Fold, Port, Site
 from linearize.surgery.folds import scale_shift
-from linearize.surgery.narrow import chains_of
+from linearize.surgery.narrow import coupled_sites
 from linearize.surgery.probe import has_own_forward, probed
 from linearize.tensors import meddler
 
@@ -170,7 +170,7 @@ def _narrows(model: nn.Module, site: Site) -> bool:
     """True if its producer is a depthwise map whose channels can leave the maps before it as well."""
     from linearize.gating.gate import gates
 
-    return any(chain.lower == site for chain in chains_of(model, (gate.site for gate in gates(model).values())))
+    return any(chain.lower == site for chain in coupled_sites(model, (gate.site for gate in gates(model).values())))
 
 
 def _plain(model: nn.Module, port: Port) -> bool:

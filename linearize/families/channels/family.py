@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from linearize.collapse import collapse_telling
 from linearize.errors import CollapseError, UsageError
-from linearize.families.channels.apply import Edit, carry_out
+from linearize.families.channels.apply import Edit, write_edit
 from linearize.families.channels.collect import SiteCollector, site_collectors
 from linearize.families.channels.fit import Curve, curve_of
 from linearize.families.channels.layers import layers_of
 from linearize.families.channels.moving import movable
 from linearize.families.channels.observation import Observation
-from linearize.families.channels.options import candidates
+from linearize.families.channels.options import group_options
 from linearize.families.family import Context, Family, Layers, Movable, Replayed
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import ChannelGate, gates
@@ -89,7 +89,7 @@ class Channels(Family):
         context.warned += [note for found in seen if (note := _too_few(found))]
         stock, lean = context.stock, context.lean
         places.curves = {found.site.name: curve_of(context.gated, found, stock=stock, last=lean) for found in seen}
-        made = candidates(
+        made = group_options(
             context.gated,
             places.curves,
             round_to=context.round_to,
@@ -114,7 +114,7 @@ class Channels(Family):
         named = gates(model)
         for name, choice in choices.items():
             if name in places.curves and choice.keep < named[name].channels:
-                carry_out(model, places.edit(context.gated, choice, keep.get(name)))
+                write_edit(model, places.edit(context.gated, choice, keep.get(name)))
 
     def refit(
         self, model: nn.Module, places: ChannelPlaces, choice: SiteChoice, see: Callable[[Sequence[Collector]], None]
@@ -126,7 +126,7 @@ class Channels(Family):
         collectors = site_collectors(model, [choice.site])
         see(collectors)
         again = curve_of(model, collectors[0].found, stock=curve.stock)
-        carry_out(model, again.edit(model, choice, curve.keep(choice)))
+        write_edit(model, again.edit(model, choice, curve.keep(choice)))
 
     def movable(
         self,

@@ -18,9 +18,9 @@ from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
 from linearize.plan import NARROWED
 from linearize.running.progress import progress_bar
-from linearize.surgery.narrow import chains_of
+from linearize.surgery.narrow import coupled_sites
 
-__all__ = ["candidates", "slots_of"]
+__all__ = ["group_options", "slots_of"]
 
 Choices = tuple[tuple[SiteChoice, ...], float]  # of sites that are decided together, and the loss
 
@@ -28,7 +28,7 @@ Choices = tuple[tuple[SiteChoice, ...], float]  # of sites that are decided toge
 _RANKS = (8, 16, 32, 64, 128, 256)
 
 
-def candidates(
+def group_options(
     model: nn.Module,
     curves: Mapping[str, Curve],
     *,
@@ -87,7 +87,7 @@ def _group(
 def slots_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The sites of a group, those of a chain through a depthwise map together: they keep the same channels."""
     named = gates(model)
-    upper = {chain.lower.name: chain.upper.name for chain in chains_of(model, (named[name].site for name in names))}
+    upper = {chain.lower.name: chain.upper.name for chain in coupled_sites(model, (named[name].site for name in names))}
     return [(upper[name], name) if name in upper else (name,) for name in names if name not in upper.values()]
 
 

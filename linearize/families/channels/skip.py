@@ -16,14 +16,14 @@ from linearize.families.channels.editable import consumers_of, conv_groups
 from linearize.sites.site import Port, Site
 from linearize.surgery.probe import has_own_forward
 
-__all__ = ["Source", "skip_source"]
+__all__ = ["SkipSource", "skip_source"]
 
 # Beyond this no skip is tried beside a spatial consumer: its curves take several times as long as those without.
 _WIDEST_WITH_SKIP = 1500
 
 
 @dataclass(frozen=True)
-class Source:
+class SkipSource:
     """Where a linear skip starts: the input of a map at the same position, or at the middle of its kernel.
 
     Attributes:
@@ -50,7 +50,7 @@ class Source:
         return x[index]
 
 
-def skip_source(model: nn.Module, site: Site) -> Source | None:
+def skip_source(model: nn.Module, site: Site) -> SkipSource | None:
     """The map from whose input a linear skip can start, so that its rows match those of the consumers.
 
     Of convolutions the middle taps alone: a skip of kernel 1x1 beside channels that look around.
@@ -75,7 +75,7 @@ def skip_source(model: nn.Module, site: Site) -> Source | None:
     if alone:
         last = _numbers(getattr(model.get_submodule(readers[0].module), "stride", ()))
         steps = tuple(one * other for one, other in zip(steps, last, strict=True))
-    return Source(port, module.weight.shape[0 if port.transposed else 1], math.prod(module.weight.shape[2:]), steps)
+    return SkipSource(port, module.weight.shape[0 if port.transposed else 1], math.prod(module.weight.shape[2:]), steps)
 
 
 def _in_place(model: nn.Module, port: Port) -> bool:

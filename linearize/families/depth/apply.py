@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from linearize.families.depth.fit import DepthMap
-from linearize.families.depth.place import Chain
+from linearize.families.depth.place import LayerChain
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.sites.site import Port
@@ -19,10 +19,10 @@ from linearize.surgery.skipped import Skipped
 from linearize.surgery.specs import build, replace_module
 from linearize.zoo.layers import indices_in
 
-__all__ = ["merge_map", "merged", "skip_layers", "spec_for"]
+__all__ = ["merge_map", "merged_projection", "skip_layers", "spec_for"]
 
 
-def spec_for(model: nn.Module, chain: Chain, index: int) -> dict[str, object]:
+def spec_for(model: nn.Module, chain: LayerChain, index: int) -> dict[str, object]:
     """The layer that does nothing, in the place of one."""
     layer = chain.layers[index]
     indices = list(indices_in(model, layer.path))
@@ -31,7 +31,7 @@ def spec_for(model: nn.Module, chain: Chain, index: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def skip_layers(model: nn.Module, chain: Chain, gone: Sequence[int]) -> None:
+def skip_layers(model: nn.Module, chain: LayerChain, gone: Sequence[int]) -> None:
     """Put layers that do nothing in the place of some; sites inside have no gates any more."""
     why: dict[str, str] = {}
     steps: list[Step] = []
@@ -52,7 +52,7 @@ def skip_layers(model: nn.Module, chain: Chain, gone: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def merged(module: nn.Module, port: Port, found: DepthMap) -> nn.Module:
+def merged_projection(module: nn.Module, port: Port, found: DepthMap) -> nn.Module:
     """A copy of a projection that computes `(I + T) (W h + b) + shift`; a layer without a bias gets none."""
     made: Any = copy.deepcopy(module)
     weight = made.weight.detach().double()
@@ -66,7 +66,7 @@ def merged(module: nn.Module, port: Port, found: DepthMap) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_map(model: nn.Module, chain: Chain, index: int, found: DepthMap) -> bool:
+def merge_map(model: nn.Module, chain: LayerChain, index: int, found: DepthMap) -> bool:
     """Write `(I + T) W` for the projection of a layer; False if it is not there any more."""
     port = chain.layers[index].out
     modules: dict[str, Any] = dict(model.named_modules())
@@ -75,7 +75,7 @@ def merge_map(model: nn.Module, chain: Chain, index: int, found: DepthMap) -> bo
         return False
     if old.weight.shape[1 if port.transposed else 0] != len(found.map):
         return False
-    made: Any = merged(old, port, found)
+    made: Any = merged_projection(old, port, found)
     old.weight.copy_(made.weight)
     if old._parameters.get("bias") is not None:
         old.bias.copy_(made.bias)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.families.depth.place import Chain, Layer, Sums
+from linearize.families.depth.place import ChainLayer, LayerChain, LayerSums
 from linearize.running.passes import Moment
 from linearize.running.rows import Wanted, outliers_down, rows_of
 
@@ -24,7 +24,7 @@ __all__ = ["DepthCollector"]
 class DepthCollector:
     """Watches the projection of one layer, what it gives, and what some layers behind it give."""
 
-    chain: Chain
+    chain: LayerChain
     index: int
     ahead: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -34,15 +34,15 @@ class DepthCollector:
     _x: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.layer.sums = self.layer.sums or Sums(self.layer.shape[-1], self.ahead, self.device)
+        self.layer.sums = self.layer.sums or LayerSums(self.layer.shape[-1], self.ahead, self.device)
 
     @property
-    def layer(self) -> Layer:
+    def layer(self) -> ChainLayer:
         """The one whose branch is watched."""
         return self.chain.layers[self.index]
 
     @property
-    def sums(self) -> Sums:
+    def sums(self) -> LayerSums:
         """What was found."""
         if self.layer.sums is None:
             raise ValueError(f"{self.layer.path} has no sums")

@@ -11,7 +11,7 @@ from linearize.families.depth.apply import merge_map, skip_layers, spec_for
 from linearize.families.depth.collect import DepthCollector
 from linearize.families.depth.find import chains_of
 from linearize.families.depth.options import DEPTH, Runs, with_layers
-from linearize.families.depth.place import Chain
+from linearize.families.depth.place import LayerChain
 from linearize.families.enclosing import homes_of
 from linearize.families.family import Context, Family, Layers, Replayed
 from linearize.families.option import Group, Option, SiteChoice
@@ -35,10 +35,10 @@ def _told(keep: int, rank: int) -> str:
 class DepthPlaces:
     """Chains of layers, and what stands for runs of them once the data has been seen."""
 
-    chains: Sequence[Chain] = ()
+    chains: Sequence[LayerChain] = ()
     runs: list[Runs] = field(default_factory=list)
 
-    def layer(self, path: str) -> tuple[Chain, int] | None:
+    def layer(self, path: str) -> tuple[LayerChain, int] | None:
         """The chain and the index of a layer."""
         for chain in self.chains:
             for index, layer in enumerate(chain.layers):
@@ -117,7 +117,7 @@ class Depth(Family):
         return Replayed(SiteChoice(site.site, 0, form=DEPTH)) if inside or gate is not None else None
 
 
-def _reasons(chains: Sequence[Chain]) -> list[str]:
+def _reasons(chains: Sequence[LayerChain]) -> list[str]:
     """Why layers stay, and which lists take no map, each once."""
     told: dict[str, list[str]] = {}
     for chain in chains:

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from linearize.cost import flops_of_modules
 from linearize.errors import CaptureError, CollapseError
 from linearize.families.depth.apply import skip_layers
-from linearize.families.depth.place import Chain, Layer
-from linearize.families.enclosing import free, is_in, meddled
+from linearize.families.depth.place import ChainLayer, LayerChain
+from linearize.families.enclosing import is_in, may_go, meddled
 from linearize.families.reading import read
 from linearize.families.trials import run_watched
 from linearize.gating.gate import ChannelGate
@@ -54,7 +54,7 @@ def chains_of(
     batch: Any,
     homes: Mapping[str, Sequence[str]],
     memory: MutableMapping[str, Any] | None = None,
-) -> list[Chain]:
+) -> list[LayerChain]:
     """Lists of layers that run one after the other, each on what the one before it gave.
 
     Args:
@@ -74,7 +74,7 @@ def chains_of(
         layer.flops = float(costs.get(layer.path, 0))
         if layer.reason is None and any(map(is_in(layer.path), hooked)):
             layer.reason = "a module inside has a hook, which would be lost"
-        if layer.reason is None and not free(model, layer.path, homes):
+        if layer.reason is None and not may_go(model, layer.path, homes):
             layer.reason = "sites that share maps are half inside, or were excluded"
     captured = read(model, batch, memory).captured
     if captured is None:
@@ -89,7 +89,7 @@ def chains_of(
     return found
 
 
-def _chain(model: nn.Module, path: str, module: nn.Module, batch: Any) -> Chain | None:
+def _chain(model: nn.Module, path: str, module: nn.Module, batch: Any) -> LayerChain | None:
     """The layers of a list, if they are a chain."""
     children = list(module.named_children())
     if not path or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(children) < 2:
@@ -108,8 +108,10 @@ def _chain(model: nn.Module, path: str, module: nn.Module, batch: Any) -> Chain 
         elif seen.made.shape != seen.given.shape:
             reason = "it gives another shape than it takes"
         sizes = tuple(seen.given.shape)
-        layers.append(Layer(f"{path}.{name}", None, seen.keyword, seen.nones, seen.rows, shape=sizes, reason=reason))
-    return Chain(layers)
+        layers.append(
+            ChainLayer(f"{path}.{name}", None, seen.keyword, seen.nones, seen.rows, shape=sizes, reason=reason)
+        )
+    return LayerChain(layers)
 
 
 def _calls(model: nn.Module, modules: Sequence[nn.Module], batch: Any) -> list[_Call]:
@@ -133,7 +135,7 @@ def _calls(model: nn.Module, modules: Sequence[nn.Module], batch: Any) -> list[_
     return found
 
 
-def _find_projections(model: nn.Module, captured: Capture, chains: Sequence[Chain]) -> None:
+def _find_projections(model: nn.Module, captured: Capture, chains: Sequence[LayerChain]) -> None:
     """The projection that each layer adds last, if a map can be merged into it."""
     walker = Walker(model, captured, shared_parameters(model, captured))
     for layer in (layer for chain in chains for layer in chain.layers):
@@ -178,7 +180,7 @@ def _plain(model: nn.Module, port: Port) -> bool:
     return module._parameters.get("weight") is not None
 
 
-def _failure(model: nn.Module, chain: Chain, batch: Any) -> str | None:
+def _failure(model: nn.Module, chain: LayerChain, batch: Any) -> str | None:
     """What shows that the code around a list takes no fewer layers; None if nothing does: tried on copies."""
     free_ones = chain.free
     middle = free_ones[len(free_ones) // 2]

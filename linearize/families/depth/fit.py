@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.algebra.removal import regularised
-from linearize.families.depth.place import Sums
+from linearize.families.depth.place import LayerSums
 
 __all__ = ["DepthMap", "fit_run"]
 
@@ -26,7 +26,7 @@ class DepthMap:
     shift: Tensor
 
 
-def fit_run(sums: Sums, length: int, *, constant: bool) -> DepthMap | None:
+def fit_run(sums: LayerSums, length: int, *, constant: bool) -> DepthMap | None:
     """The map for the next so many layers; None if they were not looked at, or nothing was seen.
 
     Args:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from linearize.families.depth.apply import merged, spec_for
+from linearize.families.depth.apply import merged_projection, spec_for
 from linearize.families.depth.fit import DepthMap, fit_run
-from linearize.families.depth.place import Chain
+from linearize.families.depth.place import LayerChain
 from linearize.families.enclosing import enclosed
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.surgery.specs import build
@@ -36,7 +36,7 @@ class Runs:
         plain: layers in front of which a map was seen to do harm.
     """
 
-    def __init__(self, model: nn.Module, chain: Chain) -> None:
+    def __init__(self, model: nn.Module, chain: LayerChain) -> None:
         self.chain, self.model = chain, model
         self.plain: set[int] = set()
         self._maps: dict[tuple[int, int], DepthMap | None] = {}
@@ -72,7 +72,7 @@ class Runs:
         for index, found in self.maps(gone).items():
             port = self.chain.layers[index].out
             if port is not None:
-                made[port.module] = merged(self.model.get_submodule(port.module), port, found)
+                made[port.module] = merged_projection(self.model.get_submodule(port.module), port, found)
         return made
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from linearize.sites.site import Port
 
-__all__ = ["Chain", "Layer", "Sums"]
+__all__ = ["ChainLayer", "LayerChain", "LayerSums"]
 
 
 @dataclass
-class Sums:
+class LayerSums:
     """Weighted sums of rows of a branch m, (D,), and of what each of some layers behind adds, (n, D); float64."""
 
     width: int
@@ -53,7 +53,7 @@ class Sums:
             self.d[index] += w @ rows
             self.dm[index].addmm_(rows.t(), scaled)
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: LayerSums) -> None:
         """Take in what others have seen."""
         self.count += other.count
         self.weight += other.weight
@@ -72,7 +72,7 @@ class Sums:
 
 
 @dataclass
-class Layer:
+class ChainLayer:
     """One layer of a chain.
 
     Attributes:
@@ -95,15 +95,15 @@ class Layer:
     flops: float = 0.0
     params: float = 0.0
     shape: tuple[int, ...] = ()
-    sums: Sums | None = None
+    sums: LayerSums | None = None
     reason: str | None = None
 
 
 @dataclass
-class Chain:
+class LayerChain:
     """Layers in the order in which they run, all of one list."""
 
-    layers: list[Layer]
+    layers: list[ChainLayer]
 
     @property
     def free(self) -> list[int]:

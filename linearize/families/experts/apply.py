@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.families.experts.layout import axis_of
-from linearize.families.experts.place import Channels, Experts, Meaning
+from linearize.families.experts.place import ExpertChannels, ExpertNumber, Experts
 from linearize.gating.gate import ChannelGate
 from linearize.sites.record import Record, Step, record_of, set_record
 from linearize.surgery.attributes import ATTRIBUTES, set_attributes
@@ -22,10 +22,10 @@ from linearize.surgery.smaller import put_smaller
 from linearize.surgery.specs import replace_module
 from linearize.tensors import held
 
-__all__ = ["record_steps", "slice_channels", "slice_experts", "tensors_of", "write_down", "zero_channels"]
+__all__ = ["named_tensors", "record_steps", "slice_channels", "slice_experts", "write_down", "zero_channels"]
 
 
-def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+def named_tensors(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Tensors of a module by name.
 
     Raises:
@@ -45,7 +45,7 @@ def slice_experts(model: nn.Module, place: Experts, gone: Sequence[int]) -> list
     steps: list[Step] = []
     for path, names in place.rows.items():
         module = model.get_submodule(path)
-        tensors = tensors_of(module, names)
+        tensors = named_tensors(module, names)
         index = torch.tensor(keep, device=next(iter(tensors.values())).device)
         axes = {name: axis_of(value, place.count) or 0 for name, value in tensors.items()}
         spec = put_smaller(module, {name: value.index_select(axes[name], index) for name, value in tensors.items()})
@@ -61,7 +61,7 @@ def slice_channels(model: nn.Module, place: Experts, keep: Tensor) -> list[Step]
     channels = _known(place)
     bank = model.get_submodule(place.bank)
     made: dict[str, Tensor] = {}
-    for name, value in tensors_of(bank, list(channels.slots)).items():
+    for name, value in named_tensors(bank, list(channels.slots)).items():
         slots = channels.slots[name]
         entries = slots.entries(keep.to(value.device), channels.width)
         shape = [1] * value.dim()
@@ -77,7 +77,7 @@ def slice_channels(model: nn.Module, place: Experts, keep: Tensor) -> list[Step]
 def zero_channels(model: nn.Module, place: Experts, keep: Tensor) -> None:
     """Write zeros where the last matrix of each expert reads channels other than those that stay, (E, m)."""
     channels = _known(place)
-    value = tensors_of(model.get_submodule(place.bank), [channels.down])[channels.down]
+    value = named_tensors(model.get_submodule(place.bank), [channels.down])[channels.down]
     gone = torch.ones(len(keep), channels.width, dtype=torch.bool).scatter_(1, keep.cpu(), value=False)
     shape = [1] * value.dim()
     shape[0], shape[channels.slots[channels.down].axis] = gone.shape
@@ -89,7 +89,7 @@ def write_down(model: nn.Module, place: Experts, expert: int, weight: Tensor, bi
     """Write the last matrix (O, M) of one expert, and what is added behind it (O,)."""
     channels = _known(place)
     names = [channels.down, *([channels.bias] if channels.bias else [])]
-    tensors = tensors_of(model.get_submodule(place.bank), names)
+    tensors = named_tensors(model.get_submodule(place.bank), names)
     down = tensors[channels.down][expert]
     down.copy_(weight if channels.slots[channels.down].axis == 2 else weight.t())
     if channels.bias and bias is not None:
@@ -109,7 +109,7 @@ def record_steps(model: nn.Module, place: Experts, steps: Sequence[Step]) -> Non
     set_record(model, Record(sites, [*record.steps, *steps], record.inputs))
 
 
-def _known(place: Experts) -> Channels:
+def _known(place: Experts) -> ExpertChannels:
     if place.channels is None:
         raise ValueError(f"{place.bank}: its channels are not known")
     return place.channels
@@ -124,7 +124,7 @@ def _shortened(model: nn.Module, path: str, keep: list[int]) -> list[Step]:
     return [{"path": path, "module": {"type": SHORTENED, "keep": keep}}]
 
 
-def _told(model: nn.Module, place: Experts, meaning: Meaning, value: int) -> list[Step]:
+def _told(model: nn.Module, place: Experts, meaning: ExpertNumber, value: int) -> list[Step]:
     """Set the numbers that count something; what was done."""
     found: dict[str, dict[str, int]] = {}
     for (path, name), what in place.attributes.items():

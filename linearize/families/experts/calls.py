@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from linearize.families.enclosing import is_in
 from linearize.families.experts.layout import numbers_for
-from linearize.families.experts.place import Experts, Key
-from linearize.families.experts.twin import first_tensor, without
+from linearize.families.experts.place import ArgumentKey, Experts
+from linearize.families.experts.twin import first_tensor, without_experts
 from linearize.families.trials import run_watched
 from linearize.graph.dryrun import first_line
 from linearize.graph.protect import untouched
 from linearize.running.models import evaluating
 from linearize.tensors import oddity
 
-__all__ = ["Call", "called", "calls_of", "checked"]
+__all__ = ["BankCall", "called", "calls_of", "checked"]
 
 _EVEN = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative: the same rows in another batch
 
 
 @dataclass
-class Call:
+class BankCall:
     """How a module was called."""
 
     times: int = 0
@@ -41,17 +41,17 @@ class Call:
         return next((value.shape[:-1].numel() for value in self.tensors.values() if value.dim()), 0)
 
     @property
-    def tensors(self) -> dict[Key, Tensor]:
+    def tensors(self) -> dict[ArgumentKey, Tensor]:
         """The tensors among its arguments."""
-        named: list[tuple[Key, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        named: list[tuple[ArgumentKey, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return {key: value for key, value in named if isinstance(value, Tensor)}
 
 
-def calls_of(model: nn.Module, paths: Iterable[str], batch: Any) -> dict[str, Call]:
+def calls_of(model: nn.Module, paths: Iterable[str], batch: Any) -> dict[str, BankCall]:
     """How some modules are called in one forward."""
-    found = {path: Call() for path in paths}
+    found = {path: BankCall() for path in paths}
 
-    def see(seen: Call) -> Any:
+    def see(seen: BankCall) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             seen.times += 1
             seen.args, seen.kwargs, seen.output = args, dict(kwargs), output
@@ -62,7 +62,7 @@ def calls_of(model: nn.Module, paths: Iterable[str], batch: Any) -> dict[str, Ca
     return found
 
 
-def called(model: nn.Module, place: Experts, calls: Mapping[str, Call]) -> Experts | str:
+def called(model: nn.Module, place: Experts, calls: Mapping[str, BankCall]) -> Experts | str:
     """The place, told how the mixture and its bank are called; or why this is not understood."""
     whole = calls[place.path]
     out = first_tensor(whole.output)
@@ -96,7 +96,9 @@ def called(model: nn.Module, place: Experts, calls: Mapping[str, Call]) -> Exper
     return replace(made, picks=chosen.shape[1], load=load, given=(given[0], index[0], weights[0]))
 
 
-def checked(model: nn.Module, place: Experts, hooked: Mapping[str, str], calls: Mapping[str, Call]) -> Experts | str:
+def checked(
+    model: nn.Module, place: Experts, hooked: Mapping[str, str], calls: Mapping[str, BankCall]
+) -> Experts | str:
     """The place, if its tensors may be sliced; told why no expert can go, if it does not run without one."""
     if any(map(is_in(place.path), hooked)):
         return "a module inside has a hook, which would be lost"
@@ -116,7 +118,7 @@ def checked(model: nn.Module, place: Experts, hooked: Mapping[str, str], calls: 
     return found
 
 
-def _tried(model: nn.Module, place: Experts, calls: Mapping[str, Call]) -> Experts | str:
+def _tried(model: nn.Module, place: Experts, calls: Mapping[str, BankCall]) -> Experts | str:
     """The place, if the mixture runs without an expert, and maps each token by itself; or why not."""
     if place.count <= place.least:
         return f"each token picks all of its {place.count} experts"
@@ -135,7 +137,7 @@ def _tried(model: nn.Module, place: Experts, calls: Mapping[str, Call]) -> Exper
     return "" if place.listed else why
 
 
-def _apart(mixture: nn.Module, place: Experts, x: Tensor, y: Tensor, calls: Mapping[str, Call]) -> Experts | str:
+def _apart(mixture: nn.Module, place: Experts, x: Tensor, y: Tensor, calls: Mapping[str, BankCall]) -> Experts | str:
     """Whether rows alone give what they give among others, and whether those notice that do not pick what goes."""
     rows, out = x.flatten(0, -2), y.flatten(0, -2)
     half = torch.arange(0, len(rows), 2, device=rows.device)
@@ -147,13 +149,13 @@ def _apart(mixture: nn.Module, place: Experts, x: Tensor, y: Tensor, calls: Mapp
     if place.listed:  # how many it needs is seen by trying
         for least in range(1, place.count):
             with suppress(Exception):
-                if _run(without(mixture, place, range(least, place.count)), place, rows[half]) is not None:
+                if _run(without_experts(mixture, place, range(least, place.count)), place, rows[half]) is not None:
                     return replace(place, picks=least)
         return ""
     index = calls[place.bank].tensors[place.given[1]]
     rarest = int(torch.bincount(index.flatten(), minlength=place.count).argmin())
     picked = (index == rarest).any(1)
-    twin = without(mixture, place, (rarest,))
+    twin = without_experts(mixture, place, (rarest,))
     if bool(picked.all()):
         return replace(place, closed=False)
     free = (~picked).nonzero().flatten()

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import CollapseError, LinearizeError
-from linearize.families.experts.apply import slice_channels, slice_experts, tensors_of, zero_channels
+from linearize.families.experts.apply import named_tensors, slice_channels, slice_experts, zero_channels
 from linearize.families.experts.hidden import Bank
 from linearize.families.experts.layout import axis_of, channels_of, numbers_for, parameters_of, widths_for
 from linearize.families.experts.mask import Unpicked
 from linearize.families.experts.place import Experts
-from linearize.families.experts.twin import argument, borrowed
+from linearize.families.experts.twin import borrowed, call_argument
 from linearize.families.trials import TOLERANCE, apart, outputs_of, roughened
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import first_line
@@ -128,7 +128,7 @@ def _masked(
     """The matrices of a router, and what is to be masked of them; with its biases masked in place, if asked for."""
     for path, names in place.rows.items():
         module = model.get_submodule(path)
-        for name, value in tensors_of(module, names).items() if path != place.bank else ():
+        for name, value in named_tensors(module, names).items() if path != place.bank else ():
             axis = axis_of(value, place.count) or 0
             if value.numel() > place.count:
                 yield getattr(module, name), gone
@@ -194,7 +194,7 @@ def _rows_of(model: nn.Module, place: Experts, inputs: Inputs) -> tuple[Tensor, 
     seen: list[tuple[Tensor, Tensor]] = []
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, index = (argument(args, kwargs, key) for key in place.given[:2])
+        x, index = (call_argument(args, kwargs, key) for key in place.given[:2])
         seen.append((x[:_ROWS].detach(), index[:_ROWS, 0].detach()))
 
     handle = model.get_submodule(place.bank).register_forward_pre_hook(see, with_kwargs=True)

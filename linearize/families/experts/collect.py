@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from linearize.families.experts.hidden import Bank
 from linearize.families.experts.place import Experts
-from linearize.families.experts.sums import Sums
-from linearize.families.experts.twin import argument, first_tensor, without
+from linearize.families.experts.sums import ExpertSums
+from linearize.families.experts.twin import call_argument, first_tensor, without_experts
 from linearize.running.passes import Moment
 from linearize.running.rows import row_weights, rows_of
 
@@ -41,7 +41,7 @@ class ExpertsCollector:
 
     def __post_init__(self) -> None:
         channels = 0 if self.place.channels is None else self.place.channels.width
-        self.place.sums = self.place.sums or Sums(self.place.count, self.place.shape[-1], channels, self.device)
+        self.place.sums = self.place.sums or ExpertSums(self.place.count, self.place.shape[-1], channels, self.device)
 
     @property
     def name(self) -> str:
@@ -49,9 +49,9 @@ class ExpertsCollector:
         return self.place.name
 
     @property
-    def sums(self) -> Sums:
+    def sums(self) -> ExpertSums:
         """What was found."""
-        found: Sums = self.place.sums
+        found: ExpertSums = self.place.sums
         return found
 
     @property
@@ -71,7 +71,7 @@ class ExpertsCollector:
 
     def _see(self, now: Moment) -> Any:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            self._seen["x"] = argument(args, kwargs, self.place.keyword or 0).detach()
+            self._seen["x"] = call_argument(args, kwargs, self.place.keyword or 0).detach()
             first = first_tensor(output)
             if first is None:
                 return None
@@ -86,7 +86,7 @@ class ExpertsCollector:
 
     def _see_picks(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, key in zip(("input", "index", "weight"), self.place.given, strict=True):
-            self._seen[name] = argument(args, kwargs, key).detach()
+            self._seen[name] = call_argument(args, kwargs, key).detach()
 
     def _count(self, number: int) -> Any:
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -193,7 +193,7 @@ def changes_of(mixture: nn.Module, place: Experts, x: Tensor, y: Tensor, index: 
     found = y.new_zeros(*index.shape, y.shape[1])
     for expert in index.unique().tolist():
         row, slot = (index == expert).nonzero(as_tuple=True)
-        twin = without(mixture, place, (expert,))
+        twin = without_experts(mixture, place, (expert,))
         rows = x[row].view(*(1,) * (len(place.shape) - 2), len(row), x.shape[1])
         out = first_tensor(twin(**{place.keyword: rows}) if place.keyword else twin(rows))
         if out is not None:

@@ -13,8 +13,8 @@ from linearize.families.enclosing import enclosed, homes_of
 from linearize.families.experts.apply import record_steps, slice_channels, slice_experts, write_down
 from linearize.families.experts.collect import ExpertsCollector
 from linearize.families.experts.find import mixtures_of, told
-from linearize.families.experts.fit import Curve, curve_of
-from linearize.families.experts.options import EXPERTS, NARROWER, agreed, experts_groups, split
+from linearize.families.experts.fit import ExpertCurve, curve_of
+from linearize.families.experts.options import EXPERTS, NARROWER, common_options, experts_groups, split
 from linearize.families.experts.place import Experts
 from linearize.families.experts.remarks import remarks
 from linearize.families.family import REMAKE, Context, Family, Layers, Replayed
@@ -40,7 +40,7 @@ class ExpertPlaces:
 
     found: Mapping[str, Experts] = field(default_factory=dict)
     equal: bool = False
-    curves: dict[str, Curve] = field(default_factory=dict)
+    curves: dict[str, ExpertCurve] = field(default_factory=dict)
 
 
 def _fewer(keep: int, rank: int) -> str:
@@ -84,7 +84,7 @@ class MixturesOfExperts(Family):
             listed = [place.bank for place in seen if place.listed]
             if listed:
                 context.told += told(dict.fromkeys(listed, "lists of experts are not shortened to equal lengths"))
-            made = [] if listed else [agreed(made, places.found)]
+            made = [] if listed else [common_options(made, places.found)]
         homes = homes_of(context.gated, groups_of(context.gated))
         whole = list(groups)
         for group in made:
@@ -151,7 +151,7 @@ class MixturesOfExperts(Family):
         return Replayed(SiteChoice(site.site, units - len(gone), form=site.form, gone=gone))
 
 
-def _refit(model: nn.Module, place: Experts, curve: Curve, channels: Mapping[int, tuple[int, ...]]) -> None:
+def _refit(model: nn.Module, place: Experts, curve: ExpertCurve, channels: Mapping[int, tuple[int, ...]]) -> None:
     """Write the refitted matrices, where the channels that stay are now; the others are sliced away afterwards."""
     for expert, keep in channels.items():
         found = curve.refitted(expert, keep)

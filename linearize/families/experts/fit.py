@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from linearize.algebra.covariance import Covariance
 from linearize.algebra.regression import Fit, fit, square_root
 from linearize.algebra.removal import Removal, removal_order
-from linearize.families.experts.apply import tensors_of
-from linearize.families.experts.place import Channels, Experts
-from linearize.families.experts.sums import Sums
+from linearize.families.experts.apply import named_tensors
+from linearize.families.experts.place import ExpertChannels, Experts
+from linearize.families.experts.sums import ExpertSums
 
-__all__ = ["Curve", "by_change", "by_norm", "curve_of", "quadratic"]
+__all__ = ["ExpertCurve", "by_change", "by_norm", "curve_of", "quadratic"]
 
 _RIDGE = 1e-3  # as for channels
 
 
-def quadratic(sums: Sums) -> Tensor:
+def quadratic(sums: ExpertSums) -> Tensor:
     """Q (E, E): taking experts S away is predicted to cost the sum of Q over S x S.
 
     Half of it is what gradients feel of the changes, which is right on the average, and noisy for experts that few
@@ -55,7 +55,7 @@ def by_change(costs: Tensor, most: int) -> list[int]:
     return order
 
 
-def by_norm(sums: Sums, most: int) -> list[int]:
+def by_norm(sums: ExpertSums, most: int) -> list[int]:
     """The order of REAP: the mean, over the tokens that pick an expert, of its weight times the norm of what it gives.
 
     Source: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", 2025
@@ -66,7 +66,7 @@ def by_norm(sums: Sums, most: int) -> list[int]:
 
 
 @dataclass
-class Curve:
+class ExpertCurve:
     """The channels of all experts of an observed place, with the weights that it has in a model.
 
     Attributes:
@@ -81,9 +81,9 @@ class Curve:
     _fits: dict[tuple[int, tuple[int, ...]], Fit] = field(default_factory=dict)
 
     @property
-    def sums(self) -> Sums:
+    def sums(self) -> ExpertSums:
         """What was found."""
-        found: Sums = self.place.sums
+        found: ExpertSums = self.place.sums
         return found
 
     @cached_property
@@ -148,18 +148,18 @@ class Curve:
         return self._fits[expert, keep]
 
 
-def curve_of(model: nn.Module, place: Experts) -> Curve | None:
+def curve_of(model: nn.Module, place: Experts) -> ExpertCurve | None:
     """The curve of an observed place; None if its channels are not known, or nothing reached it."""
     channels, sums = place.channels, place.sums
     if channels is None or sums is None or not sums.looked:
         return None
     bank = model.get_submodule(place.bank)
-    weights = tensors_of(bank, [channels.down])[channels.down].to(sums.rows)
+    weights = named_tensors(bank, [channels.down])[channels.down].to(sums.rows)
     weights = weights if _last(channels) else weights.transpose(1, 2)
-    biases = tensors_of(bank, [channels.bias])[channels.bias].to(sums.rows) if channels.bias else None
-    return Curve(place, weights, biases)
+    biases = named_tensors(bank, [channels.bias])[channels.bias].to(sums.rows) if channels.bias else None
+    return ExpertCurve(place, weights, biases)
 
 
-def _last(channels: Channels) -> bool:
+def _last(channels: ExpertChannels) -> bool:
     """Whether the channels stand on the last axis of the matrices that read them."""
     return channels.slots[channels.down].axis == 2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.families.experts.place import Channels, Experts
+from linearize.families.experts.place import ExpertChannels, Experts
 from linearize.families.experts.twin import borrowed, first_tensor
 
 __all__ = ["Bank"]
@@ -41,7 +41,7 @@ class Bank:
             raise ValueError("it gives no row for each row")
         return out
 
-    def channels(self, x: Tensor, index: Tensor, channels: Channels) -> Tensor:
+    def channels(self, x: Tensor, index: Tensor, channels: ExpertChannels) -> Tensor:
         """The channels of experts `index` (R,) for rows x (R, D), as the last matrix reads them: (R, M)."""
         twin = borrowed(self.whole)
         down = twin.get_parameter(channels.down)
@@ -61,7 +61,7 @@ class Bank:
             found.append(self.given(x, index, twin)[:, :some])
         return torch.cat(found, 1)
 
-    def misread(self, x: Tensor, index: Tensor, channels: Channels) -> float:
+    def misread(self, x: Tensor, index: Tensor, channels: ExpertChannels) -> float:
         """How far what experts give is from their last matrix times their channels, relative to the largest value."""
         h = self.channels(x, index, channels).double()
         down = self.whole.get_parameter(channels.down).double()[index]

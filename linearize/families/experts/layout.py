@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from linearize.families.experts.place import Channels, Experts, Meaning, Slots
+from linearize.families.experts.place import ExpertChannels, ExpertNumber, Experts, Slots
 from linearize.gating.gate import ChannelGate
-from linearize.surgery.attributes import numbers_of
+from linearize.surgery.attributes import whole_numbers_of
 from linearize.tensors import oddity
 
 __all__ = ["Attributes", "axis_of", "channels_of", "numbers_for", "parameters_of", "widths_for", "with_rows"]
 
-Attributes = dict[tuple[str, str], Meaning]
+Attributes = dict[tuple[str, str], ExpertNumber]
 
 _COUNTED = ("expert", "out_features")
 _WIDE = ("inter", "inner", "ffn", "ff_")
@@ -61,7 +61,7 @@ def numbers_for(model: nn.Module, place: Experts) -> Iterator[Attributes]:
         whole = ".".join(filter(None, (place.path, path)))
         if place.listed and whole.startswith(f"{place.bank}."):
             continue
-        some += [(whole, name) for name, value in numbers_of(module).items() if value == place.count]
+        some += [(whole, name) for name, value in whole_numbers_of(module).items() if value == place.count]
     likely = [key for key in some if any(part in key[1] for part in _COUNTED)]
     tried: list[list[tuple[str, str]]] = []
     for keys in (likely, some, []):
@@ -70,16 +70,16 @@ def numbers_for(model: nn.Module, place: Experts) -> Iterator[Attributes]:
             yield dict.fromkeys(keys, "experts")
 
 
-def widths_for(model: nn.Module, place: Experts, channels: Channels) -> Attributes:
+def widths_for(model: nn.Module, place: Experts, channels: ExpertChannels) -> Attributes:
     """Numbers of a bank that give the width of its experts; those that give another width, too, only by name."""
     bank = model.get_submodule(place.bank)
     down = bank.get_parameter(channels.down)
     sure = channels.width not in {place.shape[-1], down.shape[3 - channels.slots[channels.down].axis], place.count}
-    names = [name for name, value in numbers_of(bank).items() if value == channels.width]
+    names = [name for name, value in whole_numbers_of(bank).items() if value == channels.width]
     return {(place.bank, n): "width" for n in names if sure or any(part in n for part in _WIDE)}
 
 
-def channels_of(bank: nn.Module, inputs: int) -> Iterator[Channels]:
+def channels_of(bank: nn.Module, inputs: int) -> Iterator[ExpertChannels]:
     """Where the channels of a bank's experts may stand, the likeliest reading first.
 
     Args:
@@ -103,7 +103,7 @@ def channels_of(bank: nn.Module, inputs: int) -> Iterator[Channels]:
                     twice = any(size == 2 * width for size in others.values())
                     if twice or not woven:
                         slots = {n: Slots(by_name.get(n, 1), size // width, woven) for n, size in others.items()}
-                        yield Channels(width, {**slots, down: Slots(by_name[down])}, down, bias)
+                        yield ExpertChannels(width, {**slots, down: Slots(by_name[down])}, down, bias)
 
 
 def _biases(flats: Mapping[str, Tensor], outputs: int) -> Sequence[str]:

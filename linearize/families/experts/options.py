@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from linearize.families.experts.apply import tensors_of
-from linearize.families.experts.fit import Curve, by_change, by_norm, quadratic
+from linearize.families.experts.apply import named_tensors
+from linearize.families.experts.fit import ExpertCurve, by_change, by_norm, quadratic
 from linearize.families.experts.layout import parameters_of
 from linearize.families.experts.place import Experts
-from linearize.families.experts.twin import without
+from linearize.families.experts.twin import without_experts
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.training.distance import losses_with_all
 
-__all__ = ["EXPERTS", "NARROWER", "agreed", "channels_gone", "experts_groups", "split"]
+__all__ = ["EXPERTS", "NARROWER", "channels_gone", "common_options", "experts_groups", "split"]
 
 EXPERTS = "fewer experts"
 NARROWER = "narrower experts"
@@ -35,7 +35,7 @@ _LEAST = 1e-3  # of a predicted loss, which is counted where a few batches show 
 def experts_groups(
     model: nn.Module,
     places: Sequence[Experts],
-    curves: Mapping[str, Curve],
+    curves: Mapping[str, ExpertCurve],
     batches: Sequence[Any],
     *,
     round_to: int | None = None,
@@ -56,7 +56,7 @@ def experts_groups(
     for place in places:
         mixture = model.get_submodule(place.path)
         for gone in tried[place.bank]:
-            standing[_key(place, gone)] = {place.path: without(mixture, place, gone)}
+            standing[_key(place, gone)] = {place.path: without_experts(mixture, place, gone)}
     losses = losses_with_all(model, standing, batches, progress=progress)
     made = []
     for place in places:
@@ -92,7 +92,7 @@ def split(place: Experts, channels: Sequence[int]) -> tuple[tuple[int, ...], dic
     return (gone, keep) if len({len(some) for some in keep.values()}) == 1 else None
 
 
-def agreed(groups: Sequence[Group], places: Mapping[str, Experts]) -> Group:
+def common_options(groups: Sequence[Group], places: Mapping[str, Experts]) -> Group:
     """One group for several mixtures, in which all keep equally many experts of one width."""
     kinds = [{_kind(places, option): option for option in group.options} for group in groups]
     options = []
@@ -137,7 +137,7 @@ def _key(place: Experts, gone: Sequence[int]) -> str:
 def _group(
     model: nn.Module,
     place: Experts,
-    curve: Curve | None,
+    curve: ExpertCurve | None,
     fewer: Sequence[tuple[float, tuple[int, ...]]],
     round_to: int | None,
 ) -> Group:
@@ -182,7 +182,7 @@ def _option(model: nn.Module, place: Experts, choice: SiteChoice, loss: float, c
     router = experts = extra = 0.0
     for path, names in place.rows.items():
         module = model.get_submodule(path)
-        for name, value in tensors_of(module, names).items():
+        for name, value in named_tensors(module, names).items():
             size = value.numel() // place.count if name in module._parameters else 0
             if path != place.bank:
                 router += size

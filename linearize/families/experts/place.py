@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Channels", "Experts", "Key", "Meaning", "Slots"]
+__all__ = ["ArgumentKey", "ExpertChannels", "ExpertNumber", "Experts", "Slots"]
 
-Key = int | str
+ArgumentKey = int | str
 """Which argument of a call: its position, or its name."""
-Meaning = Literal["experts", "width"]
+ExpertNumber = Literal["experts", "width"]
 """What a number that a forward reads counts."""
 
 
@@ -50,7 +50,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Channels:
+class ExpertChannels:
     """The channels of all experts of a bank.
 
     Attributes:
@@ -98,11 +98,11 @@ class Experts:
     load: float = 0.0
     listed: bool = False
     rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    given: tuple[Key, Key, Key] = (0, 1, 2)
+    given: tuple[ArgumentKey, ArgumentKey, ArgumentKey] = (0, 1, 2)
     keyword: str = ""
     shape: tuple[int, ...] = ()
-    attributes: Mapping[tuple[str, str], Meaning] = field(default_factory=dict)
-    channels: Channels | None = None
+    attributes: Mapping[tuple[str, str], ExpertNumber] = field(default_factory=dict)
+    channels: ExpertChannels | None = None
     closed: bool = True
     fixed: str | None = None
     narrow: str | None = None

@@ -12,13 +12,13 @@ import torch
 
 from linearize.algebra.covariance import Covariance
 
-__all__ = ["Sums"]
+__all__ = ["ExpertSums"]
 
 _TENSORS = ("rows", "norms", "change", "felt", "power", "sensitivity")
 _NUMBERS = ("tokens", "looked", "energy", "samples")
 
 
-class Sums:
+class ExpertSums:
     """Sums over tokens.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sums:
         self.sensitivity = torch.zeros(outputs, outputs, **kind)
         self.hidden = [Covariance(channels, place) for _ in range(experts if channels else 0)]
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: ExpertSums) -> None:
         """Take in what was found on other batches."""
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from linearize.families.experts.apply import slice_experts
-from linearize.families.experts.place import Experts, Key
+from linearize.families.experts.place import ArgumentKey, Experts
 from linearize.gating.gate import ChannelGate
 from linearize.surgery.specs import replace_module
 
-__all__ = ["Renumbered", "argument", "borrowed", "first_tensor", "inside", "without"]
+__all__ = ["Renumbered", "borrowed", "call_argument", "first_tensor", "inside", "without_experts"]
 
 
 class Renumbered(nn.Module):
@@ -28,7 +28,7 @@ class Renumbered(nn.Module):
 
     kept: Tensor
 
-    def __init__(self, bank: nn.Module, kept: Tensor, key: Key) -> None:
+    def __init__(self, bank: nn.Module, kept: Tensor, key: ArgumentKey) -> None:
         super().__init__()
         self.bank, self.key = bank, key
         self.register_buffer("kept", kept, persistent=False)
@@ -77,7 +77,7 @@ def inside(place: Experts) -> Experts:
     return made
 
 
-def without(mixture: nn.Module, place: Experts, gone: Sequence[int]) -> nn.Module:
+def without_experts(mixture: nn.Module, place: Experts, gone: Sequence[int]) -> nn.Module:
     """A twin of a mixture without some experts. It gives what the sliced mixture would.
 
     Args:
@@ -100,7 +100,7 @@ def without(mixture: nn.Module, place: Experts, gone: Sequence[int]) -> nn.Modul
     return made.eval()
 
 
-def argument(args: tuple[Any, ...], kwargs: dict[str, Any], key: Key) -> Any:
+def call_argument(args: tuple[Any, ...], kwargs: dict[str, Any], key: ArgumentKey) -> Any:
     """One argument of a call; None if it is not there."""
     if isinstance(key, int):
         return args[key] if key < len(args) else None

@@ -19,12 +19,12 @@ from torch import nn
 
 from linearize.errors import CollapseError, LinearizeError
 from linearize.families.heads.apply import slice_heads, without_heads
-from linearize.families.heads.place import Heads, Meaning, counts
+from linearize.families.heads.place import HeadNumber, Heads, counts
 from linearize.families.trials import apart, outputs_of, roughened
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import first_line
 from linearize.running.copies import duplicate
-from linearize.surgery.attributes import numbers_of
+from linearize.surgery.attributes import whole_numbers_of
 from linearize.surgery.specs import replace_module
 
 __all__ = ["carried"]
@@ -33,7 +33,7 @@ _WIDTHS = ("dim", "size", "width", "embed", "feature", "channel", "nx", "nf")
 _PER_HEAD = ("head_dim", "head_size", "dim_head", "head_width", "dim_per_head", "size_per_head")
 _MOST = 48  # readings tried at a place
 
-Followed = dict[tuple[str, str], Meaning]
+Followed = dict[tuple[str, str], HeadNumber]
 
 
 def carried(model: nn.Module, places: Sequence[Heads], inputs: Inputs) -> tuple[list[Heads], dict[str, str]]:
@@ -49,7 +49,7 @@ def carried(model: nn.Module, places: Sequence[Heads], inputs: Inputs) -> tuple[
     trial = duplicate(model, CollapseError)
     paths = [path for place in places for path in (*place.touches, place.attention.owner)]
     trial = roughened(trial, (p for path in paths for p in trial.get_submodule(path).parameters()))
-    known: dict[tuple[Any, ...], list[Meaning | None]] = {}
+    known: dict[tuple[Any, ...], list[HeadNumber | None]] = {}
     good: list[Heads] = []
     reasons: dict[str, str] = {}
     for place in places:
@@ -72,20 +72,20 @@ def carried(model: nn.Module, places: Sequence[Heads], inputs: Inputs) -> tuple[
     return good, reasons
 
 
-def _followed(place: Heads, reading: Mapping[str, Meaning | None]) -> Followed:
+def _followed(place: Heads, reading: Mapping[str, HeadNumber | None]) -> Followed:
     return {(place.attention.owner, name): meaning for name, meaning in reading.items() if meaning is not None}
 
 
 def _readings(
-    model: nn.Module, place: Heads, known: list[Meaning | None] | None
-) -> Iterator[dict[str, Meaning | None]]:
+    model: nn.Module, place: Heads, known: list[HeadNumber | None] | None
+) -> Iterator[dict[str, HeadNumber | None]]:
     """What the numbers of the owner may count, the likeliest first."""
     owner = model.get_submodule(place.attention.owner)
     before, after = counts(place.attention, place.units), counts(place.attention, place.units - 1)
-    choices: dict[str, list[Meaning | None]] = {}
-    for name, value in numbers_of(owner).items():
+    choices: dict[str, list[HeadNumber | None]] = {}
+    for name, value in whole_numbers_of(owner).items():
         meanings = [m for m, number in before.items() if number == value]
-        distinct: dict[tuple[int, ...], Meaning | None] = {}
+        distinct: dict[tuple[int, ...], HeadNumber | None] = {}
         for meaning in sorted(meanings, key=lambda m: _unlikely(name, m)):
             numbers = tuple(counts(place.attention, n)[meaning] for n in (1, place.units - 1))
             distinct.setdefault(numbers, meaning if after[meaning] != value or numbers[0] != value else None)
@@ -105,14 +105,14 @@ def _readings(
                 yield first | dict(some)
 
 
-def _same(choices: Sequence[Meaning | None], meaning: Meaning | None) -> Meaning | None:
+def _same(choices: Sequence[HeadNumber | None], meaning: HeadNumber | None) -> HeadNumber | None:
     """The same meaning among those of another place, whose maps have other paths."""
     kind = None if meaning is None else (meaning[0], meaning[-1].rpartition(".")[2])
     alike = (m for m in choices if m is not None and (m[0], m[-1].rpartition(".")[2]) == kind)
     return next(alike, None)
 
 
-def _unlikely(name: str, meaning: Meaning) -> int:
+def _unlikely(name: str, meaning: HeadNumber) -> int:
     """How little a name speaks for a meaning."""
     wide = any(part in name for part in _WIDTHS) and "num" not in name
     if meaning[0] in ("rows", "columns"):

@@ -16,13 +16,13 @@ from linearize.families.gathered import Gathered
 from linearize.graph.attention import Attention
 from linearize.sites.site import Port
 
-__all__ = ["Heads", "Meaning", "counts"]
+__all__ = ["HeadNumber", "Heads", "counts"]
 
-Meaning = tuple[str, ...]
+HeadNumber = tuple[str, ...]
 """What a number that a forward reads counts: ("heads",), ("units",), ("share",), ("columns",), or ("rows", MODULE)."""
 
 
-def counts(attention: Attention, units: int) -> dict[Meaning, int]:
+def counts(attention: Attention, units: int) -> dict[HeadNumber, int]:
     """The numbers around an attention of which so many units are left.
 
     Examples:
@@ -35,7 +35,7 @@ def counts(attention: Attention, units: int) -> dict[Meaning, int]:
     each, width = len(attention.units[0]), len(attention.columns[0])
     heads, before = units * each, len(attention.units)
     shared = any(rows.shared for rows in attention.rows)
-    found: dict[Meaning, int] = {("heads",): heads}
+    found: dict[HeadNumber, int] = {("heads",): heads}
     found[("units",)] = 1 if shared else units
     found[("share",)] = heads if shared else each
     found[("columns",)] = heads * width
@@ -62,7 +62,7 @@ class Heads(Gathered):
     """
 
     attention: Attention
-    attributes: Mapping[tuple[str, str], Meaning] = field(default_factory=dict)
+    attributes: Mapping[tuple[str, str], HeadNumber] = field(default_factory=dict)
     batch: float = 1.0
     cached: bool = False
     seen: int = 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.cost import flops_of_modules
-from linearize.families.enclosing import free, homes_of, is_in, meddled, within
+from linearize.families.enclosing import encloses, homes_of, is_in, may_go, meddled
 from linearize.families.modules.place import Whole
 from linearize.gating.gate import ChannelGate
 from linearize.graph.protect import untouched
@@ -68,13 +68,13 @@ def wholes_of(
         module = model.get_submodule(path)
         axis = _axis(module, seen)
         quantised = any(oddity(parameter) for parameter in module.parameters())
-        if axis is None or quantised or not free(model, path, homes) or any(map(is_in(path), hooked)):
+        if axis is None or quantised or not may_go(model, path, homes) or any(map(is_in(path), hooked)):
             continue
         inputs, outputs = seen.before[axis], seen.after[axis]
         least = 2.0 * math.prod(seen.before) * outputs
         if inputs + outputs > _WIDEST or flops.get(path, 0) <= least:
             continue
-        sites = tuple(name for names in groups for name in names if within(path, homes[name]))
+        sites = tuple(name for names in groups for name in names if encloses(path, homes[name]))
         gated = sum(gate.alpha.numel() for gate in module.modules() if isinstance(gate, ChannelGate))
         params = float(sum(parameter.numel() for parameter in module.parameters()) - gated)
         costs = float(flops[path]), params
@@ -139,8 +139,8 @@ def _calls(model: nn.Module, batch: Any, keepers: Collection[str]) -> dict[str, 
 
     def hooks() -> Iterator[Any]:
         for path, module in model.named_modules():
-            within = any(path == gate or path.startswith(f"{gate}.") for gate in inner)
-            if path and not within and any(True for _ in module.children()):
+            encloses = any(path == gate or path.startswith(f"{gate}.") for gate in inner)
+            if path and not encloses and any(True for _ in module.children()):
                 seen = found[path] = _Call()
                 yield module.register_forward_pre_hook(begin(seen, kept=path in keepers), with_kwargs=True)
                 yield module.register_forward_hook(end(seen, kept=path in keepers), with_kwargs=True)
@@ -195,7 +195,7 @@ def _needed(
         inner = [other for other in found if other.inside == whole.path]
         direct = [
             names for names in groups
-            if within(whole.path, homes[names[0]]) and not any(within(o.path, homes[names[0]]) for o in inner)
+            if encloses(whole.path, homes[names[0]]) and not any(encloses(o.path, homes[names[0]]) for o in inner)
         ]  # fmt: skip
         own = whole.flops - sum(flops[other.path] for other in inner)
         for names in direct:

@@ -15,7 +15,7 @@ from linearize.families.option import Group, Option
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
 from linearize.planning.timing.enclosing import with_enclosing_latencies
-from linearize.planning.timing.in_place import Shares, shares_in_place
+from linearize.planning.timing.in_place import TimeShares, shares_in_place
 from linearize.planning.timing.layers import with_latencies
 from linearize.planning.timing.table import LatencyTable
 
@@ -68,7 +68,7 @@ def priced(
     gated: nn.Module,
     groups: Sequence[Group],
     layers: Callable[[Group, Option], Layers],
-    shares: Shares,
+    shares: TimeShares,
     whole: dict[int, float],
     *,
     size: int,

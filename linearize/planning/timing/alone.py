@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from linearize.bench import interleaved
 from linearize.export.runtimes import Runtime
 
-__all__ = ["Run", "filled", "runnable", "seconds_of", "spread"]
+__all__ = ["LayerCall", "interpolated", "runnable", "seconds_of", "spread"]
 
-Run = Callable[[], Any]
+LayerCall = Callable[[], Any]
 
 _NOTHING = "nothing"
 
 
-def runnable(layer: nn.Module, x: Tensor, runtime: Runtime | None, keyword: str = "") -> Run:
+def runnable(layer: nn.Module, x: Tensor, runtime: Runtime | None, keyword: str = "") -> LayerCall:
     """A call of a layer on a tensor.
 
     Args:
@@ -33,7 +33,7 @@ def runnable(layer: nn.Module, x: Tensor, runtime: Runtime | None, keyword: str 
     return partial(layer, *args, **kwargs) if runtime is None else runtime.run(layer, (args, kwargs))
 
 
-def seconds_of(runs: Mapping[str, Run], x: Tensor, rounds: int, runtime: Runtime | None) -> dict[str, Tensor]:
+def seconds_of(runs: Mapping[str, LayerCall], x: Tensor, rounds: int, runtime: Runtime | None) -> dict[str, Tensor]:
     """Seconds of every call, one for each round, in turns.
 
     In another runtime a call costs something whatever is called, which layers in a model do not pay: that of a layer
@@ -73,7 +73,7 @@ def spread(sizes: Sequence[float], most: int) -> list[int]:
     return sorted({min(ranked, key=lambda i: (abs(sizes[i] - size), i)) for size in wanted})
 
 
-def filled(sizes: Sequence[float], known: Mapping[int, float]) -> list[float]:
+def interpolated(sizes: Sequence[float], known: Mapping[int, float]) -> list[float]:
     """Times for all sizes from those of some: time per size runs straight from one to the next that is known.
 
     Args:
@@ -81,7 +81,7 @@ def filled(sizes: Sequence[float], known: Mapping[int, float]) -> list[float]:
         known: times by position.
 
     Examples:
-        >>> [round(time, 3) for time in filled([1.0, 0.5, 0.75, 0.25], {0: 1.0, 1: 0.6, 3: 0.3})]
+        >>> [round(time, 3) for time in interpolated([1.0, 0.5, 0.75, 0.25], {0: 1.0, 1: 0.6, 3: 0.3})]
         [1.0, 0.6, 0.825, 0.3]
     """
     measured = sorted((sizes[i], time / max(sizes[i], 1e-9)) for i, time in known.items())

@@ -14,7 +14,7 @@ from linearize.export.runtimes import Runtime
 from linearize.families.family import Layers
 from linearize.families.option import Group, Option
 from linearize.planning.timing.alone import runnable, seconds_of
-from linearize.planning.timing.in_place import Shares
+from linearize.planning.timing.in_place import TimeShares
 from linearize.running.models import evaluating
 
 __all__ = ["with_enclosing_latencies"]
@@ -26,7 +26,7 @@ def with_enclosing_latencies(
     original: nn.Module,
     groups: Sequence[Group],
     layers: Callable[[Group, Option], Layers],
-    shares: Shares,
+    shares: TimeShares,
     *,
     batch: int,
     rounds: int = 7,

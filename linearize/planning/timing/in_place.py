@@ -13,9 +13,9 @@ from torch import nn
 from linearize.bench import resized
 from linearize.running.models import batches_of, device_of, evaluating, move
 
-__all__ = ["Shares", "shares_in_place", "shares_of"]
+__all__ = ["TimeShares", "shares_in_place", "shares_of"]
 
-Shares = dict[str, dict[int, float]]
+TimeShares = dict[str, dict[int, float]]
 """By name of the part and batch size."""
 
 _WARMUP = 2
@@ -24,7 +24,7 @@ _RUNS_PER_ROUND = 3
 
 def shares_in_place(
     model: nn.Module, batch: Any, sizes: Sequence[int], parts: Mapping[str, Sequence[str]], *, rounds: int
-) -> Shares:
+) -> TimeShares:
     """Shares of a forward pass's time from the first module of each part to the last; medians over runs.
 
     Args:
@@ -55,7 +55,7 @@ def shares_of(
     parts: Mapping[str, Sequence[str]],
     *,
     rounds: int,
-) -> Shares:
+) -> TimeShares:
     """As `shares_in_place`, for anything that runs the model.
 
     Args:
@@ -64,7 +64,7 @@ def shares_of(
         parts: paths of modules, by name.
         rounds: a third of the number of runs.
     """
-    found: Shares = {name: {} for name in parts}
+    found: TimeShares = {name: {} for name in parts}
     clock = _Clock(device_of(model))
     with evaluating(model):
         handles = clock.watch(model, {path for paths in parts.values() for path in paths})

@@ -25,8 +25,8 @@ from linearize.families.family import Layers
 from linearize.families.option import Group, Option
 from linearize.gating.gate import ChannelGate, gates
 from linearize.gating.groups import ports_of
-from linearize.planning.timing.alone import Run, filled, runnable, seconds_of, spread
-from linearize.planning.timing.in_place import Shares
+from linearize.planning.timing.alone import LayerCall, interpolated, runnable, seconds_of, spread
+from linearize.planning.timing.in_place import TimeShares
 from linearize.planning.timing.table import LatencyTable
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
@@ -67,7 +67,7 @@ def with_latencies(
     batch: int,
     flops: float,
     table: LatencyTable,
-    shares: Shares | None = None,
+    shares: TimeShares | None = None,
     rounds: int = 7,
     runtime: Runtime | None = None,
 ) -> list[Group]:
@@ -99,7 +99,7 @@ def with_latencies(
     ]
 
 
-def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: LatencyTable, shares: Shares) -> Group:
+def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: LatencyTable, shares: TimeShares) -> Group:
     if len(group.options) == 1:  # its time is part of what no option changes
         return replace(group, options=(replace(group.stay, latency=0.0),))
     found = [0.0] * len(group.options)
@@ -130,7 +130,7 @@ def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tupl
     try:
         present = _present(bench.model, chain)
         present(x)
-        runs: dict[str, Run] = {"stay": runnable(present, x, bench.runtime)}
+        runs: dict[str, LayerCall] = {"stay": runnable(present, x, bench.runtime)}
         keys: dict[int, str] = {}
         for index in _chosen(bench, by_flops):
             layers = bench.layers(group, group.options[index])
@@ -149,7 +149,7 @@ def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tupl
     for key, values in samples.items():
         if key != "stay":
             table.entries[key] = max(_LEAST, float((values / samples["stay"]).median()))
-    return filled(by_flops, {0: 1.0, **{index: table.entries[key] for index, key in keys.items()}}), own
+    return interpolated(by_flops, {0: 1.0, **{index: table.entries[key] for index, key in keys.items()}}), own
 
 
 def _chosen(bench: _Bench, by_flops: Sequence[float]) -> list[int]:

@@ -53,7 +53,7 @@ class LatencyTable:
         text = json.dumps({key: value for key, value in self.entries.items() if _is_ratio(value)})
         with suppress(OSError, LinearizeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(self.path, lambda file: file.write(text.encode()))
+            atomic.write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
 def _is_ratio(value: Any) -> bool:
