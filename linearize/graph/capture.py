@@ -6,7 +6,6 @@ The graph is for analysis only. Users always get the eager modules back.
 from __future__ import annotations
 
 import io
-import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from linearize.graph.explain import explain
 from linearize.graph.opaque import opaque_layers
 from linearize.graph.protect import untouched
 from linearize.graph.stacks import WRAPPED, Call, call_of, stack_of
+from linearize.graph.state import muted
 from linearize.nest import copied, plain_nest
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -202,16 +202,8 @@ def _noting_others(model: nn.Module, others: set[int]) -> Iterator[None]:
 @contextmanager
 def silent() -> Iterator[None]:
     """A failed export logs and prints its whole graph; the error says enough."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with muted("torch.export", "torch._export", "torch.fx", "torch._dynamo"), redirect_stderr(io.StringIO()):
+        yield
 
 
 def _index(program: torch.export.ExportedProgram, model: nn.Module) -> Capture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.graph.capture import Inputs
 from linearize.graph.protect import untouched
+from linearize.graph.state import muted
 from linearize.nest import copied
 
 FakeRun = Callable[..., Any]
@@ -69,7 +69,7 @@ def fake_runs(model: nn.Module, inputs: Inputs, *, real: bool = False, on_cpu: b
         with torch.set_grad_enabled(gradients), around or nullcontext():
             return model(*args, **kwargs) if real else torch.func.functional_call(model, fake, args, kwargs)
 
-    with untouched(model), _quiet(), nullcontext() if real else mode:
+    with untouched(model), muted("torch._subclasses.fake_tensor"), nullcontext() if real else mode:
         yield run
 
 
@@ -82,18 +82,6 @@ def _twice(inputs: Inputs) -> Inputs:
 
     made: Inputs = pytree.tree_map_only(Tensor, doubled, inputs)
     return made
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A fake run that fails is an answer here, and nothing to log."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 __all__ = ["FakeRun", "fake_runs"]

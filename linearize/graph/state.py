@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import overrides
 from torch.utils import _python_dispatch
 
-__all__ = ["interrupt_behind", "same_modes", "same_random_numbers", "to_the_end"]
+__all__ = ["interrupt_behind", "muted", "same_modes", "same_random_numbers", "to_the_end"]
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
@@ -83,3 +84,17 @@ def same_random_numbers() -> Iterator[None]:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(arrays)
+
+
+@contextmanager
+def muted(*names: str) -> Iterator[None]:
+    """Inside this context, some of torch's loggers are silent: what fails there is an answer, and told as such."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

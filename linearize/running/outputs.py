@@ -230,8 +230,8 @@ def _names(pattern: str, name: str) -> bool:
 def _chosen(output: OutputChoice) -> tuple[dict[str, float] | None, dict[str, OutputKind] | None]:
     if output is None:
         return None, None
-    kinds = ", ".join(get_args(OutputKind))
-    remedy = f"Pass patterns of names, or a dict of patterns with weights above 0 or kinds ({kinds})."
+    known = ", ".join(get_args(OutputKind))
+    remedy = f"Pass patterns of names, or a dict of patterns with weights above 0 or kinds ({known})."
     if isinstance(output, str):
         output = [output]
     given = dict(output) if isinstance(output, Mapping) else None
