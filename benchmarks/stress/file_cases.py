@@ -76,6 +76,34 @@ def _llama() -> nn.Module:
     return model.eval()
 
 
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=100,
+    )  # fmt: skip
+    model: nn.Module = MixtralForCausalLM(config)
+    return model.eval()
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, vocab_size=100,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model: nn.Module = BertForMaskedLM(config)
+    return model.eval()
+
+
+def _compressed(model: nn.Module, **options: Any) -> nn.Module:
+    """Smaller by other families than channels: experts, heads, whole layers."""
+    data = [{"input_ids": torch.randint(0, 100, (4, 12))} for _ in range(4)]
+    return linearize.compress(model, data, params=0.85, progress=False, **options).model
+
+
 def _run(model: nn.Module, inputs: Any) -> Tensor:
     with torch.no_grad():
         out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
@@ -84,7 +112,7 @@ def _run(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def subjects(folder: Path) -> list[Subject]:
-    """Three models, each with gates and collapsed, saved."""
+    """Three models, each with gates and collapsed, and two that other families have changed; saved."""
     torch.manual_seed(0)
     ids = {"input_ids": torch.arange(8)[None], "use_cache": False}
     bases: list[tuple[str, Callable[[], nn.Module], Any]] = [
@@ -102,6 +130,14 @@ def subjects(folder: Path) -> list[Subject]:
             linearize.save(model, path)
             base = make if name == "plain" else None
             found.append(Subject(f"{name} {stage}", path.read_bytes(), base, inputs, _run(model.eval(), inputs)))
+    for name, make, families, given in (
+        ("mixture", _mixtral, ["experts"], ids),
+        ("encoder", _bert, ["heads", "depth", "modules"], {"input_ids": ids["input_ids"]}),
+    ):
+        model = _compressed(make(), families=families)
+        path = folder / f"{name}.safetensors"
+        linearize.save(model, path)
+        found.append(Subject(f"{name} compressed", path.read_bytes(), None, given, _run(model.eval(), given)))
     return found
 
 
