@@ -108,3 +108,45 @@ def test_a_call_in_a_loop_says_so() -> None:
     reasons = [row.reason or "" for row in rows if not row.gated]
     assert reasons
     assert all("one call of silu in the source of its methods runs 3 times" in reason for reason in reasons)
+
+
+class Documented(nn.Module):
+    """A forward with texts of several lines, whose indentation is a part of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 5)
+        self.said = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What it does.
+
+        Args:
+            x: of shape (B, 6).
+        """
+        self.said = """first
+            second
+        third"""
+        y: Tensor = self.b(F.gelu(self.a(x)))
+        return y
+
+
+def test_texts_of_several_lines_stay_as_they_are() -> None:
+    """The forwards of transformers' encoders for speech have such docstrings, and got no gate for it."""
+    x = torch.randn(3, 6, dtype=torch.float64)
+    gated, _ = check_chain(Documented().double(), x)
+    plain: Any = Documented().double()
+    plain(x)
+    assert gated.said == plain.said == "first\n            second\n        third"
+    assert type(gated).forward.__code__.co_consts[0] == Documented.forward.__code__.co_consts[0]
+
+
+def test_both_convolutions_of_whisper_get_gates() -> None:
+    from transformers import WhisperConfig, WhisperModel
+
+    sizes = {"d_model": 16, "vocab_size": 64, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 8}
+    counts = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = WhisperConfig(**sizes, **counts, encoder_ffn_dim=24, decoder_ffn_dim=24, pad_token_id=0)
+    inputs = {"input_features": torch.randn(1, 8, 20), "decoder_input_ids": torch.ones(1, 3, dtype=torch.long)}
+    gated = linearize.convert(WhisperModel(config).eval(), inputs)
+    assert {"encoder.gelu_0", "encoder.gelu_1"} <= set(linearize.gates(gated))

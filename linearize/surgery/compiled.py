@@ -10,7 +10,6 @@ import ast
 import functools
 import inspect
 import operator
-import textwrap
 from collections.abc import Callable, Iterable
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -104,10 +103,14 @@ def _definition(module: nn.Module, function: FunctionType) -> ast.FunctionDef:
     name = function.__name__
     try:
         lines, first = inspect.getsourcelines(function)
-        tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
+        # A method stands in a block: with less indentation, its texts of several lines would be other texts.
+        block = lines[0][:1].isspace()
+        tree = ast.parse("".join(["if True:\n"] * block + lines))
+        ast.increment_lineno(tree, first - 1 - block)
     except (OSError, TypeError, SyntaxError, ValueError) as error:
         raise refused(module, f"the source of its {name} cannot be read") from error
-    definition = tree.body[0] if len(tree.body) == 1 else None
+    body = tree.body[0].body if isinstance(tree.body[0], ast.If) else tree.body
+    definition = body[0] if len(body) == 1 else None
     if not isinstance(definition, ast.FunctionDef) or definition.name != name:
         raise refused(module, f"the source of its {name} is no plain function")
     definition.decorator_list = []
