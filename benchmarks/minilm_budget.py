@@ -31,7 +31,8 @@ from linearize.planning.budget import Budget
 from linearize.planning.carry_out import edited, planned, site_choices
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import settle
-from linearize.planning.survey import Survey, survey
+from linearize.planning.survey import Survey
+from linearize.planning.surveying import Wanted, survey
 from linearize.report.timing import environment, write_json
 from linearize.text_table import render
 
@@ -76,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gated = linearize.convert(original, known[0], exclude="pooler.*")
     batch = known[0]
     start = time.perf_counter()
-    found = survey(original, gated, known, batch, measure="flops", modules=False, progress=False)  # FFNs are compared
+    found = survey(original, gated, known, batch, Wanted("flops", modules=False), progress=False)  # FFNs are compared
     seconds = time.perf_counter() - start
     ffn = sum(group.stay.flops for group in found.groups)
     rows, models = [], {"original": original}

@@ -22,6 +22,7 @@ _HEADERS = ("site", "form", "nonlinear", "linear", "rank", "loss", "why not")
 UNCHANGED = "unchanged"  # no channel is linear: the activation comes back as it was
 NARROWED = "narrowed"  # channels leave all maps of a chain through a depthwise one
 MASKED = "partial activation"  # linear channels stay where they are, behind an activation that leaves them out
+FULL_LINES = ("merged", "vanished")  # every linear channel follows its line, in one map of full rank
 
 
 @dataclass(frozen=True)

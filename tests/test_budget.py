@@ -27,7 +27,8 @@ from linearize.planning.carry_out import site_choices
 from linearize.planning.knapsack import Choice, choose, uniform
 from linearize.planning.search import searched, unscaled
 from linearize.planning.settle import Settled
-from linearize.planning.survey import Survey, survey
+from linearize.planning.survey import Survey
+from linearize.planning.surveying import Wanted, survey
 from linearize.planning.timing.table import LatencyTable, cache_file
 from linearize.training.path import PlannedPath
 from tests.processors import assert_same_outputs, assert_same_tensors
@@ -327,7 +328,7 @@ def test_the_search_leaves_out_a_kind_of_options_whose_losses_are_wrong() -> Non
                           nn.Conv2d(24, 3, 1), nn.Flatten(), nn.Linear(3 * 36, 4)).eval()  # fmt: skip
     images = [torch.randn(16, 3, 6, 6) for _ in range(8)]
     gated = linearize.convert(model, images[0])
-    found = survey(model, gated, images, images[0], measure="flops", progress=False)
+    found = survey(model, gated, images, images[0], Wanted("flops"), progress=False)
     wrong = [
         replace(g, options=tuple(replace(o, loss=1e-9) if o.choices[0].replaces else o for o in g.options))
         for g in found.groups

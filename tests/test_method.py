@@ -28,7 +28,8 @@ from linearize.planning.knapsack import choose
 from linearize.planning.market import market_of, without_idle_biases
 from linearize.planning.request import Method, Request
 from linearize.planning.resume import fingerprint
-from linearize.planning.survey import Survey, survey
+from linearize.planning.survey import Survey
+from linearize.planning.surveying import Wanted, survey
 from linearize.running.copies import duplicate
 from linearize.training.auction import chosen
 from linearize.training.cost_prior import CostPrior
@@ -285,7 +286,7 @@ def test_the_command_line_says_what_is_wrong(
 
 def surveyed(model: nn.Module, data: Batches, measure: Any = "flops") -> Survey:
     gated = linearize.convert(model, data[0][0])
-    return survey(model, gated, data, data[0][0], measure=measure, progress=False)
+    return survey(model, gated, data, data[0][0], Wanted(measure), progress=False)
 
 
 def prior_of(found: Survey, only: str | None = None) -> CostPrior:

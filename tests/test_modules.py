@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import gates
 from linearize.gating.groups import groups_of
 from linearize.planning.knapsack import choose
-from linearize.planning.survey import layers_of, survey
+from linearize.planning.surveying import Wanted, survey
 from linearize.planning.timing.enclosing import with_enclosing_latencies
 from linearize.planning.timing.in_place import shares_in_place
 from linearize.surgery.only import OnlyLinear
@@ -458,7 +457,7 @@ def test_the_choice_among_modules_and_sites_is_the_best_of_all(seed: int) -> Non
 def test_costs_of_a_module_and_of_what_is_inside_add_up(data: list[Tensor]) -> None:
     model = network(1.0, 0.1)
     gated = linearize.convert(model, data[0])
-    found = survey(model, gated, data, data[0], measure="flops", progress=False)
+    found = survey(model, gated, data, data[0], Wanted("flops"), progress=False)
     modules = {group.sites[0]: group for group in found.groups if group.encloses}
     assert {"2", "2.mixer"} <= set(modules)
     inside = [group for group in found.groups if group.inside == "2"]
@@ -467,7 +466,7 @@ def test_costs_of_a_module_and_of_what_is_inside_add_up(data: list[Tensor]) -> N
     assert modules["2"].stay.params + sum(g.stay.params for g in inside) == whole.params
     assert 0 <= found.fixed < found.total
     timed = [replace(g, options=tuple(replace(o, latency=0.01) for o in g.options)) for g in found.groups]
-    layers = functools.partial(layers_of, found)
+    layers = found.layers
     timed = with_enclosing_latencies(model, timed, layers, {"2": {16: 0.5}}, batch=16, rounds=2)
     assert all(option.cost("latency") >= 0 for group in timed for option in group.options)
 

@@ -19,7 +19,8 @@ from linearize.gating.groups import groups_of
 from linearize.planning.carry_out import carry_out_choices, edited, site_choices
 from linearize.planning.knapsack import Choice
 from linearize.planning.search import searched
-from linearize.planning.survey import Survey, survey
+from linearize.planning.survey import Survey
+from linearize.planning.surveying import Wanted, survey
 from linearize.running.copies import Workbench
 from linearize.training.distance import Yardstick, real_loss
 
@@ -35,7 +36,7 @@ def surveyed() -> Survey:
     head = nn.Sequential(nn.Flatten(), nn.Linear(108, 32), nn.GELU(), nn.Linear(32, 4))
     model = nn.Sequential(block, head).eval()
     gated = linearize.convert(model, IMAGES[0])
-    return survey(model, gated, IMAGES, IMAGES[0], measure="flops", progress=False)
+    return survey(model, gated, IMAGES, IMAGES[0], Wanted("flops"), progress=False)
 
 
 @pytest.fixture(scope="module")

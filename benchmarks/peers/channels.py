@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from linearize.planning.budget import Budget
 from linearize.planning.carry_out import site_choices
 from linearize.planning.search import searched
 from linearize.planning.settle import settle
-from linearize.planning.survey import survey
+from linearize.planning.surveying import Wanted, survey
 
 __all__ = ["planned", "selective", "share_left", "spread"]
 
@@ -55,8 +54,8 @@ def freeze(gated: nn.Module) -> nn.Module:
 def planned(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
     """This project's plan: channels go to their lines, or out beside a refit and a skip, by what costs least."""
     gated = linearize.convert(subject.model, subject.example)
-    options: Any = {"measure": "activations", "seed": subject.seed, "progress": False}
-    found = survey(subject.model, gated, subject.calibration, subject.example, **options)
+    wanted = Wanted("activations", seed=subject.seed)
+    found = survey(subject.model, gated, subject.calibration, subject.example, wanted, progress=False)
     made = []
     for budget in budgets:
         around = searched(found, budget * found.total, subject.calibration, trials=_TRIALS, seed=subject.seed)

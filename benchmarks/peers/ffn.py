@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from benchmarks.peers.subject import Candidate, Subject
 from benchmarks.runs import Plain
 from linearize.families.option import Option
 from linearize.planning.carry_out import collapsed, edited, planned
-from linearize.planning.survey import survey
+from linearize.planning.surveying import Wanted, survey
 
 __all__ = ["of_hidden", "one_by_one", "relabelled"]
 
@@ -39,8 +38,8 @@ def relabelled(found: Plain, names: dict[float, float]) -> Plain:
 def one_by_one(subject: Subject, budgets: Sequence[float]) -> list[Candidate]:
     """Whole FFNs become one linear map each, fitted by least squares; those first that harm the output least."""
     gated = linearize.convert(subject.model, subject.example)
-    options: Any = {"measure": "flops", "seed": subject.seed, "modules": False, "progress": False}
-    found = survey(subject.model, gated, subject.calibration, subject.example, **options)
+    wanted = Wanted("flops", seed=subject.seed, modules=False)
+    found = survey(subject.model, gated, subject.calibration, subject.example, wanted, progress=False)
     linear: list[Option] = []
     for group in found.groups:
         whole = [option for option in group.options if all(choice.keep == 0 for choice in option.choices)]

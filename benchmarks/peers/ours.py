@@ -17,7 +17,8 @@ from linearize.planning.budget import Budget
 from linearize.planning.carry_out import site_choices
 from linearize.planning.search import searched, unscaled
 from linearize.planning.settle import Settled, settle
-from linearize.planning.survey import Survey, survey
+from linearize.planning.survey import Survey
+from linearize.planning.surveying import Wanted, survey
 
 __all__ = ["alone", "plan", "settled_for", "surveyed"]
 
@@ -71,10 +72,7 @@ def surveyed(subject: Subject, measure: Measure, cache: Path | None, exclude: st
             linearize.convert(subject.model, subject.example, exclude=exclude),
             subject.calibration,
             subject.example,
-            measure="latency" if timed else measure,
-            batch_sizes=list(subject.sizes),
-            seed=subject.seed,
-            cache=cache,
+            Wanted("latency" if timed else measure, batch_sizes=list(subject.sizes), seed=subject.seed, cache=cache),
             progress=False,
         )
         subject.surveys[str(exclude)] = known

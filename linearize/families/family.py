@@ -23,7 +23,7 @@ from linearize.training.slots import Slot
 REMAKE = "Make the plan from this model."
 """The remedy where a plan is of another model."""
 
-__all__ = ["REMAKE", "Context", "Family", "Layers", "Movable", "Replayed"]
+__all__ = ["REMAKE", "Assembled", "Context", "Family", "Layers", "Movable", "Replayed"]
 
 
 @dataclass
@@ -95,6 +95,19 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Assembled:
+    """The layers of a group as one module of the group's input, to time them.
+
+    Attributes:
+        module: in eval mode.
+        key: plain data that describe what stands around an option's layers, for tables of times.
+    """
+
+    module: nn.Module
+    key: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
 class Replayed:
     """A choice that was read from a plan. `keep` has the indices of channels that stay, if the plan names them."""
 
@@ -144,6 +157,13 @@ class Family(Protocol):
 
     def layers(self, model: nn.Module, places: Any, group: Group, option: Option) -> Layers:
         """The layers that an option would leave. Raises if they cannot be run separately."""
+
+    def together(self, model: nn.Module, places: Any, group: Group, layers: Layers | None) -> Assembled | None:
+        """The layers of an option of a group as one module, or the present ones. None, the default, if they cannot be.
+
+        Needed only for groups that enclose no others: those are timed by what is called in the place of their module.
+        """
+        return None
 
     def apply(
         self,

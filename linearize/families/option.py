@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from linearize.plan import UNCHANGED, added_form
+from linearize.plan import FULL_LINES, UNCHANGED, added_form
 from linearize.text_table import render
 
 __all__ = ["MEASURES", "Group", "Measure", "Option", "SiteChoice", "frontier"]
@@ -42,6 +42,11 @@ class SiteChoice:
         """True if the modules of the site are replaced at once, so that no gate is left."""
         form = added_form(self.form)
         return form is not None and form.replaces
+
+    @property
+    def of_one_kind(self) -> bool:
+        """True if its channels all do the same: all are gone, or all follow their line, in one full linear map."""
+        return not self.replaces and (not self.rank or self.form in FULL_LINES)
 
     def __str__(self) -> str:
         form = added_form(self.form)

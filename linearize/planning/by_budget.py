@@ -25,7 +25,8 @@ from linearize.planning.request import Request
 from linearize.planning.search import searched, unscaled
 from linearize.planning.sequential import edited_in_order
 from linearize.planning.settle import Settled, settle
-from linearize.planning.survey import Survey, survey
+from linearize.planning.survey import Survey
+from linearize.planning.surveying import Wanted, survey
 from linearize.running.processes import agreed, from_first
 from linearize.surgery.form_choice import mask_of
 from linearize.training.distance import check_seen
@@ -67,23 +68,25 @@ def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             job.gated,
             job.data,
             job.batch,
-            measure=asked[0],
-            also=asked[1:],
-            point=job.point(request),
-            batch_sizes=request.batch_sizes,
-            round_to=means.round_to,
-            uniform=request.uniform or means.uniform,
-            stock=not means.own_layers,
-            modules=means.modules,
-            families=request.families,
-            seed=request.seed,
-            rounds=min(measurements(request), 9),
-            cache=request.table,
-            runtime=job.runtime,
+            Wanted(
+                asked[0],
+                also=asked[1:],
+                point=job.point(request),
+                batch_sizes=request.batch_sizes,
+                round_to=means.round_to,
+                uniform=request.uniform or means.uniform,
+                stock=not means.own_layers,
+                modules=means.modules,
+                families=request.families,
+                seed=request.seed,
+                rounds=min(measurements(request), 9),
+                cache=request.table,
+                runtime=job.runtime,
+                lean=job.lean,
+            ),
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
             notes=job.notes,
-            lean=job.lean,
         )
 
 

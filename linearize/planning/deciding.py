@@ -160,16 +160,12 @@ def _directions(found: Survey, budget: Budget) -> dict[str, SiteChoice]:
     """
 
     def plain(group: Group) -> Group:
-        good = [o for o in group.options[1:] if all(map(_is_cut, o.choices)) and not group.encloses]
+        good = [o for o in group.options[1:] if all(c.of_one_kind for c in o.choices) and not group.encloses]
         return replace(group, options=(group.stay, *good))
 
     picked = choose([plain(g) for g in found.groups], found.measure, budget.fraction * found.total - found.fixed)
     known = gates(found.gated)
     return {site: choice for site, choice in site_choices(picked).items() if choice.rank and site in known}
-
-
-def _is_cut(choice: SiteChoice) -> bool:
-    return not choice.replaces and (not choice.rank or choice.form in ("merged", "vanished"))
 
 
 def _all_gone(prior: CostPrior) -> bool:

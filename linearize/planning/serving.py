@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from linearize.families.family import Layers
-from linearize.families.option import Group, Option
+from linearize.families.option import Group
 from linearize.planning.timing.all import batch_size, parts_of, priced
 from linearize.planning.timing.in_place import shares_of
+from linearize.planning.timing.shown import Shown
 from linearize.running.models import evaluating
 from linearize.serving.decoder import Decoder
 from linearize.serving.memory import Memory, weight_bytes
@@ -64,7 +64,7 @@ def with_steps(
     original: nn.Module,
     gated: nn.Module,
     groups: Sequence[Group],
-    layers: Callable[[Group, Option], Layers],
+    shown: Shown,
     batch: Any,
     point: Point,
     *,
@@ -79,7 +79,7 @@ def with_steps(
         original: the model as it came.
         gated: the same, converted.
         groups: with options.
-        layers: what would stand for an option of a group.
+        shown: the layers of each option of a group.
         batch: the example, in which the shapes of the groups were seen.
         point: batch size and context of the step.
         flops: of the original, for the example.
@@ -101,7 +101,7 @@ def with_steps(
     shaped = [replace(group, shape=_shape(group.shape, old, tokens)) for group in groups]
     whole = {point.batch: sorted(seconds)[len(seconds) // 2]}
     size = batch_size(batch)
-    timed = priced(original, gated, shaped, layers, shares, whole, size=size, flops=flops, rounds=rounds, cache=cache)
+    timed = priced(original, gated, shaped, shown, shares, whole, size=size, flops=flops, rounds=rounds, cache=cache)
     by_place = {(group.sites, group.encloses): group for group in timed}
     return [_noted(group, by_place[group.sites, group.encloses], kind) for group in groups]
 

@@ -19,7 +19,8 @@ from linearize.families.channels.layers import layers_of
 from linearize.families.channels.moving import movable
 from linearize.families.channels.observation import Observation
 from linearize.families.channels.options import group_options
-from linearize.families.family import Context, Family, Layers, Movable, Replayed
+from linearize.families.channels.together import present_layers, with_layers
+from linearize.families.family import Assembled, Context, Family, Layers, Movable, Replayed
 from linearize.families.option import Group, Option, SiteChoice
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import MASKED, Form, SitePlan
@@ -101,6 +102,16 @@ class Channels(Family):
     def layers(self, model: nn.Module, places: ChannelPlaces, group: Group, option: Option) -> Layers:
         """The maps and activations that would remain."""
         return layers_of(model, group, option)
+
+    def together(
+        self, model: nn.Module, places: ChannelPlaces, group: Group, layers: Layers | None
+    ) -> Assembled | None:
+        """The maps and activations of all sites of the group, one after the other."""
+        named = gates(model)
+        if not all(name in named for name in group.sites):
+            return None
+        chain = [named[name] for name in group.sites]
+        return present_layers(model, chain) if layers is None else Assembled(with_layers(chain, layers.modules))
 
     def apply(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from linearize.bench import benchmark
 from linearize.export.runtimes import Runtime
-from linearize.families.family import Layers
-from linearize.families.option import Group, Option
+from linearize.families.option import Group
 from linearize.gating.gate import gates
 from linearize.gating.groups import ports_of
 from linearize.planning.timing.enclosing import with_enclosing_latencies
 from linearize.planning.timing.in_place import TimeShares, shares_in_place
 from linearize.planning.timing.layers import with_latencies
+from linearize.planning.timing.shown import Shown
 from linearize.planning.timing.table import LatencyTable
 
 __all__ = ["batch_size", "parts_of", "priced", "timed"]
@@ -26,7 +26,7 @@ def timed(
     original: nn.Module,
     gated: nn.Module,
     groups: Sequence[Group],
-    layers: Callable[[Group, Option], Layers],
+    shown: Shown,
     batch: Any,
     batch_sizes: Sequence[int] | None,
     *,
@@ -41,7 +41,7 @@ def timed(
         original: the model as it came.
         gated: the same, converted.
         groups: of sites, and of places that enclose them.
-        layers: what would stand for an option of a group.
+        shown: the layers of each option of a group.
         batch: one.
         batch_sizes: None takes that of the batch.
         flops: of the original, for the batch.
@@ -55,7 +55,7 @@ def timed(
     shares = shares_in_place(original, batch, sizes, parts_of(gated, groups), rounds=rounds)
     whole = _whole(original, batch, sizes, rounds, runtime)
     how: dict[str, Any] = {"size": size, "flops": flops, "rounds": rounds, "cache": cache, "runtime": runtime}
-    return priced(original, gated, groups, layers, shares, whole, **how)
+    return priced(original, gated, groups, shown, shares, whole, **how)
 
 
 def parts_of(gated: nn.Module, groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -67,7 +67,7 @@ def priced(
     original: nn.Module,
     gated: nn.Module,
     groups: Sequence[Group],
-    layers: Callable[[Group, Option], Layers],
+    shown: Shown,
     shares: TimeShares,
     whole: dict[int, float],
     *,
@@ -83,7 +83,7 @@ def priced(
         original: the model as it came.
         gated: the same, converted.
         groups: of sites, and of places that enclose them, with the shapes of their inputs.
-        layers: what would stand for an option of a group.
+        shown: the layers of each option of a group.
         shares: measured inside the model.
         whole: seconds of the whole model, by batch size.
         size: of the batch in which the shapes are.
@@ -97,7 +97,7 @@ def priced(
     inner = with_latencies(
         gated,
         inner,
-        layers,
+        shown,
         whole,
         batch=size,
         flops=flops,
@@ -108,7 +108,7 @@ def priced(
     )
     outer = [group for group in groups if group.encloses]
     return with_enclosing_latencies(
-        original, [*inner, *outer], layers, shares, batch=size, rounds=rounds,
+        original, [*inner, *outer], shown.layers, shares, batch=size, rounds=rounds,
         whole=None if runtime is None else whole, runtime=runtime,
     )  # fmt: skip
 
@@ -119,7 +119,8 @@ def _modules_of(gated: nn.Module, group: Group) -> list[str]:
         return list(group.sites)
     if group.touches:
         return list(group.touches)
-    sites = [site for name in group.sites if (site := gates(gated)[name].site) is not None]
+    named = gates(gated)
+    sites = [site for name in group.sites if name in named and (site := named[name].site) is not None]
     ports = [port.module for site in sites for port in ports_of(site)]
     folds = [f.module for site in sites for f in (*site.folds, *site.up_folds, *site.consumer_folds)]
     return list(dict.fromkeys((*ports, *folds)))

@@ -10,27 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from linearize.export.runtimes import Runtime
-from linearize.families.channels.editable import fold_of
-from linearize.families.channels.layers import released
-from linearize.families.family import Layers
-from linearize.families.option import Group, Option
-from linearize.gating.gate import ChannelGate, gates
-from linearize.gating.groups import ports_of
+from linearize.families.option import Group
 from linearize.planning.timing.alone import LayerCall, interpolated, runnable, seconds_of, spread
 from linearize.planning.timing.in_place import TimeShares
+from linearize.planning.timing.shown import Shown
 from linearize.planning.timing.table import LatencyTable
 from linearize.report.timing import environment
 from linearize.running.models import evaluating
-from linearize.sites.site import Port, Site
 
 __all__ = ["with_latencies"]
 
@@ -46,7 +40,7 @@ class _Bench:
     """Where and how latencies are measured."""
 
     model: nn.Module
-    layers: Callable[[Group, Option], Layers]
+    shown: Shown
     batch: int
     sizes: Sequence[int]
     rounds: int
@@ -61,7 +55,7 @@ class _Bench:
 def with_latencies(
     model: nn.Module,
     groups: Sequence[Group],
-    layers: Callable[[Group, Option], Layers],
+    shown: Shown,
     whole: dict[int, float],
     *,
     batch: int,
@@ -75,8 +69,8 @@ def with_latencies(
 
     Args:
         model: gated.
-        groups: with options from `candidates`.
-        layers: what would stand for an option of a group.
+        groups: with their options.
+        shown: the layers of each option of a group.
         whole: seconds of the whole original model, by batch size.
         batch: size of the batch in which the shapes were seen.
         flops: of the whole original model, for that batch.
@@ -87,7 +81,7 @@ def with_latencies(
 
     Options whose layers cannot be run by themselves are given the share of time that their FLOPs would take.
     """
-    bench = _Bench(model, layers, batch, list(whole), rounds, flops, runtime)
+    bench = _Bench(model, shown, batch, list(whole), rounds, flops, runtime)
     with evaluating(model):
         measured = [_measured(bench, group, whole, table, shares or {}) for group in groups]
     table.save()
@@ -118,27 +112,29 @@ def _measured(bench: _Bench, group: Group, whole: dict[int, float], table: Laten
 
 def _ratios(bench: _Bench, group: Group, size: int, table: LatencyTable) -> tuple[list[float], float | None]:
     """Time of every option relative to the first, and the seconds of the first; by FLOPs and None if it cannot run."""
-    named = gates(bench.model)
     shape = group.shape
     by_flops = [option.flops / max(group.stay.flops, 1.0) for option in group.options]
-    if not shape or shape[0] % bench.batch or not all(name in named for name in group.sites):
+    if not shape or shape[0] % bench.batch:
         return by_flops, None
-    chain = [named[name] for name in group.sites]
     like = bench.like
     shape = (shape[0] // bench.batch * size, *shape[1:])
     x = torch.randn(shape, dtype=like.dtype, device=like.device)
     try:
-        present = _present(bench.model, chain)
-        present(x)
-        runs: dict[str, LayerCall] = {"stay": runnable(present, x, bench.runtime)}
+        present = bench.shown.together(group, None)
+        if present is None:
+            return by_flops, None
+        present.module(x)
+        runs: dict[str, LayerCall] = {"stay": runnable(present.module, x, bench.runtime)}
         keys: dict[int, str] = {}
         for index in _chosen(bench, by_flops):
-            layers = bench.layers(group, group.options[index])
-            key = keys[index] = _key(bench, chain, shape, layers.key)
+            layers = bench.shown.layers(group, group.options[index])
+            key = keys[index] = _key(bench, present.key, shape, layers.key)
             if key not in table.entries and key not in runs:
-                call = _Chain(chain, layers.modules, {})
-                call(x)
-                runs[key] = runnable(call, x, bench.runtime)
+                option = bench.shown.together(group, layers)
+                if option is None:
+                    return by_flops, None
+                option.module(x)
+                runs[key] = runnable(option.module, x, bench.runtime)
     except Exception as error:  # whatever stands between the maps may need the shapes that it knows
         _log.debug("%s: cannot be run by itself (%s); FLOPs tell what it takes", group.sites[0], error)
         return by_flops, None
@@ -159,79 +155,10 @@ def _chosen(bench: _Bench, by_flops: Sequence[float]) -> list[int]:
     return [1 + index for index in spread(by_flops[1:], _EXPORTED)]
 
 
-def _key(bench: _Bench, chain: Sequence[ChannelGate], shape: tuple[int, ...], text: str) -> str:
+def _key(bench: _Bench, present: Sequence[Any], shape: tuple[int, ...], text: str) -> str:
     like = bench.like
     facts = environment(like.device, like.dtype)
     where = {name: facts[name] for name in ("device", "threads", "dtype", "torch")}
     where |= {} if bench.runtime is None else {"runtime": bench.runtime.told}
-    sites = [(repr(released(gate)), gate.axis, gate.channels, len(_folds(gate.site))) for gate in chain]
-    before = [(p.kind, p.total) for gate in chain if gate.site is not None for p in ports_of(gate.site)]
-    told = json.dumps([where, shape, sites, before, text], sort_keys=True, default=str)
+    told = json.dumps([where, shape, *present, text], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:24]
-
-
-def _folds(site: Site | None) -> tuple[Any, ...]:
-    return () if site is None else (*site.folds, *site.up_folds, *site.consumer_folds)
-
-
-def _present(model: nn.Module, chain: Sequence[ChannelGate]) -> nn.Module:
-    """The layers of a group as they stand in the model, norms included, gates not."""
-    ports = {port.module for gate in chain if gate.site is not None for port in ports_of(gate.site)}
-    layers = {path: model.get_submodule(path) for path in ports}
-    layers |= {f"{gate.site.name} activation": released(gate) for gate in chain if gate.site is not None}
-    folds = {}
-    for gate in chain:
-        if gate.site is not None and gate.site.folds:
-            scale, shift = fold_of(model, gate.site.folds, gate.channels)
-            weight = next(model.parameters())
-            folds[gate.site.name] = (scale.to(weight), shift.to(weight))
-    return _Chain(chain, layers, folds)
-
-
-class _Chain(nn.Module):
-    """Runs the layers of a group one after the other, as the model would."""
-
-    def __init__(
-        self, chain: Sequence[ChannelGate], layers: Mapping[str, nn.Module], folds: dict[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        super().__init__()
-        self.gates, self.layers, self.folds = tuple(chain), dict(layers), folds
-        self.held = nn.ModuleList(layers.values())  # an exporter looks for weights in modules only
-        self.training = False
-
-    def forward(self, x: Tensor) -> Any:
-        """The outputs of the last layers."""
-        outputs: list[Tensor] = []
-        for gate in self.gates:
-            site = gate.site
-            if site is None or site.producer is None:
-                raise ValueError("a site without a producer")
-            if not outputs:
-                outputs = [self._layer(site.producer)(x)]
-            h = outputs[0]
-            up: Tensor | None = None
-            if site.up is not None:
-                if site.up.module == site.producer.module:
-                    first, second = h.chunk(2, -1)
-                    h, up = (first, second) if site.producer.start == 0 else (second, first)
-                else:
-                    up = self._layer(site.up)(x)
-            if site.name in self.folds:
-                scale, shift = self.folds[site.name]
-                axis = -gate.axis - 1
-                h = _norm(h, scale, shift, axis)
-            h = self.layers[f"{site.name} activation"](h)
-            h = h if up is None else h * up
-            outputs = [self._layer(port)(h) for port in site.consumers]
-        return outputs
-
-    def _layer(self, port: Port) -> nn.Module:
-        return self.layers[port.module]
-
-
-def _norm(h: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
-    """A norm in eval mode costs what this costs."""
-    if axis == h.dim() - 2:
-        return functional.batch_norm(h, torch.zeros_like(shift), torch.ones_like(scale), scale, shift)
-    sizes = (-1, *(1,) * axis)
-    return torch.addcmul(shift.view(sizes), h, scale.view(sizes))
