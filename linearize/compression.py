@@ -107,7 +107,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
 
 
 def check_request(model: nn.Module, data: Iterable[Any], request: Request) -> None:
-    """Check what a model cannot be made into, before anything else is done with it, such as a first training.
+    """Check, before any training, that the target format and the serving budget suit the model.
 
     Raises:
         LinearizeError: a format cannot hold it, or it cannot be served as a budget asks.

@@ -85,7 +85,7 @@ def converted(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> nn.Module:
-    """As `convert`, of a copy; but where no activation can get a gate, it has the record of them (`check_gated`)."""
+    """Convert a copy; if no activation can get a gate, give the copy with the reasons on record (`check_gated`)."""
     model = eager_model(model)
     with ALONE, torch.inference_mode(mode=False), _plain_default_device(model):
         return _convert(model, example_inputs, include, exclude, inplace=False, bare=True)

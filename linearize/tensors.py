@@ -134,7 +134,7 @@ def is_computed(module: nn.Module, name: str = "weight") -> bool:
 
 
 def meddler(module: nn.Module) -> str | None:
-    """What else happens when a module is called, in words: a hook, or a forward set on the object. None if nothing.
+    """Name the hook, or the `forward` set on the object, that a layer in a module's place would lose; None if none.
 
     Hooks that compute the module's own weight or bias (weight norm, pruning) are no others: what they make is read.
 

@@ -95,7 +95,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
 def test_a_killed_save_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch; from linearize.storage import atomic;\n"
-        "atomic.write(sys.argv[1], lambda file: os.kill(os.getpid(), signal.SIGKILL))"
+        "atomic.write_atomically(sys.argv[1], lambda file: os.kill(os.getpid(), signal.SIGKILL))"
     )
     path = tmp_path / "m.safetensors"
     save(nn.Linear(2, 2), path)

@@ -47,7 +47,7 @@ class Asked:
     def of(
         cls, params: Any, flops: Any, out: Any, *, stock: bool | None, round_to: int | None, seed: int, source: Any
     ) -> Asked:
-        """Check them.
+        """Check the arguments, and make the object.
 
         Raises:
             UsageError: one is out of range, or they do not go together.
@@ -139,7 +139,7 @@ class Costs:
 
     @classmethod
     def of(cls, model: nn.Module, blocks: Sequence[str], batch: Any, measure: str) -> Costs:
-        """Count them, from shapes alone.
+        """Count the costs of all blocks, from shapes alone.
 
         Args:
             model: it needs no weights.

@@ -8,7 +8,6 @@ they changed.
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,8 +43,6 @@ from linearize.training.distance import real_loss
 from linearize.zoo.hollow import without_cache
 
 __all__ = ["Engine"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

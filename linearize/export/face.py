@@ -67,7 +67,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the runtime gave.
+    """The result of running the exported file in its runtime.
 
     Attributes:
         runtime: its name and version.

@@ -37,7 +37,7 @@ def check_exportable(model: nn.Module, name: str) -> None:
 
 
 def expect_fit(model: nn.Module, *, stock: bool, target: str | None) -> None:
-    """Before any work: what shall be stock, or go into a format, afterwards must be able to now.
+    """Check, before any work, that the model is stock now, and that the target format can hold it.
 
     Raises:
         CheckpointError: it is not stock.
@@ -50,7 +50,7 @@ def expect_fit(model: nn.Module, *, stock: bool, target: str | None) -> None:
 
 
 def prove_fit(model: nn.Module, example_inputs: Any, *, stock: bool, target: str | None) -> None:
-    """After it: warn if it is not, or cannot, with the reason."""
+    """Warn, with the reason, if the compressed model is not stock, or if the target format cannot hold it."""
     if stock:
         prove_stock(model, example_inputs)
     if target is None:

@@ -125,7 +125,7 @@ class OrtSession:
         )
 
     def run(self, batch: Inputs) -> Callable[[], Any]:
-        """A call on a batch."""
+        """A function without arguments that runs the file once on the batch."""
         arrays = [t.detach().cpu().contiguous().numpy() for t in batch_tensors(batch)]
         return partial(self.session.run, None, dict(zip(self.shapes, arrays, strict=True)))
 

@@ -131,7 +131,7 @@ class OvSession:
         )
 
     def run(self, batch: Inputs) -> Callable[[], Any]:
-        """A call on a batch, whose outputs are its own until the next."""
+        """A function without arguments that runs the file once on the batch; outputs last until the next call."""
         tensors = [t.detach().cpu().contiguous().numpy() for t in batch_tensors(batch)]
         request = self.made.create_infer_request()
         return partial(request.infer, tensors, share_inputs=True, share_outputs=True)

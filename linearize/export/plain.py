@@ -7,9 +7,8 @@ from torch import nn
 
 from linearize.export.face import Format, Refusal
 from linearize.gating.gate import ChannelGate
-from linearize.zoo.stock import is_ours
 
-__all__ = ["allowance", "floating_types", "gated", "own_layers"]
+__all__ = ["allowance", "floating_types", "gated"]
 
 
 def floating_types(model: nn.Module) -> list[torch.dtype]:
@@ -23,15 +22,6 @@ def allowance(chosen: Format, model: nn.Module) -> float:
 
 
 def gated(model: nn.Module) -> Refusal | None:
-    """A gate that is still there."""
+    """The refusal for the first gate that is still in a model; None if there is none."""
     found = next((path for path, module in model.named_modules() if isinstance(module, ChannelGate)), None)
     return None if found is None else Refusal(found, "is still a gate")
-
-
-def own_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Layers that no library but this one has, outermost first, without what is inside them."""
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if is_ours(module) and not any(path.startswith(f"{outer}.") for outer, _ in found):
-            found.append((path, module))
-    return found

@@ -36,7 +36,7 @@ class Session(Protocol):
         """Whether a batch has the sizes that the file leaves open, or fixes."""
 
     def run(self, batch: Inputs) -> RuntimeCall:
-        """A call on a batch."""
+        """A function without arguments that runs the file once on the batch."""
 
 
 class Runtime:

@@ -58,7 +58,7 @@ class Stock:
         return {"class": type(made).__name__, "load by": autos, **({"config": changed} if changed else {})}
 
     def check(self, subject: Subject, path: Path) -> Proof:
-        """Loaded as anybody loads it."""
+        """Load the folder with transformers or timm, and compare outputs."""
         if is_timm(subject.model):
             import timm
 

@@ -44,7 +44,7 @@ def encloses(path: str, parts: Sequence[str]) -> bool:
 
 
 def is_in(path: str) -> Callable[[str], bool]:
-    """What tells of a path whether it is a module or inside of it."""
+    """A function that tells of a path whether it is `path` or lies inside it."""
     return lambda other: other == path or other.startswith(f"{path}.")
 
 

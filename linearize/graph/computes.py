@@ -35,9 +35,9 @@ _NORMS = frozenset(
 def _pool(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     name = op_name(node)
     spatial = int(name.replace("_aa", "")[-2])
-    padding = argument(node, 3, "padding", 0) if name.startswith("avg_pool") else 0
+    padding = argument(node, "padding", 0) if name.startswith("avg_pool") else 0
     padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
-    padded = padded or (name.startswith("avg_pool") and argument(node, 6, "divisor_override") is not None)
+    padded = padded or (name.startswith("avg_pool") and argument(node, "divisor_override") is not None)
     if axis >= len(before) - spatial:
         return Motion(None, f"{name} runs over the channels")
     return Motion(axis, steady=not padded)
@@ -45,10 +45,10 @@ def _pool(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
 
 @rule("mean", "sum")
 def _mean(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    dims = axes_of(argument(node, 1, "dim"), len(before))
+    dims = axes_of(argument(node, "dim"), len(before))
     if axis in dims:
         return Motion(None, f"{op_name(node)} runs over the channels")
-    keep = bool(argument(node, 2, "keepdim", False))
+    keep = bool(argument(node, "keepdim", False))
     moved = axis if keep else axis - sum(d < axis for d in dims)
     return Motion(moved, steady=op_name(node) == "mean")
 
@@ -106,7 +106,7 @@ def _add(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 def _batch_norm(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if source is not node.args[0] or axis != 1:
         return Motion(1 if len(after) > 1 else None, "a batch norm over another axis")
-    if argument(node, 5, "training", False) is not False or not isinstance(argument(node, 3, "running_mean"), fx.Node):
+    if argument(node, "training", False) is not False or not isinstance(argument(node, "running_mean"), fx.Node):
         return Motion(1, "a batch norm without running statistics mixes the batch")
     return Motion(1, fold=True, steady=False)
 

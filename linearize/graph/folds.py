@@ -14,7 +14,7 @@ from torch import fx, nn
 from linearize.algebra.constants import OPERATIONS, Expression, expression_of
 from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import motion_of
-from linearize.graph.motion import named
+from linearize.graph.motion import argument
 from linearize.graph.ops import RESHAPES, op_name
 from linearize.graph.problem import Dead
 from linearize.sites.site import Fold
@@ -40,8 +40,8 @@ class Folder:
         channels = (shape(node) or ())[axis]
         if op_name(node) == "batch_norm":
             names = ("weight", "bias", "running_mean", "running_var")
-            weight, bias, mean, var = (self._parameter(named(node, name)) for name in names)
-            made = Fold("", (), weight, bias, mean, var, float(named(node, "eps")))
+            weight, bias, mean, var = (self._parameter(argument(node, name)) for name in names)
+            made = Fold("", (), weight, bias, mean, var, float(argument(node, "eps")))
         else:
             scale, shift = self._scale_shift(node, source, channels)
             made = Fold("", scale=scale, shift=shift)

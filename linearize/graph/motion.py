@@ -63,21 +63,25 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument of an op, given by place or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen op by the name that its schema gives it, or the schema's default.
 
+    Args:
+        node: a call of the op.
+        name: of the argument.
+        default: for an op that has no argument of this name.
 
-def named(node: fx.Node, name: str) -> Any:
-    """An argument of an ATen op by the name that its schema gives it, or the default that stands there.
-
-    Raises:
-        KeyError: the op has no argument of this name.
+    Examples:
+        >>> import torch
+        >>> graph = torch.fx.Graph()
+        >>> node = graph.call_function(torch.ops.aten.softmax.int, (graph.placeholder("x"), -1))
+        >>> argument(node, "dim"), argument(node, "dtype"), argument(node, "eps", 0.1)
+        (-1, None, 0.1)
     """
     for index, entry in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if entry.name == name:
-            return argument(node, index, name, entry.default_value)
-    raise KeyError(name)
+            return node.args[index] if len(node.args) > index else node.kwargs.get(name, entry.default_value)
+    return default
 
 
 def wrap(axis: int, rank: int) -> int:

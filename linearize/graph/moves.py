@@ -14,7 +14,7 @@ from linearize.graph.ops import IDENTITY_OPS, op_name
 
 @rule(*IDENTITY_OPS)
 def _identity(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    if op_name(node).endswith("dropout") and argument(node, 2, "train", False) is True:
+    if op_name(node).endswith("dropout") and argument(node, "train", False) is True:
         return Motion(axis, "dropout is active even in eval mode")
     if not node.meta["val"].is_floating_point():
         return Motion(axis, f"it is cast to {node.meta['val'].dtype}")
@@ -23,7 +23,7 @@ def _identity(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...]
 
 @rule("permute")
 def _permute(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    return Motion(axes_of(argument(node, 1, "dims"), len(before)).index(axis))
+    return Motion(axes_of(argument(node, "dims"), len(before)).index(axis))
 
 
 @rule("transpose", "t")
@@ -31,7 +31,7 @@ def _transpose(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...
     rank = len(before)
     if rank < 2:
         return Motion(axis)
-    a, b = (wrap(argument(node, i, f"dim{i - 1}", i - 1), rank) for i in (1, 2))
+    a, b = (wrap(argument(node, f"dim{i}", argument(node, f"axis{i}", i)), rank) for i in (0, 1))
     return Motion({a: b, b: a}.get(axis, axis))
 
 
@@ -70,17 +70,17 @@ def _expand(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], 
 
 @rule("slice", "narrow")
 def _slice(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    if wrap(argument(node, 1, "dim", 0), len(before)) != axis:
+    if wrap(argument(node, "dim", 0), len(before)) != axis:
         return Motion(axis)
-    if argument(node, 4, "step", 1) != 1:
+    if argument(node, "step", 1) != 1:
         return Motion(axis, f"{op_name(node)} takes every other channel")
-    start = max(0, wrap(argument(node, 2, "start", 0) or 0, before[axis]))
+    start = max(0, wrap(argument(node, "start", 0) or 0, before[axis]))
     return Motion(axis, rows=(start, start + after[axis]))
 
 
 @rule("select")
 def _select(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    dim = wrap(argument(node, 1, "dim"), len(before))
+    dim = wrap(argument(node, "dim"), len(before))
     if dim == axis:
         return Motion(None, "select takes a single channel")
     return Motion(axis - (dim < axis))
@@ -92,7 +92,7 @@ def part_of(node: fx.Node, axis: int) -> Motion:
     if not isinstance(source, fx.Node) or not isinstance(index, int) or not isinstance(source.args[0], fx.Node):
         return Motion(None, "a part of the output of an op that is not in the channel table")
     name, whole, part = op_name(source), shape(source.args[0]), shape(node)
-    dim = argument(source, 1 if name == "unbind" else 2, "dim", 0)
+    dim = argument(source, "dim", 0)
     if whole is None or part is None or name not in SPLITS:
         return Motion(None, f"a part of the output of {name}")
     dim = wrap(dim, len(whole))
@@ -107,13 +107,13 @@ def part_of(node: fx.Node, axis: int) -> Motion:
 
 @rule("constant_pad_nd", "pad")
 def _pad(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    amounts: Any = argument(node, 1, "pad")
+    amounts: Any = argument(node, "pad")
     behind = 2 * (len(before) - 1 - axis)  # amounts are listed from the last axis to the first, two for each
     if any(amounts[behind : behind + 2]):
         return Motion(None, "padding adds channels")
     mode, value = (
-        argument(node, 2, "mode", "constant"),
-        node.args[-1] if len(node.args) > 2 else node.kwargs.get("value"),
+        argument(node, "mode", "constant"),
+        argument(node, "value"),
     )
     if not any(amounts) or (op_name(node) == "pad" and mode != "constant"):
         return Motion(axis)
@@ -132,7 +132,7 @@ def _pad(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 def _positions(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     """Linear on every channel alike as long as they work on other axes."""
     name = op_name(node)
-    dims = argument(node, 2 if name == "roll" else 1, "dims")
+    dims = argument(node, "dims", argument(node, "dim"))
     moved_axes = [] if "_pad" in name else axes_of(dims, len(before))
     if axis in moved_axes or before[axis] != after[axis]:
         return Motion(axis if before == after else None, f"{name} reorders the channels")
@@ -141,7 +141,7 @@ def _positions(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...
 
 @rule("cat", "stack")
 def _cat(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    dim = wrap(argument(node, 1, "dim", 0), len(after))
+    dim = wrap(argument(node, "dim", 0), len(after))
     if op_name(node) == "stack":
         return Motion(axis + (dim <= axis), "it is stacked with other tensors")
     return Motion(axis, "it is concatenated with other channels" if dim == axis else "it is joined by other positions")

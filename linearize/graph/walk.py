@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from linearize.graph.capture import CONSTANT, Capture, shape, users
 from linearize.graph.channels import motion_of
 from linearize.graph.folds import Folder
-from linearize.graph.motion import Motion, named
+from linearize.graph.motion import Motion, argument
 from linearize.graph.ops import constant, op_name
 from linearize.graph.problem import Dead
 from linearize.graph.uses import Uses, Way
@@ -176,7 +176,7 @@ class Walker:
     def _joined(self, reader: fx.Node, node: fx.Node, axis: int, way: Way, uses: Uses) -> None:
         """Through a concatenation along the channels: at each place where it takes them in."""
         parts: Any = reader.args[0]
-        dim: Any = reader.args[1] if len(reader.args) > 1 else reader.kwargs.get("dim", 0)
+        dim: Any = argument(reader, "dim", 0)
         if dim % len(shape(node) or (1,)) != axis:
             raise Dead(f"after the activation, it is joined by other positions ({self._where(reader)})")
         uses.direct = False
@@ -198,8 +198,8 @@ class Walker:
         if sizes is None or axis != len(sizes) - 1 - dims:
             raise Dead(f"{path or name} works on another axis than the channels")
         module = self.model.get_submodule(path)
-        weight = node.args[2 if name == "addmm" else 1] if len(node.args) > 1 else None
-        bias = node.args[0] if name == "addmm" else (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"))
+        weight = argument(node, "mat2" if name == "addmm" else "weight")
+        bias = node.args[0] if name == "addmm" else argument(node, "bias")
         own, odd = held(module, "weight"), quantised_part(module)
         if odd is not None and (own is None or oddity(own) is not None):
             raise Dead(f"in {path}, {odd}: {QUANTISE_LATER}")
@@ -283,7 +283,7 @@ def shape_of_list(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _groups(node: fx.Node) -> int:
-    groups = named(node, "groups")
+    groups = argument(node, "groups")
     return groups if isinstance(groups, int) else 1
 
 

@@ -45,7 +45,7 @@ def edited(found: Survey, choices: Mapping[str, SiteChoice], keep: Mapping[str, 
 def carry_out_choices(
     found: Survey, model: nn.Module, choices: Mapping[str, SiteChoice], keep: Mapping[str, Tensor] | None = None
 ) -> None:
-    """The same on a copy that is at hand."""
+    """Carry the choices out on `model`, a gated copy, in place."""
     for family in registry.FAMILIES:
         own = {name: choice for name, choice in choices.items() if family_of(choice.form) is family}
         if own:

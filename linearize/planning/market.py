@@ -61,7 +61,7 @@ class Market:
 
 
 def market_of(found: Survey, model: nn.Module, choices: Mapping[str, SiteChoice]) -> Market:
-    """What may move in a model, in groups that a family knows how to move.
+    """Collect the channels that gates may remove or restore during training, by groups that a family can move.
 
     Args:
         found: the survey.

@@ -64,7 +64,7 @@ class Survey:
         return self.fixed_of(self.measure)
 
     def fixed_of(self, measure: Measure) -> float:
-        """The same in another measure."""
+        """The part of the cost, in this measure, that no option changes."""
         return self.totals[measure] - sum(group.stay.cost(measure) for group in self.groups)
 
     def limits(self, fractions: Mapping[Measure, float]) -> dict[Measure, float]:
@@ -81,7 +81,7 @@ class Survey:
         return self.least_of(self.measure)
 
     def least_of(self, measure: Measure) -> float:
-        """The same in another measure."""
+        """The smallest fraction, in this measure, that the options can reach."""
         return self.share(measure, choose(self.groups, measure, -math.inf).options)
 
     def layers(self, group: Group, option: Option) -> Layers:

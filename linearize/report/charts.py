@@ -23,7 +23,7 @@ def in_seconds(value: float) -> str:
     """A time with a unit that fits.
 
     Examples:
-        >>> in_seconds(0.00123), seconds(2.0), seconds(4.5e-5)
+        >>> in_seconds(0.00123), in_seconds(2.0), in_seconds(4.5e-5)
         ('1.23 ms', '2 s', '45 us')
     """
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):

@@ -36,7 +36,7 @@ def place() -> tuple[int, int]:
 
 
 def everyone(value: T) -> list[T]:
-    """What every process has to say, in the order of the ranks. All of them must ask at the same point.
+    """Gather a value from all processes, in the order of their ranks. All of them must call this at the same point.
 
     Raises:
         UsageError: a process has died.

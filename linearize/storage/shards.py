@@ -53,7 +53,7 @@ class Shards:
         Examples:
             >>> import tempfile
             >>> with tempfile.TemporaryDirectory() as name:
-            ...     tensorfile.write(Path(name) / SINGLE, {"weight": torch.ones(2, 3)}, {})
+            ...     tensorfile.write_tensors(Path(name) / SINGLE, {"weight": torch.ones(2, 3)}, {})
             ...     found = Shards.open(Path(name))
             ...     found.shapes["weight"], found.tensors(["weight"])["weight"].sum().item()
             ((2, 3), 6.0)

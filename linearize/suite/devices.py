@@ -123,15 +123,15 @@ class Accelerator(Processor):
         torch.accelerator.synchronize(self.place)
 
     def state(self) -> dict[str, Any]:
-        """Nothing is known of it, so what is known of the machine."""
+        """The machine's load. Clocks and temperatures of such a device cannot be read here."""
         return {"load": _load(), "slowed": []}
 
     def joules(self) -> float | None:
-        """Not known."""
+        """None: energy cannot be read here."""
         return None
 
     def peak(self, run: DeviceCall) -> int | None:  # noqa: ARG002 - others use it
-        """Not known."""
+        """None: the peak of memory cannot be read here."""
         return None
 
 

@@ -109,6 +109,6 @@ def fewer_in(
 
 
 def settings_step(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Repeat it when a file is loaded."""
+    """Set numbers and lists of a module as a stored step says, when a file is loaded."""
     fewer_in(current, options["attribute"], options["numbers"], options["lists"], options["keep"])
     return current

@@ -169,7 +169,7 @@ class Reader:
         return self._folded(self._output(site.producer), site.folds)
 
     def depthwise(self, site: Site) -> Affine:
-        """The same for a depthwise producer, with its small kernels as they are: weight (C, 1, *k).
+        """The map of a depthwise producer, with its small kernels as they are: weight (C, 1, *k).
 
         Raises:
             Infeasible: it has already been given another form.

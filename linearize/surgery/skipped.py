@@ -98,6 +98,6 @@ def shorten(container: nn.Module, keep: Sequence[int]) -> None:
 
 
 def shortened_step(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Repeat it when a file is loaded."""
+    """Shorten a list as a stored step says, when a file is loaded."""
     shorten(current, options["keep"])
     return current

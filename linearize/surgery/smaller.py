@@ -44,7 +44,7 @@ def put_smaller(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, A
 
 
 def smaller_step(current: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Repeat it when a file is loaded: values come later."""
+    """Make tensors smaller as a stored step says, when a file is loaded; their values come later."""
     shapes: Mapping[str, Sequence[int]] = options["shapes"]
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():

@@ -21,7 +21,9 @@ PriceOf = Callable[[Mapping[str, int]], float]
 def chosen(
     slots: Mapping[str, Slot], scores: Mapping[str, Tensor], price: PriceOf, share: float, *, fill: bool = True
 ) -> dict[str, Tensor]:
-    """Who is gone: the best score first, in the numbers that each slot allows, until the price is at most `share`.
+    """Select the channels to remove: the best score first, until the price is at most `share`.
+
+    Each slot allows certain numbers only.
 
     Channels between two such numbers go together, at their mean score. With `fill`, what the last of them saved too
     much is given back, to those of the lowest score for which it is enough. If nothing reaches the share, all that may

@@ -96,7 +96,7 @@ class CostPrior:
         return self.weight * total
 
     def hear(self, record: Mapping[str, float]) -> None:
-        """Take note of the loss of a step, for the curve; the penalty is no part of it."""
+        """Record the task loss of a step for the curve in the report. The penalty is no part of it."""
         if not self.frozen:
             self._heard.append(record["loss"] - record.get("prior", 0.0))
 

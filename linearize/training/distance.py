@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from linearize.running.progress import progress_bar
 from linearize.running.replay import Replay
 from linearize.surgery.specs import replace_module
 from linearize.training.divergence import distillation_loss
+
+_log = logging.getLogger(__name__)
 
 _SEEN = 1e-3  # relative difference of outputs that no loss may overlook; less may be rounding
 _PREDICTED = 1e-6  # loss
@@ -200,7 +203,8 @@ def _losses_with(
                     with replay.before(modules):
                         output = batch.run(model)
                     totals[name] += float(distillation_loss(output, taught, batch, 1.0)) * batch.size
-                except Exception:  # the code around it wants something of the module that only the original has
+                except Exception as error:  # the code around it wants something that only the original module has
+                    _log.debug("%s cannot be replaced: %s", name, error)
                     totals[name] = float("inf")
                 finally:
                     for path in modules:

@@ -6,7 +6,7 @@ added on the way. It is used like a prior: `finetune` calls `step` after each st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from linearize.errors import TrainingError, UsageError
 from linearize.gating.gate import ChannelGate, gates
 from linearize.training.compete import SCHEDULES
 
-__all__ = ["PlannedPath", "differences"]
+__all__ = ["PlannedPath"]
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,3 @@ class PlannedPath:
         for name, way in state["ways"].items():
             move = self._moves[name]
             self._moves[name] = _Move(move.parameter, way.to(move.way))
-
-
-def differences(model: nn.Module, target: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The differences between the parameters of `target` and those of `model`."""
-    goal, own = dict(target.named_parameters()), dict(model.named_parameters())
-    return {name: goal[name].detach() - own[name].detach() for name in names}

@@ -51,7 +51,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_state(path: Path, state: Any) -> None:
-    """Write a nest of plain values and tensors; the file is complete or not there (see `tensorfile.write`).
+    """Write a nest of plain values and tensors; the file is complete or not there (see `tensorfile.write_tensors`).
 
     Raises:
         CheckpointError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Lists of layers that become shorter: what a library counts, numbers and lists along them, then says the truth again.
+"""Lists of layers that become shorter: the counts, numbers and lists that a library keeps along them are set, too.
 
 A layer that is gone is a `Skipped` until then, so that paths stay what they were while a model has gates.
 """
@@ -27,7 +27,7 @@ _COUNTS = (
 
 
 def close_up(model: nn.Module) -> None:
-    """Take skipped layers out of their lists, in place; the model's record tells how. Configurations tell the truth."""
+    """Remove skipped layers from their lists, in place, and set the counts of layers in the configuration."""
     gone = {path: module for path, module in model.named_modules() if isinstance(module, Skipped)}
     record = record_of(model) or Record()
     known = vars(model).get("_linearize_recipe")

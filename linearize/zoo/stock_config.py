@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+_log = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 ConfigPlace = tuple[str | int, ...]
@@ -57,7 +60,8 @@ def shapes_of(kind: type[nn.Module], config: Any) -> Shapes:
     try:
         with torch.device("meta"):
             return {key: tuple(value.shape) for key, value in kind(copy.deepcopy(config)).state_dict().items()}
-    except Exception:  # a config that its class refuses, in whatever way
+    except Exception as error:  # a config that its class refuses, in whatever way
+        _log.debug("%s refuses a configuration: %s", kind.__name__, error)
         return {}
 
 
@@ -110,7 +114,8 @@ def _changed(config: Any, changes: tuple[Change, ...]) -> Any:
                 holder[last] = value
             else:
                 setattr(holder, last, value)
-    except Exception:  # a config may check what it is given, in whatever way
+    except Exception as error:  # a config may check what it is given, in whatever way
+        _log.debug("a configuration refuses a number: %s", error)
         return None
     return made
 

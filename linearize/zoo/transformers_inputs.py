@@ -6,6 +6,7 @@ If more than one set of arguments is possible, the first one with which the mode
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from linearize.errors import CaptureError
 from linearize.zoo.transformers_arguments import TOKENS, Arguments
+
+_log = logging.getLogger(__name__)
 
 Kwargs = dict[str, Any]
 
@@ -183,7 +186,8 @@ def _count(encode: Any, form: Kwargs, batch: int) -> int:
     """Embeddings per sample that an encoder makes of its arguments; 0 if it cannot take them."""
     try:
         return _rows(encode(**form)) // batch
-    except Exception:  # this form is not the model's; what it says does not matter
+    except Exception as error:  # this form is not the model's
+        _log.debug("no arguments of its encoder: %s", error)
         return 0
 
 

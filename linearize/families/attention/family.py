@@ -97,7 +97,7 @@ class Attentions(Family):
         choices: Mapping[str, SiteChoice],
         keep: Mapping[str, Tensor],
     ) -> None:
-        """Put them in; what keeps keys and values behind them is numbered anew."""
+        """Replace the chosen attentions, and renumber the entries of the cache behind them."""
         steps: list[Step] = []
         lost: list[int] = []
         why: dict[str, str] = {}

@@ -22,7 +22,7 @@ _HOPELESS = 1.0  # a loss as bad as an output of zeros, or a nat of divergence
 
 
 def silence(whole: Whole) -> Spec:
-    """What adds nothing, in the place of an attention."""
+    """The description of a layer that gives zeros in the place of an attention."""
     return {"type": "Silent", "keyword": whole.keyword, "nones": whole.nones}
 
 

@@ -85,7 +85,7 @@ class Depth(Family):
         return with_layers(groups, places.runs, homes, context.some, progress=context.progress)
 
     def layers(self, model: nn.Module, places: DepthPlaces, group: Group, option: Option) -> Layers:
-        """What does nothing."""
+        """The layer that returns its input unchanged."""
         found = places.layer(group.sites[0])
         if found is None:
             raise ValueError(f"{group.sites[0]} is no layer of a chain")

@@ -42,7 +42,7 @@ class Runs:
         self._maps: dict[tuple[int, int], DepthMap | None] = {}
 
     def map(self, before: int, length: int) -> DepthMap | None:
-        """The map behind a layer that stays, for a run of so many; None for none."""
+        """The map that was fitted for `length` removed layers behind the layer `before`; None if there is none."""
         layer = self.chain.layers[before] if before >= 0 else None
         if layer is None or layer.out is None or layer.sums is None or before + 1 in self.plain:
             return None
@@ -52,7 +52,7 @@ class Runs:
         return self._maps[before, length]
 
     def maps(self, gone: Sequence[int]) -> dict[int, DepthMap]:
-        """By layer that stays, the map that is merged into it when some go."""
+        """By index of a layer that stays, the map that is merged into it when the layers `gone` are removed."""
         lost, found = set(gone), dict[int, DepthMap]()
         for first in sorted(lost):
             if first - 1 in lost:

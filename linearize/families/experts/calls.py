@@ -37,7 +37,7 @@ class BankCall:
 
     @property
     def rows(self) -> int:
-        """Of the first tensor that it was given last."""
+        """Number of rows of the first tensor argument in the last call."""
         return next((value.shape[:-1].numel() for value in self.tensors.values() if value.dim()), 0)
 
     @property

@@ -56,7 +56,7 @@ class ExpertsCollector:
 
     @property
     def memory(self) -> float:
-        """Bytes."""
+        """The bytes that the sums take."""
         width = 0 if self.place.channels is None else self.place.channels.width
         return 8.0 * (self.place.shape[-1] ** 2 + self.place.count * (2 * self.place.count + width**2))
 

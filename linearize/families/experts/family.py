@@ -96,7 +96,7 @@ class MixturesOfExperts(Family):
         return whole
 
     def layers(self, model: nn.Module, places: ExpertPlaces, group: Group, option: Option) -> Layers:
-        """None that could be run by themselves: who picks which expert, only the router knows."""
+        """Experts cannot be timed alone, since only the router knows who picks which: for a mixture this raises."""
         if group.encloses:  # FLOPs tell what they take
             return Layers({group.sites[0]: nn.Identity()}, "experts")
         raise ValueError(f"{group.sites[0]}: experts are not timed by themselves")

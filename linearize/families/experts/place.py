@@ -120,7 +120,7 @@ class Experts:
 
     @property
     def tokens(self) -> int:
-        """Of the example batch."""
+        """Number of tokens in the example batch."""
         return int(torch.Size(self.shape[:-1]).numel())
 
     @property

@@ -80,7 +80,7 @@ class AttentionHeads(Family):
         return [*groups, *made]
 
     def layers(self, model: nn.Module, places: HeadPlaces, group: Group, option: Option) -> Layers:
-        """None that could be run by themselves: what an attention needs besides its input, only its model knows."""
+        """Always raises: an attention cannot run outside its model, which gives it masks and positions."""
         raise ValueError(f"{group.sites[0]}: heads are not timed by themselves")
 
     def apply(

@@ -5,19 +5,18 @@ Shape letters: C channels, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.gating.gate import ChannelGate, gates
-from linearize.running.passes import Moment, run_passes
+from linearize.gating.gate import ChannelGate
+from linearize.running.passes import Moment
 from linearize.running.rows import rows_of
-from linearize.training.probes import projection
 
-__all__ = ["UnitCollector", "sensitivities", "sensitivities_of"]
+__all__ = ["UnitCollector", "sensitivities_of"]
 
 
 @dataclass
@@ -83,15 +82,6 @@ class UnitCollector:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state`."""
         self.total, self.samples = state["total"].clone(), state["samples"]
-
-
-def sensitivities(
-    model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False
-) -> dict[str, Tensor]:
-    """For every gate, the loss per error in each channel, summed over rows, per sample: (C,) float64, on the CPU."""
-    collectors = [UnitCollector(name, gate) for name, gate in gates(model).items()]
-    run_passes(model, batches, collectors, probe=projection, seed=seed, progress=progress)
-    return sensitivities_of(collectors)
 
 
 def sensitivities_of(collectors: Sequence[UnitCollector]) -> dict[str, Tensor]:

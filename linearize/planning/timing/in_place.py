@@ -56,7 +56,7 @@ def shares_of(
     *,
     rounds: int,
 ) -> TimeShares:
-    """As `shares_in_place`, for anything that runs the model.
+    """Shares of time per part, as of `shares_in_place`, for any function that runs the model.
 
     Args:
         model: any.
