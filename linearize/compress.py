@@ -176,6 +176,6 @@ def compress(
         data = source.train
         if request.evaluate is None:
             request = replace(request, evaluate=quality_of(model, source))
-    result, notes = carried_out(model, cast("Iterable[Any]", data), request)
-    notes.forget()
+    result, store = carried_out(model, cast("Iterable[Any]", data), request)
+    store.forget()
     return result

@@ -29,7 +29,7 @@ from linearize.planning.first_batches import (
 )
 from linearize.planning.job import Job, Made
 from linearize.planning.request import Request
-from linearize.planning.resume import NOTHING, Notes, facts_of, fingerprint
+from linearize.planning.resume import NOTHING, ResumeStore, facts_of, fingerprint
 from linearize.report.compression import Report
 from linearize.report.versions import versions
 from linearize.running.batches import ReadData
@@ -60,8 +60,8 @@ class Result:
     report: Report
 
 
-def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, Notes]:
-    """Carry out a request. Gives the result, and the notes of the run, to be deleted once the result is stored.
+def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tuple[Result, ResumeStore]:
+    """Carry out a request. Gives the result, and the store of the run, to be deleted once the result is stored.
 
     Raises:
         LinearizeError: as for `compress`.
@@ -85,12 +85,12 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         with steps("convert"):
             gated = converted(model, example, request.include, request.exclude)
         same_model(gated)
-        notes = _notes(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files
-        if notes.folder is not None:
-            make_folder(notes.folder)
-            around.enter_context(alone_in(notes.folder, "checkpoint_dir"))
+        store = _store(request, gated, reading, steps) if place()[0] == 0 else NOTHING  # the first process writes files
+        if store.folder is not None:
+            make_folder(store.folder)
+            around.enter_context(alone_in(store.folder, "checkpoint_dir"))
         trainer = _trainer(repeated, steps, request, model)
-        job = Job(model, gated, reading, example, steps, request.training, trainer, notes, runtime)
+        job = Job(model, gated, reading, example, steps, request.training, trainer, store, runtime)
         if request.linear is not None:
             made = to_share(job, request.linear, request.when)
         else:
@@ -103,7 +103,7 @@ def carried_out(model: nn.Module, data: Iterable[Any], request: Request) -> tupl
         seed_everything(request.seed)
         report = report_of(models, batches, example, request, steps, made.history, runtime)
         prove_fit(made.small, example, stock=request.stock, target=request.target)
-        return _result(made.small, made, report), notes
+        return _result(made.small, made, report), store
 
 
 def check_request(model: nn.Module, data: Iterable[Any], request: Request) -> None:
@@ -130,7 +130,7 @@ def _result(model: nn.Module, made: Made, report: Report) -> Result:
     return Result(model, made.plan, told)
 
 
-def _notes(request: Request, gated: nn.Module, reading: ReadData, steps: Steps) -> Notes:
+def _store(request: Request, gated: nn.Module, reading: ReadData, steps: Steps) -> ResumeStore:
     """Where an interrupted run goes on. Statistics are good for any request; plan and training are for the same one."""
     trained_in = request.training.get("checkpoint_dir") if request.training["epochs"] else None
     if request.checkpoint_dir is None and trained_in is None:
@@ -141,12 +141,12 @@ def _notes(request: Request, gated: nn.Module, reading: ReadData, steps: Steps) 
     whole = fingerprint(gated, facts, request.key)
     beside = None if trained_in is None else Path(trained_in)
     if request.checkpoint_dir is None:
-        return Notes(None, key, whole, beside)
+        return ResumeStore(None, key, whole, beside)
     own = Path(request.checkpoint_dir) / f"unfinished-{key[:12]}"  # the folder may hold other things
     others = [path.name for path in sorted(own.parent.glob("unfinished-*")) if path != own]
     if others and not own.exists():
         steps.say(f"  nothing to resume: {', '.join(others)} in {own.parent} is of other weights or other data")
-    return Notes(own, key, whole, beside)
+    return ResumeStore(own, key, whole, beside)
 
 
 def _trainer(data: Repeated, steps: Steps, request: Request, model: nn.Module) -> Callable[..., list[dict[str, float]]]:

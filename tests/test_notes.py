@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.compress import compress
-from linearize.planning.resume import Notes, fingerprint
+from linearize.planning.resume import ResumeStore, fingerprint
 from tests.toys import QUIET
 
 
@@ -102,11 +102,11 @@ def test_fine_tuning_goes_on_with_its_plan(model: nn.Module, tmp_path: Path) -> 
 
 
 def test_notes_by_name(tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "notes", "one job")
+    notes = ResumeStore(tmp_path / "notes", "one job")
     notes.write("thing", {"a.b": {"x": torch.ones(2)}, "a/b": {"x": torch.zeros(2)}})
     assert set(notes.some("thing", ["a.b", "a/b", "c"])) == {"a.b", "a/b"}
     assert float(notes.read("thing a/b")["x"].sum()) == 0  # type: ignore[index]
-    assert Notes(tmp_path / "notes", "another").read("thing a.b") is None
+    assert ResumeStore(tmp_path / "notes", "another").read("thing a.b") is None
     notes.forget()
     assert notes.read("thing a.b") is None
 

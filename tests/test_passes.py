@@ -125,7 +125,7 @@ class Noted(dict[str, dict[str, Any]]):
 
 def test_passes_go_on_where_they_stopped() -> None:
     notes, found = Noted(), everything()
-    run_passes(GATED, BATCHES, found[:5], probe=projection, progress=False, notes=notes)
+    run_passes(GATED, BATCHES, found[:5], probe=projection, progress=False, store=notes)
     passes = 0
 
     class Counted(list[Tensor]):
@@ -135,10 +135,10 @@ def test_passes_go_on_where_they_stopped() -> None:
             return super().__iter__()
 
     again = everything()
-    run_passes(GATED, Counted(BATCHES), again, probe=projection, progress=False, notes=notes)
+    run_passes(GATED, Counted(BATCHES), again, probe=projection, progress=False, store=notes)
     assert_same(again, WHOLE, 1e-12)
     assert passes == 1
-    run_passes(GATED, Counted(BATCHES), everything(), probe=projection, progress=False, notes=notes)
+    run_passes(GATED, Counted(BATCHES), everything(), probe=projection, progress=False, store=notes)
     assert passes == 1  # nothing was left to find out
 
 

@@ -28,7 +28,7 @@ from linearize.blockwise.states import (
     reference_batches,
     write_states,
 )
-from linearize.blockwise.work import Note, Work
+from linearize.blockwise.work import FinishedBlock, Work
 from linearize.convert import convert
 from linearize.cost import cost
 from linearize.errors import ConvertError
@@ -75,7 +75,7 @@ class Engine:
     seed: int
     say: Callable[[str], None]
 
-    def run(self) -> list[Note]:
+    def run(self) -> list[FinishedBlock]:
         """Compress all blocks that no earlier run has finished.
 
         Raises:
@@ -109,7 +109,7 @@ class Engine:
         """The batches whose original states are kept, too."""
         return reference_batches(sum(name.startswith("batch") for name in self.like))
 
-    def _block(self, position: int, notes: list[Note]) -> Note:
+    def _block(self, position: int, notes: list[FinishedBlock]) -> FinishedBlock:
         """Compress one block, and pass on what it makes."""
         start, path = time.perf_counter(), self.chain.blocks[position]
         states = States.read(self.work.states(position))
@@ -126,7 +126,7 @@ class Engine:
         originals = BlockInputs(self.model, self.chain, self.data, path, states, self.references, REFERENCE)
         behind = joined(passed_on(small, self.chain, inputs), passed_on(block, self.chain, originals))
         write_states(self.work.states(position + 1), self.like, behind)
-        return Note(
+        return FinishedBlock(
             path, plan.to_json(), before.parameters, after.parameters, before.flops, after.flops, loss, error,
             self._drift(position + 1), time.perf_counter() - start, told,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from linearize.blockwise.work import Note
+from linearize.blockwise.work import FinishedBlock
 from linearize.report.timing import write_json
 from linearize.text_table import render
 
@@ -39,7 +39,7 @@ class BlockReport:
     reached: float
     met: bool
     parameters: tuple[int, int]
-    blocks: tuple[Note, ...] = ()
+    blocks: tuple[FinishedBlock, ...] = ()
     sensitivity: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from linearize.blockwise.report import BlockReport
 from linearize.blockwise.source import Source, source_of_folder, source_of_model
 from linearize.blockwise.states import check_room, hollow_states
 from linearize.blockwise.told import NotAChain
-from linearize.blockwise.work import Note, Work
+from linearize.blockwise.work import FinishedBlock, Work
 from linearize.blockwise.write import put_together, write_file, write_folder
 from linearize.checkpoint import save
 from linearize.compress import compress
@@ -174,7 +174,7 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in stored_tensors(model).values())
 
 
-def _plan(notes: list[Note]) -> Plan:
+def _plan(notes: list[FinishedBlock]) -> Plan:
     """The plan of the whole model."""
     sites: list[SitePlan] = []
     for note in notes:
@@ -182,7 +182,7 @@ def _plan(notes: list[Note]) -> Plan:
     return Plan(tuple(sites))
 
 
-def _report(source: Source, asked: Asked, costs: Costs, notes: list[Note], steps: Steps) -> BlockReport:
+def _report(source: Source, asked: Asked, costs: Costs, notes: list[FinishedBlock], steps: Steps) -> BlockReport:
     saved = sum(note.before - note.after for note in notes)
     before = sum(parameter.numel() for parameter in source.model.parameters())
     after = [note.after if asked.measure == "params" else note.flops_after for note in notes]

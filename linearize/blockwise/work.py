@@ -19,14 +19,14 @@ from linearize.storage import atomic
 from linearize.storage.folders import clear
 from linearize.storage.tensorfile import read_tensor
 
-__all__ = ["Note", "Work"]
+__all__ = ["FinishedBlock", "Work"]
 
 _log = logging.getLogger(__name__)
 _FILES = (r"block-\d{5}\.safetensors", r"note-\d{5}\.json", r"states-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
-class Note:
+class FinishedBlock:
     """What became of a block.
 
     Attributes:
@@ -93,24 +93,24 @@ class Work:
         """One tensor of a compressed block, mapped from its file."""
         return read_tensor(self.block(position), name)
 
-    def finish(self, position: int, note: Note) -> None:
+    def finish(self, position: int, note: FinishedBlock) -> None:
         """Note that a block, and the hidden states behind it, are complete."""
         sums = {path.name: atomic.file_checksum(path) for path in (self.block(position), self.states(position + 1))}
         text = json.dumps({"key": self.key, "files": sums, "note": asdict(note)})
         atomic.write_checked(self._note(position), text.encode())
         self.states(position).unlink(missing_ok=True)
 
-    def finished(self) -> list[Note]:
+    def finished(self) -> list[FinishedBlock]:
         """The notes of the blocks that are finished, from the first on.
 
         Work of another model, data or request, or with a damaged file, is none.
         """
-        found: list[Note] = []
+        found: list[FinishedBlock] = []
         sums: dict[str, str] = {}
         while self._note(len(found)).is_file():
             try:
                 told = json.loads(atomic.read_checked(self._note(len(found))))
-                note = Note(**{**told["note"], "notes": tuple(told["note"]["notes"])})
+                note = FinishedBlock(**{**told["note"], "notes": tuple(told["note"]["notes"])})
             except (CheckpointError, ValueError, KeyError, TypeError) as error:
                 _log.warning("%s is damaged, the run starts again: %s", self._note(len(found)), error)
                 return []

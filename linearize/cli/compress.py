@@ -223,14 +223,14 @@ def compress(
             network, source.train, epochs=first, lr=rate, output=parts, evaluate=evaluate, on_epoch=_tell,
             checkpoint_dir=trained_in, resume=trained_in is not None,
         )  # fmt: skip
-    result, notes = carried_out(network, source.train, replace(request, evaluate=evaluate, checkpoint_dir=unfinished))
+    result, store = carried_out(network, source.train, replace(request, evaluate=evaluate, checkpoint_dir=unfinished))
     if folder is not None:
         _write(folder, network, result, dry_run=dry_run)
         if stock and not dry_run and hasattr(result.model, "save_pretrained"):
             zoo.stock_copy(result.model).save_pretrained(folder / "stock")  # type: ignore[operator]
     if trained_in is not None:  # only now that the results are safe, and only what is ours
         clear(trained_in, [EPOCH_FILE])
-    notes.forget()
+    store.forget()
     _show(result, folder, dry_run=dry_run, json=json)
 
 

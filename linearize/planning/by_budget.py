@@ -40,7 +40,7 @@ def to_budget(job: Job, request: Request) -> Made:
     """Compress to a budget, or by a plan that was made before."""
     steps = job.steps
     ask = bool(request.budgets) and not request.dry_run
-    held = from_first(lambda: job.notes.decision(job.gated)) if ask else None
+    held = from_first(lambda: job.store.decision(job.gated)) if ask else None
     found = surveyed(job, request, held)
     if request.plan is not None:
         return _replayed(job, found, request.plan)
@@ -86,7 +86,7 @@ def surveyed(job: Job, request: Request, held: Decision | None) -> Survey:
             ),
             progress=steps.bars,
             say=lambda text: steps.say(f"  {text}"),
-            notes=job.notes,
+            store=job.store,
         )
 
 
@@ -103,7 +103,7 @@ def decided(job: Job, found: Survey, request: Request, held: Decision | None) ->
     with steps("plan"):
         if held is None:
             decision, goal, small = _settled(job, found, request)
-            job.notes.decide(decision)
+            job.store.decide(decision)
         else:
             steps.say("  the plan of the run that was interrupted")
             decision, goal = held, edited(found, held.by_site)
@@ -118,7 +118,7 @@ def decided(job: Job, found: Survey, request: Request, held: Decision | None) ->
                 seed=request.seed,
                 progress=steps.bars,
                 say=steps.say,
-                notes=job.notes,
+                store=job.store,
             )
             small = collapsed(goal, decision.plan)
     return decision, goal, small
@@ -159,7 +159,7 @@ def _trained(
         start = edited(found, replaced(choices))
         model, path = path_to(start, goal, steps=way)
         told = f"{plan.to_json()} {sorted(map(repr, choices.values()))}"
-        history = job.train(model, path, {**job.options, **job.notes.training(told)})
+        history = job.train(model, path, {**job.options, **job.store.training(told)})
     with job.steps("collapse"):
         return model, collapsed(model, plan), history
 

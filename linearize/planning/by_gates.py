@@ -54,7 +54,7 @@ def by_gates(job: Job, request: Request) -> Made:
     prior = made.prior(job.deciding_steps)
     with job.steps("fine-tune"):
         options = {**job.options, "on_step": _hearing(prior, job.options.get("on_step"))}
-        history = job.train(made.model, prior, {**options, **job.notes.training(request.method)})
+        history = job.train(made.model, prior, {**options, **job.store.training(request.method)})
     with job.steps("collapse"):
         before = _count(prior)
         end = made.end(prior)
@@ -78,7 +78,7 @@ def by_gates(job: Job, request: Request) -> Made:
 def _started(job: Job, request: Request, budget: Budget) -> tuple[Deciding, float | None, tuple[str, ...]]:
     """The model as it starts with what may move in it; the predicted loss of its plan, if it has one; and notes."""
     both = request.method == "both"
-    held = from_first(lambda: job.notes.decision(job.gated)) if both else None
+    held = from_first(lambda: job.store.decision(job.gated)) if both else None
     found = surveyed(job, request, None if budget.measure == "latency" else held)
     around = {"batch": job.batch, "gauges": gauges(job, request), "say": job.steps.say}
     if not both:

@@ -24,7 +24,7 @@ def to_share(job: Job, linear: float, when: When) -> Made:
     history: list[dict[str, float]] = []
     with steps("fine-tune"):
         if job.training_steps:
-            history = job.train(gated, prior, {**job.options, **job.notes.training("a share")})
+            history = job.train(gated, prior, {**job.options, **job.store.training("a share")})
         else:
             prior.step()
     with steps("collapse"):

@@ -12,7 +12,7 @@ from torch import nn
 from linearize.export.runtimes import Runtime
 from linearize.plan import Plan
 from linearize.planning.request import Request
-from linearize.planning.resume import NOTHING, Notes
+from linearize.planning.resume import NOTHING, ResumeStore
 from linearize.running.batches import ReadData
 from linearize.running.steps import Steps
 from linearize.serving.point import Point, size_of
@@ -34,7 +34,7 @@ class Job:
         steps: tells and times.
         options: of fine-tuning; 0 epochs for none.
         train: fine-tunes a gated model with a prior and these options, and gives the history.
-        notes: of what an interrupted run has found out.
+        store: what an interrupted run has found out.
         runtime: where latencies are measured; None for PyTorch.
         lean: see `linearize.planning.survey.survey`.
     """
@@ -46,7 +46,7 @@ class Job:
     steps: Steps
     options: Mapping[str, Any]
     train: Callable[[nn.Module, Any, Mapping[str, Any]], list[dict[str, float]]]
-    notes: Notes = NOTHING
+    store: ResumeStore = NOTHING
     runtime: Runtime | None = None
     lean: bool = False
 

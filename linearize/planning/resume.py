@@ -24,7 +24,7 @@ from linearize.storage.digest import take_in
 from linearize.storage.folders import clear
 from linearize.training.state import EPOCH_FILE, read_state, write_state
 
-__all__ = ["NOTHING", "Notes", "facts_of", "fingerprint"]
+__all__ = ["NOTHING", "ResumeStore", "facts_of", "fingerprint"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _OF_A_REQUEST = ("training-*/epoch-*.safetensors", f"planned-*/{DECISION_FILE}")
 
 
 @dataclass(frozen=True)
-class Notes:
+class ResumeStore:
     """Results by name, one file each, written completely or not at all. Those of another job are not read.
 
     A file that is damaged is told of in the log and left out: what it held is found out again.
@@ -45,7 +45,7 @@ class Notes:
         beside: the folder of the training, if the user named one: then the plan is noted there.
 
     Examples:
-        >>> Notes(None, "").read("site anything") is None
+        >>> ResumeStore(None, "").read("site anything") is None
         True
     """
 
@@ -151,7 +151,7 @@ def _leave_out(path: Path, why: str) -> None:
     _log.warning("%s is damaged and left out: %s", path, why)
 
 
-NOTHING = Notes(None, "")
+NOTHING = ResumeStore(None, "")
 
 
 def fingerprint(model: nn.Module, *others: Any) -> str:

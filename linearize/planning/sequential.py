@@ -11,7 +11,7 @@ from linearize.families.option import SiteChoice
 from linearize.families.registry import family_of
 from linearize.gating.gate import gates
 from linearize.planning.carry_out import edited
-from linearize.planning.resume import NOTHING, Notes, fingerprint
+from linearize.planning.resume import NOTHING, ResumeStore, fingerprint
 from linearize.planning.survey import Survey
 from linearize.running.passes import Collector, run_passes
 from linearize.training.probes import projection
@@ -27,7 +27,7 @@ def edited_in_order(
     seed: int = 0,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
-    notes: Notes = NOTHING,
+    store: ResumeStore = NOTHING,
 ) -> nn.Module:
     """A copy of the surveyed model with the choices carried out, one site after the other.
 
@@ -46,7 +46,7 @@ def edited_in_order(
         def see(collectors: Sequence[Collector], kind: str = kind) -> None:
             for collector in collectors:
                 collector.kind = kind
-            run_passes(model, data, collectors, probe=projection, seed=seed, progress=progress, notes=notes)
+            run_passes(model, data, collectors, probe=projection, seed=seed, progress=progress, store=store)
 
         family.refit(model, found.places[family.name], choice, see)
     return model

@@ -21,7 +21,7 @@ from linearize.families.family import Context, Family
 from linearize.families.option import Group, Measure
 from linearize.families.ties import tied
 from linearize.gating.gate import gates
-from linearize.planning.resume import NOTHING, Notes
+from linearize.planning.resume import NOTHING, ResumeStore
 from linearize.planning.serving import with_memory, with_steps
 from linearize.planning.survey import Survey
 from linearize.planning.timing.all import timed
@@ -60,7 +60,7 @@ class Wanted:
         cache: file of latencies; None remembers none.
         runtime: where latencies are measured; None for PyTorch.
         lean: gather only what these options need, and run forwards only: an error costs its own square where it
-            happens. Notes of that are of no use to other requests.
+            happens. ResumeStore of that are of no use to other requests.
     """
 
     measure: Measure
@@ -88,7 +88,7 @@ def survey(
     *,
     progress: bool = True,
     say: Say = lambda _: None,
-    notes: Notes = NOTHING,
+    store: ResumeStore = NOTHING,
 ) -> Survey:
     """Observe a model on data, and list what could be done to each site, with costs and predicted losses.
 
@@ -100,7 +100,7 @@ def survey(
         wanted: what is to be found out.
         progress: show bars.
         say: told what is going on.
-        notes: of passes that an interrupted run has finished.
+        store: of passes that an interrupted run has finished.
     """
     with evaluating(gated):  # before anything else may blame the model
         next(iter(read_batches(gated, data))).checked(gated, 0)
@@ -114,7 +114,7 @@ def survey(
     asked = [family for family in registry.FAMILIES if family is registry.FAMILIES[0] or context.takes(family.name)]
     places = {family.name: family.find(context) for family in asked}
     say("observe")
-    _observe(context, asked, places, data, notes)
+    _observe(context, asked, places, data, store)
     say("options")
     groups: list[Group] = []
     for family in asked:
@@ -153,7 +153,7 @@ def _context(
 
 
 def _observe(
-    context: Context, asked: Sequence[Family], places: dict[str, Any], data: Iterable[Any], notes: Notes
+    context: Context, asked: Sequence[Family], places: dict[str, Any], data: Iterable[Any], store: ResumeStore
 ) -> None:
     """Gather what the families ask for, and the line of each channel."""
     lines = line_collectors(context.gated) if gates(context.gated) else []
@@ -161,7 +161,7 @@ def _observe(
     for family in asked:
         collectors += family.collectors(context, places[family.name])
     probe = None if context.lean else projection
-    run_passes(context.gated, data, collectors, probe=probe, seed=context.seed, progress=context.progress, notes=notes)
+    run_passes(context.gated, data, collectors, probe=probe, seed=context.seed, progress=context.progress, store=store)
     context.calibration = fit_lines(context.gated, lines).sites
 
 

@@ -26,7 +26,7 @@ from linearize.running.models import watching
 from linearize.running.processes import everyone, from_first, place, same_model, share_of, together
 from linearize.running.progress import progress_bar
 
-__all__ = ["Collector", "Moment", "Notebook", "Probe", "in_passes", "run_passes"]
+__all__ = ["Collector", "Moment", "Probe", "StatisticsStore", "in_passes", "run_passes"]
 
 Probe = Callable[[Any, Batch, torch.Generator], tuple[Tensor, int]]
 """Turns the output into a scalar, whose gradient is the effect of an error, and the number of positions summed over."""
@@ -110,7 +110,7 @@ class Collector(Protocol):
         """Restore the sums from the result of `state`."""
 
 
-class Notebook(Protocol):
+class StatisticsStore(Protocol):
     """Stores finished statistics, for a run that continues later."""
 
     def some(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def run_passes(
     memory: float = 2e9,
     label: str = "observe",
     progress: bool = True,
-    notes: Notebook | None = None,
+    store: StatisticsStore | None = None,
 ) -> None:
     """Run a model over data, so that collectors gather statistics. Several passes are used if memory is too small.
 
@@ -140,20 +140,20 @@ def run_passes(
     Args:
         model: any model.
         batches: batches that can be read several times, as `linearize.running.batches` describes them.
-        collectors: the statistics to gather. A collector that is in `notes` is filled from there.
+        collectors: the statistics to gather. A collector that is in `store` is filled from there.
         probe: gives the gradients that collectors ask for; None gives none, and the model runs forwards only.
         indices: numbers of the batches in the whole data, where these are only a part of it; None counts from 0.
         seed: of random draws.
         memory: bytes for the sums of one pass. Further collectors wait for another pass.
         label: of the progress bar.
         progress: show a bar on a terminal.
-        notes: statistics of an interrupted run. The result of each pass is added.
+        store: statistics of an interrupted run. The result of each pass is added.
 
     Raises:
         DataError: there are no batches, one does not go through the model, or NaN or infinity turns up (the place is
             named).
     """
-    todo = _unknown(collectors, notes)
+    todo = _unknown(collectors, store)
     same_model(model)
     batches, number = share_of(batches, None if indices is None else list(indices))
     for some in in_passes(todo, memory):
@@ -163,19 +163,19 @@ def run_passes(
             remedy = "Pass at least one (a generator is empty after its first use)."
             raise DataError("data", "found no batches", remedy)
         _merge(model, some)
-        if notes is not None and place()[0] == 0:
+        if store is not None and place()[0] == 0:
             for kind in dict.fromkeys(collector.kind for collector in some):
-                notes.write(kind, {c.name: c.state() for c in some if c.kind == kind})
+                store.write(kind, {c.name: c.state() for c in some if c.kind == kind})
 
 
-def _unknown(collectors: Sequence[Collector], notes: Notebook | None) -> list[Collector]:
+def _unknown(collectors: Sequence[Collector], store: StatisticsStore | None) -> list[Collector]:
     """The collectors that have to run; the others take what is known."""
-    if notes is None:
+    if store is None:
         return list(collectors)
     todo = []
     for kind in dict.fromkeys(collector.kind for collector in collectors):
         same = [collector for collector in collectors if collector.kind == kind]
-        known = from_first(lambda: notes.some(kind, [collector.name for collector in same]))  # noqa: B023 - at once
+        known = from_first(lambda: store.some(kind, [collector.name for collector in same]))  # noqa: B023 - at once
         for collector in same:
             if collector.name in known:
                 collector.restore(known[collector.name])

@@ -27,7 +27,7 @@ from linearize.families.channels.observation import Observation
 from linearize.families.channels.skip import SkipSource, skip_source
 from linearize.gating.gate import gates
 from linearize.running.models import device_of
-from linearize.running.passes import Moment, Notebook, run_passes
+from linearize.running.passes import Moment, StatisticsStore, run_passes
 from linearize.running.rows import Wanted, batched, gradient_rows, patches_of, row_weights, rows_of
 from linearize.sites.site import Site
 from linearize.training.probes import projection
@@ -184,7 +184,7 @@ def observe(
     seed: int = 0,
     memory: float = 2e9,
     progress: bool = True,
-    notes: Notebook | None = None,
+    store: StatisticsStore | None = None,
 ) -> dict[str, Observation]:
     """Stream data through a gated model, and gather the statistics of every site that can be refitted.
 
@@ -196,7 +196,7 @@ def observe(
         seed: of random projections and of sampled positions.
         memory: bytes for covariances at a time; sites beyond that wait for another pass over the data.
         progress: show a bar on a terminal.
-        notes: of an interrupted run.
+        store: of an interrupted run.
 
     Returns:
         By site name, in order of execution. A site that no batch reached has `rows.count` 0.
@@ -212,7 +212,7 @@ def observe(
         (64, torch.Size([11, 11]))
     """
     collectors = site_collectors(model, sites, sensitivity=sensitivity)
-    run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress, notes=notes)
+    run_passes(model, batches, collectors, probe=projection, seed=seed, memory=memory, progress=progress, store=store)
     return {collector.name: collector.found for collector in collectors}
 
 
