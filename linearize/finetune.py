@@ -25,10 +25,10 @@ from linearize.training.arguments import check_numbers, check_training
 from linearize.training.around import judged, prepared, tell_of_epoch, teller, wrapped
 from linearize.training.features import Features
 from linearize.training.kept import checkpoints_in
+from linearize.training.loop import TrainingRun
 from linearize.training.losses import Evaluate
 from linearize.training.objective import Loss, Objective, Prior
 from linearize.training.priors import param_groups
-from linearize.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

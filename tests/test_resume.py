@@ -221,7 +221,7 @@ def test_places_that_cannot_be_written_are_found_before_any_training(tmp_path: P
     def no_step(*_: Any) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr("linearize.training.run.Run.update", no_step)
+    monkeypatch.setattr("linearize.training.loop.Run.update", no_step)
     file = tmp_path / "file"
     file.write_text("")
     for place, match in ((file, "no folder"), (file / "inside", "no folder"), ("a\0b", "path")):

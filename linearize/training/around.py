@@ -12,8 +12,8 @@ from torch import nn
 from linearize.running.devices import bring
 from linearize.running.progress import progress_bar
 from linearize.tensors import same_values
+from linearize.training.loop import TrainingRun
 from linearize.training.losses import Evaluate, scores_of
-from linearize.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
