@@ -489,3 +489,47 @@ def test_digests_on_the_command_line(good: Path, tmp_path: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out) == {"file": str(good), "sha256": digest, "same": False}
     assert run(["verify", str(tmp_path), "--sha256"]) == 2
     assert run(["verify", str(good)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("output_hidden_states", float("inf")),
+        ("output_hidden_states", "yes"),
+        ("chunk_size_feed_forward", {"model_type": "bert"}),
+        ("hidden_size", "wide"),
+        ("layer_norm_eps", [[1e-5], ["x"]]),
+    ],
+)
+def test_settings_of_another_kind(setting: str, value: Any) -> None:
+    """They were found at the first call only, by whatever the library says then."""
+    from transformers import BertConfig
+
+    from linearize.zoo.transformers_recipe import clean
+
+    with pytest.raises(UsageError, match=f"'{setting}' as .*which BertConfig has"):
+        clean({setting: value}, BertConfig)
+
+
+def test_settings_of_every_kind_of_model_are_taken() -> None:
+    """A configuration as the library writes it is refused nowhere, so that the check above shuts nobody out."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from linearize.zoo.transformers_recipe import clean
+
+    for kind in (
+        "bert",
+        "llama",
+        "mixtral",
+        "doge",
+        "vit",
+        "swin",
+        "detr",
+        "clip",
+        "t5",
+        "whisper",
+        "deberta-v2",
+        "xlnet",
+    ):
+        config = CONFIG_MAPPING[kind]()
+        assert clean(json.loads(json.dumps(config.to_dict())), type(config))["model_type"] == config.model_type

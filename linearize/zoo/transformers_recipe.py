@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from linearize.errors import UsageError
@@ -46,6 +47,7 @@ _CLASSES = {"num_labels", "num_classes"}
 _UNBOUNDED = re.compile(r".*(theta|base|seed|_ids?|_index|max_length|length|offset).*")
 _SHAPES = 2**25
 _MOST = 10_000
+_MOST_EXPERTS = 2**15  # Doge has 16 384 of them by default
 _DEPTH = 12
 
 
@@ -103,6 +105,8 @@ class _Cleaner:
                 found[key] = self.value(value, key, depth)
                 continue
             self._place(key, name, cls)
+            if not _is_kind_of(value, _defaults(cls).get(name)):
+                raise _refused(key, value, f"of the kind of {_defaults(cls)[name]!r}, which {cls.__name__} has")
             if name == "model_args" and isinstance(value, dict):
                 architecture = given.get("architecture", getattr(cls, "architecture", ""))
                 found[key] = check_arguments(str(architecture)[:100], value)
@@ -173,7 +177,7 @@ class _Cleaner:
     def _count(self, value: int, place: str) -> None:
         most: float = 2**53
         if _COUNTS.fullmatch(place):
-            most = _MOST
+            most = _MOST_EXPERTS if place.endswith("experts") else _MOST
         elif place in _CLASSES:
             most = _MOST + self.limit.elements / 1000
         elif not _UNBOUNDED.fullmatch(place):
@@ -228,7 +232,7 @@ def _raise(error: Exception) -> Any:
 def _numbers(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_numbers(item) for item in value)
-    return type(value) in (int, float)
+    return type(value) in (int, float, bool) or value is None
 
 
 def _timm_backbone(cls: Any, given: dict[str, Any]) -> bool:
@@ -280,12 +284,26 @@ def _settings(cls: Any) -> frozenset[str]:
 
 
 @functools.cache
-def _defaults(cls: Any) -> frozenset[str]:
-    """Names of all that an instance has."""
+def _defaults(cls: Any) -> Mapping[str, Any]:
+    """All that an instance has, by name."""
     try:
-        return frozenset(vars(cls()))
+        return dict(vars(cls()))
     except Exception:  # a class that needs arguments
-        return frozenset()
+        return {}
+
+
+def _is_kind_of(value: Any, default: Any) -> bool:
+    """Whether a value can stand where a class has a default: no number for a switch, no text or name for a number.
+
+    Examples:
+        >>> _is_kind_of(True, False), _is_kind_of(0.5, False), _is_kind_of([2, 3], 4), _is_kind_of({"a": "b"}, 4)
+        (True, False, True, False)
+    """
+    if value is None or not isinstance(default, bool | int | float):
+        return True
+    if isinstance(default, bool):
+        return isinstance(value, bool | list | tuple) or value in (0, 1)
+    return _numbers(list(value.values()) if isinstance(value, dict) else value)
 
 
 def _refused(place: str, value: Any, wanted: str) -> UsageError:
