@@ -115,11 +115,11 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in wanting:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         yield
     finally:
         for parameter in wanting:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
 
 def _run_on_meta(model: nn.Module, batch: Inputs) -> None:

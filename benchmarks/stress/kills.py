@@ -135,18 +135,25 @@ def _judge(job: Callable[[Path], None]) -> Callable[[Path], str]:
             shutil.rmtree(whole, ignore_errors=True)
             whole.mkdir(parents=True)
             (whole / "variant.json").write_text(json.dumps(_variant(folder)))
-            forked(lambda: job(whole), None)
+            if status := _to_its_end(job, whole):
+                raise RuntimeError(f"{name} does not run by itself: {status}")
             _WHOLE[name] = (whole / "told.json").read_text()
         (folder / "told.json").unlink(missing_ok=True)
-        for _ in range(_ATTEMPTS):
-            status = forked(lambda: job(folder), None)
-            if status != ABORTED:
-                break
-        if status:
+        if status := _to_its_end(job, folder):
             return status
         return "" if (folder / "told.json").read_text() == _WHOLE[name] else "another result"
 
     return judge
+
+
+def _to_its_end(job: Callable[[Path], None], folder: Path) -> str:
+    """Run a job in a process of its own, again where torch aborts it: the threads of its pool do not survive a fork."""
+    status = ABORTED
+    for _ in range(_ATTEMPTS):
+        status = forked(lambda: job(folder), None)
+        if status != ABORTED:
+            break
+    return status
 
 
 _WAYS: tuple[Mapping[str, Any], ...] = (

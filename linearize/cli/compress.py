@@ -216,7 +216,9 @@ def compress(
         common.say(f"train {first} epochs first: the weights are random" if train is None else f"train {first} epochs")
         rate = _RATE if lr is None else lr
         facts = facts_of(Repeated(source.train, seed))
-        key = fingerprint(network, facts, seed, data, first, rate, parts, *sizes.values())
+        key = fingerprint(
+            network, facts, {"seed": seed, "data": data, "epochs": first, "lr": rate, "output": parts} | sizes | reading
+        )
         trained_in = None if unfinished is None else unfinished / f"first-{key[:12]}"
         torch.manual_seed(seed)
         finetune(

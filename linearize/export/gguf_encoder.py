@@ -39,7 +39,7 @@ def add_numbers(writer: Any, encoder: EncoderWeights) -> None:
     writer.add_feed_forward_length(encoder.widths[0])
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_eps(config.layer_norm_eps)
-    writer.add_causal_attention(False)
+    writer.add_causal_attention(value=False)
     writer.add_pooling_type(gguf.PoolingType.NONE)
     writer.add_vocab_size(config.vocab_size)
     writer.add_token_type_count(config.type_vocab_size)

@@ -59,7 +59,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, words: int, config: Any, *, piec
         writer.add_token_list([f"[{i}]" for i in range(words)])
         writer.add_token_types([_USER] * words)
         writer.add_token_merges(["[ ]"])
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(value=False)
         for name in ("bos", "eos"):
             number = getattr(config, f"{name}_token_id", None)
             if isinstance(number, int) and 0 <= number < words:

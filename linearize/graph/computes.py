@@ -48,7 +48,7 @@ def _mean(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], af
     dims = axes_of(argument(node, "dim"), len(before))
     if axis in dims:
         return Motion(None, f"{op_name(node)} runs over the channels")
-    keep = bool(argument(node, "keepdim", False))
+    keep = bool(argument(node, "keepdim"))
     moved = axis if keep else axis - sum(d < axis for d in dims)
     return Motion(moved, steady=op_name(node) == "mean")
 
@@ -106,7 +106,7 @@ def _add(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], aft
 def _batch_norm(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
     if source is not node.args[0] or axis != 1:
         return Motion(1 if len(after) > 1 else None, "a batch norm over another axis")
-    if argument(node, "training", False) is not False or not isinstance(argument(node, "running_mean"), fx.Node):
+    if argument(node, "training") not in (None, False) or not isinstance(argument(node, "running_mean"), fx.Node):
         return Motion(1, "a batch norm without running statistics mixes the batch")
     return Motion(1, fold=True, steady=False)
 

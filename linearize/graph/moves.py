@@ -14,7 +14,7 @@ from linearize.graph.ops import IDENTITY_OPS, op_name
 
 @rule(*IDENTITY_OPS)
 def _identity(node: fx.Node, source: fx.Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> Motion:
-    if op_name(node).endswith("dropout") and argument(node, "train", False) is True:
+    if op_name(node).endswith("dropout") and argument(node, "train") is True:
         return Motion(axis, "dropout is active even in eval mode")
     if not node.meta["val"].is_floating_point():
         return Motion(axis, f"it is cast to {node.meta['val'].dtype}")

@@ -157,5 +157,5 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset()):
         return True
     seen = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
-    seen.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    seen.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(value=1)
     return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset()).any())

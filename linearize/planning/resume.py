@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -164,6 +165,8 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
         >>> net = nn.Linear(2, 2)
         >>> fingerprint(net, 0) == fingerprint(net, 0), fingerprint(net, 0) == fingerprint(net, 1)
         (True, False)
+        >>> fingerprint(net, lambda x: x + 1) == fingerprint(net, lambda x: x + 2)
+        False
     """
     told = hashlib.sha256()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -175,8 +178,21 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
             text = repr(leaf)
             named = callable(leaf) or " at 0x" in text
             told.update((getattr(leaf, "__qualname__", type(leaf).__name__) if named else text).encode())
+            told.update(_code_of(leaf))
         told.update(b"\0")
     return told.hexdigest()
+
+
+def _code_of(value: Any) -> bytes:
+    """What a function does, as bytes: two lambdas have one name. Nothing for what is no function of Python's."""
+    code = getattr(value, "__code__", None)
+    if not isinstance(code, CodeType):
+        return b""
+    # The order of a set is another one in another process.
+    constants = [sorted(map(repr, each)) if isinstance(each, frozenset) else each for each in code.co_consts]
+    plain = [repr(each) for each in constants if not isinstance(each, CodeType)]
+    inner = b"".join(each.co_code for each in code.co_consts if isinstance(each, CodeType))
+    return code.co_code + inner + repr((plain, code.co_names)).encode()
 
 
 def facts_of(data: Iterable[Any]) -> list[Any]:

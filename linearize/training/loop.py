@@ -113,7 +113,7 @@ class TrainingRun:
         return values
 
     def _take_step(self) -> None:
-        self.accelerator.gradient_state._set_sync_gradients(True)  # else accelerate's optimizer waits
+        self.accelerator.gradient_state._set_sync_gradients(sync_gradients=True)  # else accelerate's optimizer waits
         if self.clip is not None:
             norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
             if self.accelerator.scaler is None and not math.isfinite(float(norm)):
