@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ def error(reference: list[Tensor], candidate: list[Tensor]) -> float:
         else:
             assert torch.equal(a, b)
     return worst
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The largest error, relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def made(build: Callable[[], nn.Module], sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """A model with random weights, and random inputs, the same each time."""
+    torch.manual_seed(0)
+    return build().eval().to(dtype), torch.randn(sizes, dtype=dtype)
 
 
 @torch.no_grad()

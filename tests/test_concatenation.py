@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import linearize
 from linearize.surgery.form_choice import make_plan
-from tests.chain import check_chain, error, outputs, randomize
+from tests.chain import check_chain, error, made, outputs, randomize
 
 
 def block(inputs: int, width: int, kernel: int = 1, *, act: type[nn.Module] = nn.ReLU, **options: Any) -> nn.Module:
@@ -180,31 +180,25 @@ NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    build, sizes = NETS[name]
-    return build().eval().to(dtype), torch.randn(sizes, dtype=dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("when", ["always", "cheaper"])
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.slow
 def test_same_function(name: str, share: float, when: str, dtype: torch.dtype) -> None:
-    model, x = made(name, dtype)
+    model, x = made(*NETS[name], dtype)
     gated, _ = check_chain(model, x, share, when=when)
     assert all(gate.site is not None and gate.site.reason is None for gate in linearize.gates(gated).values())
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
-    model, x = made(name)
+    model, x = made(*NETS[name], torch.float64)
     gated = linearize.convert(model, x)
     randomize(gated, 0.6)
     collapsed = linearize.collapse(gated, when="always")
     linearize.save(collapsed, tmp_path / "small.safetensors")
-    loaded = linearize.load(tmp_path / "small.safetensors", model=made(name)[0])
+    loaded = linearize.load(tmp_path / "small.safetensors", model=made(*NETS[name], torch.float64)[0])
     state = collapsed.state_dict()
     assert state.keys() == loaded.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
@@ -218,7 +212,7 @@ def test_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_each_branch_alone(name: str) -> None:
     """One site linear at a time, and each pair: the columns of the others stay what they were."""
-    model, x = made(name)
+    model, x = made(*NETS[name], torch.float64)
     gated = linearize.convert(model, x)
     names = list(linearize.gates(gated))
     for chosen in [{a, b} for a in names for b in names]:
@@ -241,10 +235,10 @@ def forms(model: nn.Module, x: Tensor, share: float) -> dict[str, str]:
 
 
 def test_what_is_chosen() -> None:
-    model, x = made("pointwise")
+    model, x = made(*NETS["pointwise"], torch.float64)
     assert forms(model, x, 0.5) == {"wide.2": "merged (input)", "other.2": "merged"}
     assert forms(model, x, 1.0) == {"wide.2": "merged", "other.2": "merged"}
-    model, x = made("spatial")
+    model, x = made(*NETS["spatial"], torch.float64)
     assert forms(model, x, 0.5) == {"wide.2": "merged (input)", "other.2": "factored"}
 
 
@@ -268,7 +262,7 @@ def test_what_is_carried_is_added_by_the_layer_or_by_columns_of_the_identity() -
 
 
 def test_a_norm_over_all_branches_is_folded_once() -> None:
-    model, x = made("dense")
+    model, x = made(*NETS["dense"], torch.float64)
     gated, collapsed = check_chain(model, x)
     assert isinstance(collapsed.get_submodule("inner"), nn.Identity)
     assert isinstance(collapsed.get_submodule("outer"), nn.Identity)
@@ -335,7 +329,7 @@ def test_what_budgets_leave_alone_says_why() -> None:
     from linearize.families.channels.editable import obstacle_to_refit
 
     for name, reason in (("halves", "taken apart"), ("twice", "two places")):
-        gated = linearize.convert(*made(name))
+        gated = linearize.convert(*made(*NETS[name], torch.float64))
         found = [obstacle_to_refit(gated, gate.site) or "" for gate in linearize.gates(gated).values()]
         assert any(reason in why for why in found)
 

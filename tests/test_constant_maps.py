@@ -14,7 +14,7 @@ import linearize
 from linearize.algebra.constants import OPERATIONS, evaluate, expression_of, names_in
 from linearize.sites.site import Site
 from linearize.surgery.form_choice import make_plan
-from tests.chain import check_chain, error, outputs, randomize
+from tests.chain import check_chain, error, made, outputs, randomize
 
 
 class Frozen(nn.Module):
@@ -132,18 +132,12 @@ NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    build, sizes = NETS[name]
-    return build().eval().to(dtype), torch.randn(sizes, dtype=dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("when", ["always", "cheaper"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("name", NETS)
 def test_folds_exactly(name: str, share: float, when: str, dtype: torch.dtype) -> None:
-    model, x = made(name, dtype)
+    model, x = made(*NETS[name], dtype)
     gated, _ = check_chain(model, x, share, when=when)
     assert all(gate.site is not None and gate.site.reason is None for gate in linearize.gates(gated).values())
     if when == "always":
@@ -152,15 +146,15 @@ def test_folds_exactly(name: str, share: float, when: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("name", NETS)
 def test_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
-    model, x = made(name)
+    model, x = made(*NETS[name], torch.float64)
     gated = linearize.convert(model, x)
     randomize(gated, 0.5)
     linearize.save(gated, tmp_path / "gated.safetensors")
-    again = linearize.load(tmp_path / "gated.safetensors", model=made(name)[0])
+    again = linearize.load(tmp_path / "gated.safetensors", model=made(*NETS[name], torch.float64)[0])
     assert [g.site for g in linearize.gates(again).values()] == [g.site for g in linearize.gates(gated).values()]
     collapsed = linearize.collapse(gated, when="always")
     linearize.save(collapsed, tmp_path / "small.safetensors")
-    loaded = linearize.load(tmp_path / "small.safetensors", model=made(name)[0])
+    loaded = linearize.load(tmp_path / "small.safetensors", model=made(*NETS[name], torch.float64)[0])
     state = collapsed.state_dict()
     assert state.keys() == loaded.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
@@ -171,10 +165,10 @@ def test_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
 
 
 def test_what_stands_in_place_of_the_maps() -> None:
-    model, x = made("frozen on both sides")
+    model, x = made(*NETS["frozen on both sides"], torch.float64)
     _, collapsed = check_chain(model, x)
     assert [type(collapsed.get_submodule(name)) for name in ("1", "3")] == [nn.Identity, nn.Identity]
-    inline, x = made("inline")
+    inline, x = made(*NETS["inline"], torch.float64)
     _, collapsed = check_chain(inline, x)
     neutral = {name: collapsed.state_dict()[name].flatten().tolist() for name in ("gamma", "beta", "shift")}
     assert neutral == {"gamma": [1.0], "beta": [0.0], "shift": [0.0]}
@@ -260,7 +254,7 @@ def test_expressions_are_data() -> None:
 
 
 def test_sites_as_data() -> None:
-    gated = linearize.convert(*made("inline"))
+    gated = linearize.convert(*made(*NETS["inline"], torch.float64))
     for gate in linearize.gates(gated).values():
         assert gate.site is not None
         assert Site.from_dict(gate.site.to_dict()) == gate.site

@@ -30,11 +30,12 @@ from linearize.serving.decoder import Decoder
 from linearize.serving.memory import memory, weight_bytes
 from linearize.serving.point import Point, read_point
 from linearize.zoo.caches import bytes_by_layer, cache_in, keepers
+from tests.toys import QUIET
 
 transformers = pytest.importorskip("transformers")
 
 POINT = Point(2, 48)
-QUIET: dict[str, Any] = {"rounds": 0, "search": 0, "progress": False, "cache": False, "serving": (2, 48)}
+SERVED: dict[str, Any] = {**QUIET, "search": 0, "serving": (2, 48)}
 
 
 @cache
@@ -158,7 +159,7 @@ def test_limits_that_cannot_be_kept_give_what_exceeds_them_least() -> None:
 def test_a_budget_in_memory_is_met_to_the_byte() -> None:
     model = made()
     before = copy.deepcopy(model.state_dict())
-    result = linearize.compress(model, batches(), memory=0.7, families=["channels", "heads"], **QUIET)
+    result = linearize.compress(model, batches(), memory=0.7, families=["channels", "heads"], **SERVED)
     outcome = result.report.outcome
     assert outcome is not None
     assert outcome.met is True
@@ -180,7 +181,7 @@ def test_where_the_cache_is_most_of_the_memory_heads_or_attention_go() -> None:
     """With a hundred texts at a time the weights hardly count: only what shortens the cache meets the budget."""
     model = made()
     result = linearize.compress(
-        model, batches(), memory=0.6, families=["channels", "heads", "attention"], **{**QUIET, "serving": (100, 64)}
+        model, batches(), memory=0.6, families=["channels", "heads", "attention"], **{**SERVED, "serving": (100, 64)}
     )
     assert result.report.outcome is not None
     assert result.report.outcome.met is True
@@ -195,7 +196,7 @@ def test_a_budget_in_time_is_measured_with_the_real_cache(
 ) -> None:
     clock(monkeypatch)
     model = made()
-    result = linearize.compress(model, batches(), families=["channels"], **budget, **QUIET)
+    result = linearize.compress(model, batches(), families=["channels"], **budget, **SERVED)
     outcome = result.report.outcome
     assert outcome is not None
     assert outcome.met is True
@@ -215,7 +216,7 @@ def test_several_budgets_are_all_met(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch)
     model = made()
     result = linearize.compress(
-        model, batches(), decode=1.2, memory=0.75, families=["channels", "heads"], **{**QUIET, "search": 1}
+        model, batches(), decode=1.2, memory=0.75, families=["channels", "heads"], **{**SERVED, "search": 1}
     )
     outcome = result.report.outcome
     assert outcome is not None
@@ -232,7 +233,7 @@ def test_several_budgets_are_all_met(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_several_budgets_one_that_is_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch)
-    result = linearize.compress(made(), batches(), flops=0.9, memory=0.05, families=["channels"], **QUIET)
+    result = linearize.compress(made(), batches(), flops=0.9, memory=0.05, families=["channels"], **SERVED)
     outcome = result.report.outcome
     assert outcome is not None
     assert outcome.met is False
@@ -245,7 +246,7 @@ def test_of_several_budgets_one_that_is_out_of_reach_is_told(monkeypatch: pytest
 def test_a_dry_run_predicts_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch)
     found = linearize.compress(
-        made(), batches(2), decode=1.2, prefill=0.9, memory=0.8, families=["channels"], dry_run=True, **QUIET
+        made(), batches(2), decode=1.2, prefill=0.9, memory=0.8, families=["channels"], dry_run=True, **SERVED
     )
     outcome = found.report.outcome
     assert outcome is not None

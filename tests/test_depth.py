@@ -31,6 +31,7 @@ from linearize.surgery.attributes import fewer_in
 from linearize.surgery.skipped import Skipped, shorten
 from linearize.training.distance import real_loss
 from tests.attentions import bert, cache_bytes, cache_of, generated, gpt2, images, llama, logits, tokens, vit
+from tests.chain import off
 from tests.toys import QUIET
 
 
@@ -54,11 +55,6 @@ def four() -> tuple[list[Any], tuple[nn.Module, LayerChain, Runs, list[Group]]]:
 
 
 Four = tuple[list[Any], tuple[nn.Module, LayerChain, Runs, list[Group]]]
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """The largest error, relative to the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 # What is found

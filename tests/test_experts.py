@@ -33,9 +33,10 @@ from linearize.surgery.specs import build
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
 from linearize.training.state import read_state, write_state
+from tests.chain import off
 from tests.mixtures import MIXTURES, List, Masked, gpt_oss, mixtral, net, points, texts
+from tests.toys import QUIET
 
-QUIET: dict[str, Any] = {"rounds": 0, "progress": False, "cache": False}
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -75,11 +76,6 @@ def logits(model: Any, batch: Any) -> Tensor:
     """What comes out."""
     found: Tensor = model(**batch).logits if isinstance(batch, dict) else model(batch)
     return found
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """The largest error, relative to the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 # What is found

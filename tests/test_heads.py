@@ -30,6 +30,7 @@ from linearize.surgery.attributes import set_attributes
 from linearize.training.distance import real_loss
 from linearize.training.probes import projection
 from tests.attentions import LAYOUTS, cache_bytes, cache_of, generated, llama, logits, tokens
+from tests.chain import off
 from tests.toys import QUIET
 
 
@@ -62,11 +63,6 @@ def removed(layout: str, gone: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     for place in places:
         record_steps(small, slice_heads(small, place, gone))
     return gated, small
-
-
-def _off(found: Tensor, expected: Tensor) -> float:
-    """The largest error, relative to the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 # What is found
@@ -151,8 +147,8 @@ def test_slicing_is_exact(layout: str) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         batch = data() if isinstance(data(), dict) else data().to(dtype)
         before, zeroed, sliced = (logits(m.to(dtype), batch) for m in (model, gated, small))
-        assert _off(sliced, zeroed) <= tolerance
-        assert _off(before, zeroed) > 1e-2  # negative control: the heads did something
+        assert off(sliced, zeroed) <= tolerance
+        assert off(before, zeroed) > 1e-2  # negative control: the heads did something
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())
 
 
@@ -193,7 +189,7 @@ def test_saved_and_loaded(layout: str, tmp_path: Path) -> None:
         assert all(
             torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True)
         )
-        assert _off(logits(again, batch), logits(model, batch)) <= 1e-5
+        assert off(logits(again, batch), logits(model, batch)) <= 1e-5
     assert float((logits(small, batch) - logits(prepared(layout)[0], batch)).abs().max()) > 1e-3
 
 
@@ -224,7 +220,7 @@ def test_a_model_of_ones_own_is_saved_with_its_numbers(tmp_path: Path) -> None:
     small = linearize.collapse(gated)
     torch.testing.assert_close(logits(small, x), expected)
     linearize.save(small, tmp_path / "m")
-    assert _off(logits(linearize.load(tmp_path / "m", model=make()), x), expected) <= 1e-5
+    assert off(logits(linearize.load(tmp_path / "m", model=make()), x), expected) <= 1e-5
     with pytest.raises(CheckpointError, match="no number 'weight'"):
         set_attributes(small, {"weight": 3})
 
