@@ -6,17 +6,15 @@ Everything that could make the library open, fetch, run or ask for something is 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from linearize.errors import UsageError
 from linearize.zoo.building import NO_LIMIT, Limit
 from linearize.zoo.timm_arguments import check_arguments
+from linearize.zoo.transformers_settings import class_of, defaults_of, fits_default, is_numbers, settings_of
 
 __all__ = ["DROPPED", "clean", "clean_generation"]
 
@@ -105,14 +103,14 @@ class _Cleaner:
                 found[key] = self.value(value, key, depth)
                 continue
             self._place(key, name, cls)
-            if not _is_kind_of(value, _defaults(cls).get(name)):
-                raise _refused(key, value, f"of the kind of {_defaults(cls)[name]!r}, which {cls.__name__} has")
+            if not fits_default(value, defaults_of(cls).get(name)):
+                raise _refused(key, value, f"of the kind of {defaults_of(cls)[name]!r}, which {cls.__name__} has")
             if name == "model_args" and isinstance(value, dict):
                 architecture = given.get("architecture", getattr(cls, "architecture", ""))
                 found[key] = check_arguments(str(architecture)[:100], value)
             elif name == "backbone" and isinstance(value, str) and _timm_backbone(cls, given) and _in_timm(value):
                 found[key] = value
-            elif isinstance(value, dict) and (inner := _class_of(parts.get(name), value)) is not None:
+            elif isinstance(value, dict) and (inner := class_of(parts.get(name), value)) is not None:
                 found[key] = self.config(value, inner, depth + 1)
             elif (reaching := _reach(key, value) or _reach(name, value)) is not None:
                 found.update(reaching)
@@ -124,7 +122,7 @@ class _Cleaner:
         """Refuse what is no setting of the class, nor could be one that a user has added."""
         if not _NAME.fullmatch(key) or key in _FORBIDDEN or name in _FORBIDDEN:
             raise _refused(key, "a setting", f"one that a file may give {cls.__name__}")
-        if key not in _settings(cls) and key not in _defaults(cls):
+        if key not in settings_of(cls) and key not in defaults_of(cls):
             taken = inspect.getattr_static(cls, key, None)
             free = taken is None or (isinstance(taken, property) and taken.fset is not None)
             if key.startswith("_") or not free:
@@ -159,7 +157,7 @@ class _Cleaner:
         raise _refused(place, value, "plain data")
 
     def _nested(self, value: dict[Any, Any], place: str, depth: int) -> dict[str, Any]:
-        if (cls := _class_of(None, value)) is not None:
+        if (cls := class_of(None, value)) is not None:
             return self.config(value, cls, depth + 1)
         if place == "model_args":
             raise _refused(place, value, "beside an architecture")
@@ -222,17 +220,11 @@ def _reach(key: str, value: Any) -> dict[str, Any] | None:
         return {key: False} if key.startswith("use_pretrained") else {}
     if isinstance(value, bool):
         return {key: value}
-    return None if _numbers(value) else _raise(_refused(key, value, "a setting that a file may give"))
+    return None if is_numbers(value) else _raise(_refused(key, value, "a setting that a file may give"))
 
 
 def _raise(error: Exception) -> Any:
     raise error
-
-
-def _numbers(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_numbers(item) for item in value)
-    return type(value) in (int, float, bool) or value is None
 
 
 def _timm_backbone(cls: Any, given: dict[str, Any]) -> bool:
@@ -248,62 +240,6 @@ def _in_timm(name: str) -> bool:
     except ImportError:
         return False
     return bool(timm.is_model(name.partition(".")[0]))
-
-
-@functools.cache
-def _model_types() -> frozenset[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return frozenset(CONFIG_MAPPING_NAMES)
-
-
-def _class_of(part: Any, value: dict[str, Any]) -> Any:
-    """The configuration class of a part: as its owner says, else as its own `model_type` says."""
-    import transformers
-
-    if isinstance(part, type) and issubclass(part, transformers.PreTrainedConfig):
-        return part
-    name = value.get("model_type")
-    if not isinstance(name, str) or name not in _model_types():
-        return None
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[name]
-
-
-@functools.cache
-def _settings(cls: Any) -> frozenset[str]:
-    """Names that a configuration class takes: its fields, its constructors' arguments, and its own other names."""
-    known = {*getattr(cls, "attribute_map", {})}
-    if dataclasses.is_dataclass(cls):
-        known |= {field.name for field in dataclasses.fields(cls)}
-    for base in cls.__mro__:
-        if base.__module__.split(".")[0] == "transformers" and "__init__" in vars(base):
-            known |= {*inspect.signature(base.__init__).parameters}
-    return frozenset(known - {"self", "args", "kwargs"})
-
-
-@functools.cache
-def _defaults(cls: Any) -> Mapping[str, Any]:
-    """All that an instance has, by name."""
-    try:
-        return dict(vars(cls()))
-    except Exception:  # a class that needs arguments
-        return {}
-
-
-def _is_kind_of(value: Any, default: Any) -> bool:
-    """Whether a value can stand where a class has a default: no number for a switch, no text or name for a number.
-
-    Examples:
-        >>> _is_kind_of(True, False), _is_kind_of(0.5, False), _is_kind_of([2, 3], 4), _is_kind_of({"a": "b"}, 4)
-        (True, False, True, False)
-    """
-    if value is None or not isinstance(default, bool | int | float):
-        return True
-    if isinstance(default, bool):
-        return isinstance(value, bool | list | tuple) or value in (0, 1)
-    return _numbers(list(value.values()) if isinstance(value, dict) else value)
 
 
 def _refused(place: str, value: Any, wanted: str) -> UsageError:
