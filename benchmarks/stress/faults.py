@@ -14,6 +14,8 @@ import json
 import logging
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -208,6 +210,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="cases of each part, in place of its own number")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     given = parser.parse_args()
+    chosen = given.parts or parts
+    if len(chosen) > 1:  # after gradients were computed in a process, none that is forked from it could compute any
+        for part in chosen:
+            more = [] if given.count is None else ["--count", str(given.count)]
+            command = [sys.executable, "-m", "benchmarks.stress.faults", part, "--out", str(given.out), *more]
+            subprocess.run(command, check=True)
+        return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     held = json.loads(given.out.read_text()) if given.out.exists() else {}
@@ -219,7 +228,7 @@ def main() -> None:
 
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        for part in given.parts or parts:
+        for part in chosen:
             if part == "wrong calls":
                 tallies[part] = wrong_calls(Path(name))
                 save()
