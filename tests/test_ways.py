@@ -95,7 +95,7 @@ def test_what_does_other_things_in_another_run_is_left_alone(kind: str, behind: 
     assert record is not None
     (site,) = record.sites
     assert site.reason is not None
-    assert site.reason.startswith("0.fc2" if behind else "0.gelu_0")
+    assert site.reason.startswith(("0.fc2", "0.gelu_0") if behind else "0.gelu_0")
     assert OTHER[kind] in site.reason or "every" in kind
 
 
@@ -110,6 +110,50 @@ def test_without_the_check_a_wrong_collapse_would_come_out(monkeypatch: pytest.M
     monkeypatch.setattr("linearize.surgery.modes.other_ways", lambda *_: {})
     gated, collapsed = made(Block("training", behind=False))
     assert error(runs(gated), runs(collapsed)) > 0.01
+
+
+class Aside(nn.Module):
+    """In training mode, something is read that nothing reads in eval mode."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.what = nn.Linear(6, 8), nn.Linear(8, 6), what
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        before = self.fc1(x)
+        hidden = functional.gelu(before)
+        out = self.fc2(hidden)
+        if self.training:
+            if self.what == "a penalty on what is hidden":
+                return out, hidden.square().mean()
+            if self.what == "a penalty on what is not yet activated":
+                return out, before.square().mean()
+            if self.what == "what is hidden comes out":
+                return out, hidden
+            if self.what == "what is hidden stays on the module":
+                self.kept = hidden
+            if self.what == "a penalty on what comes out":
+                return out, out.square().mean()
+        return out
+
+
+ASIDE = {
+    "a penalty on what is hidden": "gelu_0: in training mode its output is also read by pow",
+    "a penalty on what is not yet activated": "fc1: in training mode its output is also read by pow",
+    "what is hidden comes out": "gelu_0: in training mode its output is also read by the model's caller",
+    "what is hidden stays on the module": "gelu_0: in training mode its output is also read by an attribute",
+    "a penalty on what comes out": None,
+}
+
+
+@pytest.mark.parametrize("what", ASIDE)
+def test_what_is_read_in_training_only(what: str) -> None:
+    gated = linearize.convert(Aside(what), torch.randn(4, 6))
+    record = record_of(gated)
+    assert record is not None
+    (site,), expected = record.sites, ASIDE[what]
+    assert site.reason is None if expected is None else str(site.reason).startswith(expected)
 
 
 class Noisy(nn.Module):

@@ -83,14 +83,14 @@ class _TensorsOnly(nn.Module):
         self.kept = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        before = {id(tensor) for tensor in _on_modules(self.model)}
+        before = {id(tensor) for tensor in on_modules(self.model)}
         output = self.model(*args, **kwargs)
-        kept = [tensor for tensor in _on_modules(self.model) if id(tensor) not in before]
+        kept = [tensor for tensor in on_modules(self.model) if id(tensor) not in before]
         self.kept = len(kept)
         return [*tensors_of(output), *_inside_objects(output), *kept]
 
 
-def _on_modules(model: nn.Module) -> list[Tensor]:
+def on_modules(model: nn.Module) -> list[Tensor]:
     """The tensors in attributes of modules that are no parameters and no buffers."""
     own = ("_parameters", "_buffers", "_modules")
     held = [value for part in model.modules() for name, value in vars(part).items() if name not in own]

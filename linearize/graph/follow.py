@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.graph.capture import tensors_of
+from linearize.graph.capture import on_modules, tensors_of
 from linearize.graph.dryrun import given_to, numbers_of, written_of
 from linearize.graph.fakes import FakeRun
 
@@ -34,6 +35,18 @@ class Derivation:
 
     ops: tuple[tuple[Any, ...], ...]
     drawn: bool
+
+
+class Ways(NamedTuple):
+    """What one run shows.
+
+    Attributes:
+        inputs: by path of a module, how each of its calls gets its input.
+        uses: by path of a module, what reads its outputs, and how often.
+    """
+
+    inputs: Mapping[str, list[Derivation]]
+    uses: Mapping[str, Counter[str]]
 
 
 @dataclass
@@ -61,22 +74,28 @@ class Follower(TorchDispatchMode):
         self.made_by: dict[int, int] = {}
         self.written: dict[int, int] = {}  # by memory, the last op that wrote into a part of it
         self.alive: list[Any] = []  # so that no id is used twice
+        self.depth = 0  # of watched modules: what happens inside of them is their own business
         self.draws: list[int] = []
         self.state = _generators()
         self.found: dict[str, list[Derivation]] = {}
+        self.uses: dict[str, Counter[str]] = {}
 
-    def ways(self, run: FakeRun, **kind: Any) -> dict[str, list[Derivation]]:
-        """By path, how each of its calls gets its input in one run."""
+    def ways(self, run: FakeRun, **kind: Any) -> Ways:
+        """How the watched modules get their inputs in one run, and what reads their outputs."""
         self._clear()
+        before = {id(tensor) for tensor in on_modules(self.model)}
         with self._watched():
-            run(around=self, **kind)
-        return self.found
+            output = run(around=self, **kind)
+        self._used([self._source(tensor) for tensor in tensors_of(output)], "the model's caller")
+        kept = [tensor for tensor in on_modules(self.model) if id(tensor) not in before]
+        self._used([self._source(tensor) for tensor in kept], "an attribute of a module")
+        return Ways(self.found, self.uses)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        hooks = [self.model.get_submodule(path).register_forward_pre_hook(self._enter(path)) for path in self.read]
-        ends = dict.fromkeys((*self.read, *self.made))
-        hooks += [self.model.get_submodule(path).register_forward_hook(self._leave(path)) for path in ends]
+        modules = {path: self.model.get_submodule(path) for path in (*self.read, *self.made)}
+        hooks = [module.register_forward_pre_hook(self._enter(path)) for path, module in modules.items()]
+        hooks += [module.register_forward_hook(self._leave(path)) for path, module in modules.items()]
         try:
             yield
         finally:
@@ -87,13 +106,17 @@ class Follower(TorchDispatchMode):
         def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
             self._look()
             start = [self._source(tensor) for tensor in tensors_of(list(args))]
-            self.found.setdefault(path, []).append(self._way(start))
+            self._used(start, path)
+            self.depth += 1
+            if path in self.read:
+                self.found.setdefault(path, []).append(self._way(start))
 
         return note
 
     def _leave(self, path: str) -> Callable[..., None]:
         def note(_module: nn.Module, _args: Any, out: Any) -> None:
             self._look()
+            self.depth -= 1
             self.done.append(_Done("", label=path))
             self._put(tensors_of(out), len(self.done) - 1)
 
@@ -108,7 +131,9 @@ class Follower(TorchDispatchMode):
         sources = tuple(self._source(value) for value in _tensors((args, kwargs))) if name not in _SHAPED else ()
         out = func(*args, **kwargs)
         position = len(self.done)
-        self.done.append(self._op(func, name, tuple(numbers_of(func, given)), sources))
+        self.done.append(done := self._op(func, name, tuple(numbers_of(func, given)), sources))
+        if done.name and not done.noise and _tensors(out):  # else it asks for a size or a device
+            self._used(sources, done.name)
         written = _tensors(written_of(given))
         self._put([*_tensors(out), *written], position)
         self.written.update((_memory(value), position) for value in written)
@@ -133,6 +158,16 @@ class Follower(TorchDispatchMode):
     def _source(self, value: Tensor) -> int:
         """What made a tensor: the last op that gave it, or that wrote into its memory."""
         return max(self.made_by.get(id(value), -1), self.written.get(_memory(value), -1))
+
+    def _used(self, sources: Iterable[int], by: str) -> None:
+        """Note what reads outputs of watched modules, outside of such."""
+        for source in sources if not self.depth else ():
+            position = source
+            while position >= 0 and not self.done[position].label:
+                done = self.done[position]
+                position = done.sources[0] if not done.name and len(set(done.sources)) == 1 else -1
+            if position >= 0:
+                self.uses.setdefault(self.done[position].label, Counter())[by] += 1
 
     def _look(self) -> None:
         """Note whether random numbers were drawn since a watched module began or ended."""

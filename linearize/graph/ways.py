@@ -7,13 +7,14 @@ the modules around it in every run, so that is looked at here, on fake tensors.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection
 
 from torch import nn
 
 from linearize.graph.capture import Inputs
 from linearize.graph.fakes import FakeRun, fake_runs
-from linearize.graph.follow import Derivation, Follower
+from linearize.graph.follow import Derivation, Follower, Ways
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ _DRAWN = "numbers are drawn from Python's or NumPy's generator on the way to its
 
 
 def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str]) -> dict[str, str]:
-    """The modules that get their input in another way in another run, each with the reason.
+    """The modules around which the code does other things in another run, each with the reason.
+
+    Their inputs are computed in another way, or more is done with their outputs.
 
     The runs: in eval mode without gradients, which is the one that others are compared with, the same again, with
     gradients, in training mode, and for a batch twice as large. A factor of noise, as dropout has it, is left out.
@@ -40,7 +43,7 @@ def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Co
         model: it stays as it was.
         inputs: of its forward.
         read: paths of the modules whose inputs are followed.
-        made: paths of the modules up to whose outputs they are followed, besides those of `read`.
+        made: paths of the modules of whose outputs it is known what reads them.
 
     Examples:
         >>> import torch
@@ -58,40 +61,48 @@ def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Co
     for real in (False, True):
         try:
             with fake_runs(model, inputs, real=real, on_cpu=on_cpu) as run:
-                return _compared(Follower(model, read, made), run, computes=real)
+                return _compared(Follower(model, read, made), run, made, computes=real)
         except Exception as error:  # whatever the model's own code raises
             _log.debug("no run to see the ways between modules: %s", error)
     return {}
 
 
-def _compared(follow: Follower, run: FakeRun, *, computes: bool) -> dict[str, str]:
+def _compared(follow: Follower, run: FakeRun, made: Collection[str], *, computes: bool) -> dict[str, str]:
     """What the first run shows, and those of other kinds; runs that compute leave statistics and memory alone."""
     together = [kind for kind in _TOGETHER if not (computes and ("training" in kind or "twice" in kind))]
     first = follow.ways(run)
-    found = {path: _DRAWN for path, ways in first.items() if any(way.drawn for way in ways)}
+    found = {path: _DRAWN for path, ways in first.inputs.items() if any(way.drawn for way in ways)}
     others = [_run(follow, run, kind) for kind in together]
-    if all(other and not _differing(first, other) for other in others):
+    if all(other is not None and not _differing(first, other, made) for other in others):
         return found
     apart = [(when, kind) for when, kind in _APART if not computes or set(kind) <= {"gradients"}]
     seen = [(when, _run(follow, run, kind)) for when, kind in apart]
     for when, other in [*seen, *(("at another call", other) for other in others)]:
-        for path in _differing(first, other):
-            found.setdefault(path, f"{when} its input is computed in another way ({_what(first[path], other[path])})")
+        for path, why in (_differing(first, other, made) if other is not None else {}).items():
+            found.setdefault(path, f"{when} {why}")
     return found
 
 
-def _run(follow: Follower, run: FakeRun, kind: dict[str, bool]) -> dict[str, list[Derivation]]:
-    """What a run shows; nothing if it does not work."""
+def _run(follow: Follower, run: FakeRun, kind: dict[str, bool]) -> Ways | None:
+    """What a run shows; None if it does not work."""
     try:
         return follow.ways(run, **kind)
     except Exception as error:  # a batch of one in training mode, for example
         _log.debug("no run with %s: %s", kind, error)
-        return {}
+        return None
 
 
-def _differing(first: dict[str, list[Derivation]], other: dict[str, list[Derivation]]) -> list[str]:
-    """The modules that both runs call, and that get their inputs in different ways."""
-    return [path for path in first if path in other and other[path] != first[path]]
+def _differing(first: Ways, other: Ways, made: Collection[str]) -> dict[str, str]:
+    """The modules that both runs call, and around which they do other things, with what these are."""
+    found: dict[str, str] = {}
+    for path, ways in first.inputs.items():
+        if path in other.inputs and other.inputs[path] != ways:
+            found[path] = f"its input is computed in another way ({_what(ways, other.inputs[path])})"
+    for path in made:
+        more = other.uses.get(path, Counter()) - first.uses.get(path, Counter())
+        if more and path in first.uses:
+            found.setdefault(path, f"its output is also read by {next(iter(more))}")
+    return found
 
 
 def _what(first: list[Derivation], other: list[Derivation]) -> str:

@@ -66,9 +66,14 @@ def _of_one_way(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tu
     """The sites, with a reason where the code around a gate does other things in another run."""
     sound = [site for site in sites if site.ungated is None and site.reason is None]
     read = dict.fromkeys(path for site in sound for path in _read(site))
-    made = dict.fromkeys(port.module for site in sound for port in (site.producer, site.up) if port is not None)
+    made = dict.fromkeys(path for site in sound for path in _made(site))
     changing = other_ways(model, inputs, read, made) if read else {}
-    why = {site.name: f"{path}: {changing[path]}" for site in sound for path in _read(site) if path in changing}
+    why = {
+        site.name: next(
+            (f"{path}: {changing[path]}" for path in (*_read(site), *_made(site)) if path in changing), None
+        )
+        for site in sound
+    }
     return tuple(replace(site, reason=site.reason or why.get(site.name)) for site in sites)
 
 
@@ -77,6 +82,12 @@ def _read(site: Site) -> Iterator[str]:
     yield site.name
     yield from (port.module for port in site.consumers)
     yield from _folded(site)
+
+
+def _made(site: Site) -> Iterator[str]:
+    """The modules whose outputs surgery changes."""
+    yield site.name
+    yield from (port.module for port in (site.producer, site.up) if port is not None)
 
 
 def _above(path: str) -> list[str]:
