@@ -183,3 +183,53 @@ def test_models_without_values_are_seen_too(device: str) -> None:
     record = record_of(gated)
     assert record is not None
     assert [site.reason is None for site in record.sites] == [False, True]
+
+
+class NoisyLinear(nn.Linear):
+    """A layer whose weights are noisy in training, as agents of reinforcement learning have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn_like(self.weight) if self.training else 0.0
+        return functional.linear(x, self.weight + 0.1 * noise, self.bias)
+
+
+class DroppingLinear(nn.Linear):
+    """A layer that drops inputs: a plain layer in its place would not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(functional.dropout(x, 0.2, self.training), self.weight, self.bias)
+
+
+class GradientLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if torch.is_grad_enabled() else y
+
+
+class OwnLinear(nn.Linear):
+    """A layer of one's own that does the same in every run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, 2 * self.weight, self.bias)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", [NoisyLinear, DroppingLinear, GradientLinear, OwnLinear])
+def test_layers_that_do_other_things_in_another_run(kind: type[nn.Linear], first: bool) -> None:
+    torch.manual_seed(0)
+    layers = [kind(6, 8), nn.GELU(), nn.Linear(8, 6)] if first else [nn.Linear(6, 8), nn.GELU(), kind(8, 6)]
+    gated = linearize.convert(nn.Sequential(*layers).double(), torch.randn(3, 6, dtype=torch.float64))
+    randomize(gated, 1.0, seed=1)
+    collapsed = linearize.collapse(gated, when="always")
+    assert error(runs(gated), runs(collapsed)) <= 1e-12
+    record = record_of(gated)
+    assert record is not None
+    (site,) = record.sites
+    place = 0 if first else 2
+    reasons: dict[type[nn.Linear], str | None] = {
+        NoisyLinear: f"{place}: in training mode it computes in another way",
+        DroppingLinear: f"{place} also computes dropout",
+        GradientLinear: f"{place}: with gradients it computes in another way",
+        OwnLinear: None,
+    }
+    assert site.reason == reasons[kind]

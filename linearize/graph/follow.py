@@ -43,10 +43,12 @@ class Ways(NamedTuple):
     Attributes:
         inputs: by path of a module, how each of its calls gets its input.
         uses: by path of a module, what reads its outputs, and how often.
+        works: by path of a module, the ops inside each of its calls.
     """
 
     inputs: Mapping[str, list[Derivation]]
     uses: Mapping[str, Counter[str]]
+    works: Mapping[str, list[list[tuple[Any, ...]]]]
 
 
 @dataclass
@@ -74,11 +76,12 @@ class Follower(TorchDispatchMode):
         self.made_by: dict[int, int] = {}
         self.written: dict[int, int] = {}  # by memory, the last op that wrote into a part of it
         self.alive: list[Any] = []  # so that no id is used twice
-        self.depth = 0  # of watched modules: what happens inside of them is their own business
+        self.inside: list[list[tuple[Any, ...]]] = []  # ops of the watched modules that are running, outermost first
         self.draws: list[int] = []
         self.state = _generators()
         self.found: dict[str, list[Derivation]] = {}
         self.uses: dict[str, Counter[str]] = {}
+        self.works: dict[str, list[list[tuple[Any, ...]]]] = {}
 
     def ways(self, run: FakeRun, **kind: Any) -> Ways:
         """How the watched modules get their inputs in one run, and what reads their outputs."""
@@ -89,7 +92,7 @@ class Follower(TorchDispatchMode):
         self._used([self._source(tensor) for tensor in tensors_of(output)], "the model's caller")
         kept = [tensor for tensor in on_modules(self.model) if id(tensor) not in before]
         self._used([self._source(tensor) for tensor in kept], "an attribute of a module")
-        return Ways(self.found, self.uses)
+        return Ways(self.found, self.uses, self.works)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -107,7 +110,7 @@ class Follower(TorchDispatchMode):
             self._look()
             start = [self._source(tensor) for tensor in tensors_of(list(args))]
             self._used(start, path)
-            self.depth += 1
+            self.inside.append([])
             if path in self.read:
                 self.found.setdefault(path, []).append(self._way(start))
 
@@ -116,7 +119,7 @@ class Follower(TorchDispatchMode):
     def _leave(self, path: str) -> Callable[..., None]:
         def note(_module: nn.Module, _args: Any, out: Any) -> None:
             self._look()
-            self.depth -= 1
+            self.works.setdefault(path, []).append(self.inside.pop())
             self.done.append(_Done("", label=path))
             self._put(tensors_of(out), len(self.done) - 1)
 
@@ -131,7 +134,10 @@ class Follower(TorchDispatchMode):
         sources = tuple(self._source(value) for value in _tensors((args, kwargs))) if name not in _SHAPED else ()
         out = func(*args, **kwargs)
         position = len(self.done)
-        self.done.append(done := self._op(func, name, tuple(numbers_of(func, given)), sources))
+        numbers = tuple(numbers_of(func, given))
+        self.done.append(done := self._op(func, name, numbers, sources))
+        for ops in self.inside if name not in _SILENT and _tensors(out) else ():
+            ops.append((name, numbers))
         if done.name and not done.noise and _tensors(out):  # else it asks for a size or a device
             self._used(sources, done.name)
         written = _tensors(written_of(given))
@@ -161,7 +167,7 @@ class Follower(TorchDispatchMode):
 
     def _used(self, sources: Iterable[int], by: str) -> None:
         """Note what reads outputs of watched modules, outside of such."""
-        for source in sources if not self.depth else ():
+        for source in sources if not self.inside else ():
             position = source
             while position >= 0 and not self.done[position].label:
                 done = self.done[position]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from linearize.graph.capture import Inputs
 from linearize.graph.fakes import FakeRun, fake_runs
@@ -29,7 +30,9 @@ _APART: tuple[tuple[str, dict[str, bool]], ...] = (
 _DRAWN = "numbers are drawn from Python's or NumPy's generator on the way to its input, which may depend on them"
 
 
-def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str]) -> dict[str, str]:
+def other_ways(
+    model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str], maps: Collection[str] = ()
+) -> dict[str, str]:
     """The modules around which the code does other things in another run, each with the reason.
 
     Their inputs are computed in another way, or more is done with their outputs.
@@ -44,6 +47,8 @@ def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Co
         inputs: of its forward.
         read: paths of the modules whose inputs are followed.
         made: paths of the modules of whose outputs it is known what reads them.
+        maps: paths of the modules that shall do the same inside; those among `read` and `made`. Layers of torch's own
+            are taken to do so, and so are those with parametrised weights, which are made plain.
 
     Examples:
         >>> import torch
@@ -57,28 +62,31 @@ def other_ways(model: nn.Module, inputs: Inputs, read: Collection[str], made: Co
         >>> other_ways(Net(), ((torch.ones(2, 4),), {}), ["act", "last"], [])
         {'last': 'in training mode its input is computed in another way (mul 2)'}
     """
+    own = [path for path in maps if not _plain(model.get_submodule(path))]
     on_cpu = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for real in (False, True):
         try:
             with fake_runs(model, inputs, real=real, on_cpu=on_cpu) as run:
-                return _compared(Follower(model, read, made), run, made, computes=real)
+                return _compared(Follower(model, read, made), run, made, own, computes=real)
         except Exception as error:  # whatever the model's own code raises
             _log.debug("no run to see the ways between modules: %s", error)
     return {}
 
 
-def _compared(follow: Follower, run: FakeRun, made: Collection[str], *, computes: bool) -> dict[str, str]:
+def _compared(
+    follow: Follower, run: FakeRun, made: Collection[str], own: Collection[str], *, computes: bool
+) -> dict[str, str]:
     """What the first run shows, and those of other kinds; runs that compute leave statistics and memory alone."""
     together = [kind for kind in _TOGETHER if not (computes and ("training" in kind or "twice" in kind))]
     first = follow.ways(run)
     found = {path: _DRAWN for path, ways in first.inputs.items() if any(way.drawn for way in ways)}
     others = [_run(follow, run, kind) for kind in together]
-    if all(other is not None and not _differing(first, other, made) for other in others):
+    if all(other is not None and not _differing(first, other, made, own) for other in others):
         return found
     apart = [(when, kind) for when, kind in _APART if not computes or set(kind) <= {"gradients"}]
     seen = [(when, _run(follow, run, kind)) for when, kind in apart]
     for when, other in [*seen, *(("at another call", other) for other in others)]:
-        for path, why in (_differing(first, other, made) if other is not None else {}).items():
+        for path, why in (_differing(first, other, made, own) if other is not None else {}).items():
             found.setdefault(path, f"{when} {why}")
     return found
 
@@ -92,17 +100,24 @@ def _run(follow: Follower, run: FakeRun, kind: dict[str, bool]) -> Ways | None:
         return None
 
 
-def _differing(first: Ways, other: Ways, made: Collection[str]) -> dict[str, str]:
+def _differing(first: Ways, other: Ways, made: Collection[str], own: Collection[str]) -> dict[str, str]:
     """The modules that both runs call, and around which they do other things, with what these are."""
     found: dict[str, str] = {}
     for path, ways in first.inputs.items():
         if path in other.inputs and other.inputs[path] != ways:
             found[path] = f"its input is computed in another way ({_what(ways, other.inputs[path])})"
+    for path in own:
+        if path in first.works and path in other.works and other.works[path] != first.works[path]:
+            found.setdefault(path, "it computes in another way")
     for path in made:
         more = other.uses.get(path, Counter()) - first.uses.get(path, Counter())
         if more and path in first.uses:
             found.setdefault(path, f"its output is also read by {next(iter(more))}")
     return found
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module).forward.__module__.partition(".")[0] == "torch" or is_parametrized(module)
 
 
 def _what(first: list[Derivation], other: list[Derivation]) -> str:

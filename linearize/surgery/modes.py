@@ -67,7 +67,8 @@ def _of_one_way(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tu
     sound = [site for site in sites if site.ungated is None and site.reason is None]
     read = dict.fromkeys(path for site in sound for path in _read(site))
     made = dict.fromkeys(path for site in sound for path in _made(site))
-    changing = other_ways(model, inputs, read, made) if read else {}
+    maps = dict.fromkeys(path for site in sound for path in _linear(site))
+    changing = other_ways(model, inputs, read, made, maps) if read else {}
     why = {
         site.name: next(
             (f"{path}: {changing[path]}" for path in (*_read(site), *_made(site)) if path in changing), None
@@ -82,6 +83,11 @@ def _read(site: Site) -> Iterator[str]:
     yield site.name
     yield from (port.module for port in site.consumers)
     yield from _folded(site)
+
+
+def _linear(site: Site) -> Iterator[str]:
+    """The linear layers around a site."""
+    yield from (port.module for port in (site.producer, site.up, *site.consumers) if port is not None)
 
 
 def _made(site: Site) -> Iterator[str]:
