@@ -334,3 +334,19 @@ def test_a_plan_for_other_heads_is_refused() -> None:
     assert AttentionHeads().replay(found, replace(plan, site="elsewhere"), None) is None
     with pytest.raises(UsageError, match=r"found 'hats'.*Known are channels, blocks"):
         linearize.compress(gated, [tokens()], flops=0.8, families=("hats",), **QUIET)
+
+
+def test_a_plan_may_be_told_to_leave_heads_alone() -> None:
+    model, data = llama(), [tokens(4, 12, seed) for seed in range(3)]
+    plan = linearize.compress(model, data, params=0.8, families=["channels", "heads"], dry_run=True, **QUIET).plan
+    assert any(site.form == HEADS for site in plan.sites)
+    stay = replace(plan, sites=tuple(
+        replace(site, form="unchanged", linear=(), dropped=()) if site.form == HEADS else site for site in plan.sites
+    ))  # fmt: skip
+    result = linearize.compress(model, data, plan=stay, families=["channels", "heads"], **QUIET)
+    assert not any(site.form == HEADS for site in result.plan.sites)
+    heads = [layer.self_attn.o_proj.in_features for layer in result.model.model.layers]  # type: ignore[union-attr]
+    assert heads == [layer.self_attn.o_proj.in_features for layer in model.model.layers]  # type: ignore[union-attr]
+    nowhere = replace(stay, sites=(*stay.sites, replace(stay.sites[0], site="nowhere", form="unchanged")))
+    with pytest.raises(UsageError, match="nowhere: is in the plan, but not in the model"):
+        linearize.compress(model, data, plan=nowhere, families=["channels", "heads"], **QUIET)

@@ -170,7 +170,10 @@ def _replayed(job: Job, found: Survey, plan: Plan) -> Made:
     choices: dict[str, SiteChoice] = {}
     keep: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
+    paths = {path for path, _ in job.gated.named_modules(remove_duplicate=False)}
     for site in plan.checked().sites:
+        if site.form == UNCHANGED and site.site in paths - named.keys():
+            continue  # a place of any family that stays, as a plan says that people have changed
         family = family_of(site.form)
         if family.name not in found.places:
             remedy = f"Leave families= out, or name {family.name!r} in it, too."
