@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linearize.compress import compress
 from linearize.planning.resume import ResumeStore, fingerprint
+from linearize.training.state import read_state, write_state
 from tests.toys import QUIET
 
 
@@ -118,3 +119,21 @@ def test_fingerprints_tell_jobs_apart() -> None:
     with torch.no_grad():
         net.bias[0] += 1
     assert fingerprint(net) != before
+
+
+def test_statistics_that_are_not_what_was_found_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file's own checksum fits: somebody wrote other content, or put the file of one place in that of another."""
+    store = ResumeStore(tmp_path / "notes", "one job")
+    store.write("line", {"1": {"count": 3, "xx": torch.ones(2)}, "2": {"count": 3, "xx": torch.ones(2)}})
+    first, second = sorted((tmp_path / "notes").iterdir())
+    first_name, second_name = ("line 1", "line 2") if "line-1" in first.name else ("line 2", "line 1")
+    kept = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    assert store.read(second_name) is None
+    second.write_bytes(kept)
+    assert store.read(second_name) is not None
+    state = read_state(first)
+    del state["noted"]["xx"]
+    write_state(first, state)
+    assert store.read(first_name) is None
+    assert caplog.text.count("is damaged and left out") == 2

@@ -22,6 +22,7 @@ from linearize.planning.decision import DECISION_FILE
 from linearize.running.order import Repeated
 from linearize.storage.folders import clear
 from linearize.storage.lock import alone_in
+from linearize.training.state import read_state, write_state
 
 
 class Stop(Exception):
@@ -157,6 +158,18 @@ def test_damaged_checkpoints_are_left_out_with_a_line(tmp_path: Path, caplog: py
     assert all("is damaged and left out" in record.message for record in caplog.records)
 
 
+def test_weights_of_another_type_are_no_checkpoint(tmp_path: Path) -> None:
+    """Torch would turn them into numbers of the model's type without a word."""
+    toys.finetune_job(tmp_path / "whole")
+    for path in sorted((tmp_path / "whole").glob("epoch-*")):
+        state = read_state(path)
+        name = next(iter(state["run"]["model"]))
+        state["run"]["model"][name] = state["run"]["model"][name].to(torch.int8)
+        write_state(path, state)
+    with pytest.raises(TrainingError, match="of type torch.int8"):
+        toys.finetune_job(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_damaged_plan_is_made_again(tmp_path: Path) -> None:
     whole = toys.compress_job(None)
@@ -221,7 +234,7 @@ def test_places_that_cannot_be_written_are_found_before_any_training(tmp_path: P
     def no_step(*_: Any) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr("linearize.training.loop.Run.update", no_step)
+    monkeypatch.setattr("linearize.training.loop.TrainingRun.update", no_step)
     file = tmp_path / "file"
     file.write_text("")
     for place, match in ((file, "no folder"), (file / "inside", "no folder"), ("a\0b", "path")):

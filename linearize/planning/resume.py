@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linearize.errors import CheckpointError
-from linearize.families.records import flaw_in
 from linearize.nest import plain_nest
 from linearize.planning.decision import DECISION_FILE, Decision
 from linearize.running.batches import count_of, length_of
@@ -65,15 +64,15 @@ class ResumeStore:
         except CheckpointError as error:
             _leave_out(path, error.found)
             return None
-        if not isinstance(held, dict) or not {"key", "noted"} <= held.keys():
+        if not isinstance(held, dict) or not {"key", "noted", "digest"} <= held.keys():
             _leave_out(path, "it holds no statistics")
             return None
         if held["key"] != self.key:
             return None
-        flaw = flaw_in(name.partition(" ")[0], held["noted"])
-        if flaw is not None:
-            _leave_out(path, f"found {flaw}")
-        return held["noted"] if flaw is None else None
+        if held["digest"] != self._digest(name, held["noted"]):
+            _leave_out(path, f"it does not hold what was found for {name!r}")
+            return None
+        return held["noted"]
 
     def some(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
         """The stored results of a kind, by name."""
@@ -89,7 +88,7 @@ class ResumeStore:
         for name, value in noted.items() if self.folder is not None else ():
             path = self._path(f"{kind} {name}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_state(path, {"key": self.key, "noted": value})
+            write_state(path, {"key": self.key, "noted": value, "digest": self._digest(f"{kind} {name}", value)})
 
     def decision(self, model: nn.Module) -> Decision | None:
         """The stored decision for this request and this gated model; None if there is none."""
@@ -136,6 +135,12 @@ class ResumeStore:
         with suppress(OSError):
             self.folder.parent.rmdir()
 
+    def _digest(self, name: str, noted: Any) -> str:
+        """A text that changes with statistics, with their place in the model, and with model and data."""
+        told = hashlib.sha256(f"{self.key} {name}".encode())
+        _take_in_all(told, noted)
+        return told.hexdigest()
+
     @property
     def _decision_file(self) -> Path | None:
         place = None if self.folder is None else self.folder / f"planned-{self.request[:12]}"
@@ -169,9 +174,19 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
         False
     """
     told = hashlib.sha256()
+    _take_in_all(told, (_state(model), others))
+    return told.hexdigest()
+
+
+def _state(model: nn.Module) -> list[Any]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    leaves, form = pytree.tree_flatten((list(tensors.values()), others))
-    for leaf in [*tensors, *leaves, str(form)]:
+    return [list(tensors), list(tensors.values())]
+
+
+def _take_in_all(told: Any, nest: Any) -> None:
+    """Add a nest of values to a hash: tensors by every bit, objects by their names, functions by what they do."""
+    leaves, form = pytree.tree_flatten(nest)
+    for leaf in [*leaves, str(form)]:
         if isinstance(leaf, Tensor):
             take_in(told, leaf)
         else:
@@ -180,7 +195,6 @@ def fingerprint(model: nn.Module, *others: Any) -> str:
             told.update((getattr(leaf, "__qualname__", type(leaf).__name__) if named else text).encode())
             told.update(_code_of(leaf))
         told.update(b"\0")
-    return told.hexdigest()
 
 
 def _code_of(value: Any) -> bytes:

@@ -205,6 +205,9 @@ class TrainingRun:
         try:
             if gone := self.model.state_dict().keys() - state["model"].keys():  # torch forgives a norm's counter
                 raise ValueError(f"without {min(gone)}")
+            odd = [name for name, value in self.model.state_dict().items() if state["model"][name].dtype != value.dtype]
+            if odd:  # torch would turn them into numbers of the model's type, without a word
+                raise ValueError(f"{odd[0]} of type {state['model'][odd[0]].dtype}")
             self.model.load_state_dict(state["model"])
             sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (own, stored)]
             if sizes[0] != sizes[1]:
