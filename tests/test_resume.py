@@ -166,7 +166,7 @@ def test_weights_of_another_type_are_no_checkpoint(tmp_path: Path) -> None:
         name = next(iter(state["run"]["model"]))
         state["run"]["model"][name] = state["run"]["model"][name].to(torch.int8)
         write_state(path, state)
-    with pytest.raises(TrainingError, match="of type torch[.]int8"):
+    with pytest.raises(TrainingError, match=r"of type torch\.int8"):
         toys.finetune_job(tmp_path / "whole")
 
 
