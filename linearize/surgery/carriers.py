@@ -128,6 +128,7 @@ class CarryLinear(_Carry, AroundLinear):
         self._place(start, whole)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The matrix on the first K features, plus its part of the carried ones: (..., K + carried) to (..., O)."""
         out: Tensor = self.linear(input[..., : self.keep]) + input[..., self.first : self.last]
         return out
 
@@ -142,6 +143,7 @@ class CarryConv(_Carry, AroundConv):
         self.steps = list(self.conv.stride)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution on the first K channels, plus its part of the carried ones."""
         carried = every(part(input, self.axis, self.first, self.last), self.steps)
         out: Tensor = self.conv(part(input, self.axis, 0, self.keep)) + carried
         return out
@@ -157,6 +159,7 @@ class InputCarryConv(AroundConv):
         self.steps = list(self.conv.stride)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution of the input, then the input itself, then channels of ones."""
         carried = every(input, self.steps)
         parts = [self.conv(input), carried]
         if self.ones > 0:
@@ -172,6 +175,7 @@ class SameConv(AroundConv):
         self.kernel, self.steps, self.spread = map(list, (self.conv.kernel_size, self.conv.stride, self.conv.dilation))
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution of the padded input."""
         out: Tensor = self.conv(pad_same(input, self.kernel, self.steps, self.spread))
         return out
 
@@ -197,6 +201,7 @@ class BorderConv(AroundConv):
         return input
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution of the padded input, plus what is left of the bias near the border."""
         sizes = [1, 1]
         for axis in range(self.axis + 1, 0):
             sizes.append(input.shape[axis])  # noqa: PERF401 - what TorchScript understands
@@ -226,6 +231,7 @@ class OnesLinear(AroundLinear):
         self.ones = ones
 
     def forward(self, input: Tensor) -> Tensor:
+        """The matrix, with features of ones put in: (..., I) to (..., O + ones)."""
         y = self.linear(input)
         before = functional.pad(y[..., : self.at], [0, self.ones], value=1.0)
         return torch.cat((before, y[..., self.at :]), dim=-1)
@@ -239,9 +245,11 @@ class Ones(nn.Module):
         self.width = width
 
     def forward(self, input: Tensor) -> Tensor:
+        """Features of ones beside any input: (..., any) to (..., width)."""
         return ones_beside(input, self.width)
 
     def extra_repr(self) -> str:
+        """The width, for the printed model."""
         return str(self.width)
 
 

@@ -33,6 +33,7 @@ class PartialActivation(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
+        """The activation on the first K channels; the others pass. The same shape."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.inplace and _unrecorded(input):
                 kept = part(input, self.axis, 0, self.keep)
@@ -42,6 +43,7 @@ class PartialActivation(nn.Module):
         return torch.cat((self.activation(kept), carried), dim=self.axis)
 
     def extra_repr(self) -> str:
+        """What stays, and the axis, for the printed model."""
         return f"keep={self.keep}, axis={self.axis}" + (", inplace=True" if self.inplace else "")
 
 
@@ -90,6 +92,7 @@ class MaskedActivation(_BesideLines):
         self.register_buffer("linear", torch.zeros(channels, dtype=torch.bool))
 
     def forward(self, input: Tensor) -> Tensor:
+        """The activation, or the line of each linear channel. The same shape."""
         y = self.activation(input)
         slope, intercept = (self.slope.view(self.sizes), self.intercept.view(self.sizes))
         line = slope.to(input.dtype) * input + intercept.to(input.dtype)
@@ -116,6 +119,7 @@ class BlendedActivation(_BesideLines):
         self.register_buffer("alpha", torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
+        """The blend of activation and line of each channel. The same shape."""
         y = self.activation(input)
         of_y = (1 - self.alpha).view(self.sizes)
         of_x = (self.alpha * self.slope).view(self.sizes)
@@ -151,9 +155,11 @@ class FoldedNorm(nn.Module):
             self.register_buffer("bias", torch.zeros(channels), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The input, plus the bias that was left, if there is one."""
         return input + self.bias.view(self.sizes) if self.shift else input
 
     def extra_repr(self) -> str:
+        """Channels and axis, for the printed model."""
         return f"{self.num_features}, axis={self.axis}" + (", shift=True" if self.shift else "")
 
 
@@ -173,10 +179,12 @@ class Elementwise(nn.Module):
         self.options = dict(options or {})
 
     def forward(self, input: Tensor) -> Tensor:
+        """The function of each element. The same shape."""
         out: Tensor = getattr(torch.ops.aten, self.function)(input, **self.options)
         return out
 
     def extra_repr(self) -> str:
+        """The function and its options, for the printed model."""
         return ", ".join([self.function, *(f"{name}={value}" for name, value in self.options.items())])
 
 
