@@ -107,7 +107,7 @@ def test_a_block_that_always_does_the_same_is_collapsed() -> None:
 
 
 def test_without_the_check_a_wrong_collapse_would_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize.surgery.modes.other_ways", lambda *_: {})
+    monkeypatch.setattr("linearize.surgery.modes.seen_in_runs", lambda *_: None)
     gated, collapsed = made(Block("training", behind=False))
     assert error(runs(gated), runs(collapsed)) > 0.01
 

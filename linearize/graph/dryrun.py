@@ -136,7 +136,7 @@ def dry_run(
     noter = _Noter(trace, silent)
     with (
         fake_runs(model, inputs, real=real, on_cpu=on_cpu) as run,
-        _watched(model, trace.called, skip, silent),
+        calls_watched(model, trace.called, skip, silent),
     ):
         out = run(training=training, gradients=gradients, around=noter)
     return _finished(trace, noter, out)
@@ -172,7 +172,7 @@ def called_modules(model: nn.Module, inputs: Inputs) -> set[str]:
     """
     called: set[str] = set()
     try:
-        with _watched(model, called, frozenset(), []):
+        with calls_watched(model, called, frozenset(), []):
             run_once(model, inputs, before=called.clear)
     except Exception as error:  # whatever the model's own code raises
         _log.debug("does not run: %s", error)
@@ -223,7 +223,7 @@ def _on_copies(model: nn.Module, inputs: Inputs) -> object:
 
 
 @contextmanager
-def _watched(model: nn.Module, called: set[str], skip: frozenset[str], silent: list[str]) -> Iterator[None]:
+def calls_watched(model: nn.Module, called: set[str], skip: frozenset[str], silent: list[str]) -> Iterator[None]:
     """Note in `called` each module that runs, and keep in `silent` the one that is to be skipped."""
     paths: dict[int, list[str]] = {}
     for path, part in model.named_modules(remove_duplicate=False):
@@ -254,4 +254,4 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-__all__ = ["Trace", "called_modules", "dry_run", "first_line", "run_once"]
+__all__ = ["Trace", "called_by_mode", "called_modules", "calls_watched", "dry_run", "first_line", "run_once"]

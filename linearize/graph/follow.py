@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import on_modules, tensors_of
-from linearize.graph.dryrun import given_to, numbers_of, written_of
+from linearize.graph.dryrun import calls_watched, given_to, numbers_of, written_of
 from linearize.graph.fakes import FakeRun
 
 # They move values or give them another shape or memory, and compute nothing.
@@ -44,11 +44,15 @@ class Ways(NamedTuple):
         inputs: by path of a module, how each of its calls gets its input.
         uses: by path of a module, what reads its outputs, and how often.
         works: by path of a module, the ops inside each of its calls.
+        called: paths of all modules that were called.
+        overwritten: paths of the watched modules whose input is written after they have run.
     """
 
     inputs: Mapping[str, list[Derivation]]
     uses: Mapping[str, Counter[str]]
     works: Mapping[str, list[list[tuple[Any, ...]]]]
+    called: set[str]
+    overwritten: set[str]
 
 
 @dataclass
@@ -82,23 +86,26 @@ class Follower(TorchDispatchMode):
         self.found: dict[str, list[Derivation]] = {}
         self.uses: dict[str, Counter[str]] = {}
         self.works: dict[str, list[list[tuple[Any, ...]]]] = {}
+        self.given: list[tuple[str, Tensor, int]] = []  # what modules were given, and how often it had been written to
 
     def ways(self, run: FakeRun, **kind: Any) -> Ways:
         """How the watched modules get their inputs in one run, and what reads their outputs."""
         self._clear()
         before = {id(tensor) for tensor in on_modules(self.model)}
-        with self._watched():
+        called: set[str] = set()
+        with self._watched(), calls_watched(self.model, called, frozenset(), []):
             output = run(around=self, **kind)
         self._used([self._source(tensor) for tensor in tensors_of(output)], "the model's caller")
         kept = [tensor for tensor in on_modules(self.model) if id(tensor) not in before]
         self._used([self._source(tensor) for tensor in kept], "an attribute of a module")
-        return Ways(self.found, self.uses, self.works)
+        overwritten = {path for path, value, version in self.given if value._version != version}
+        return Ways(self.found, self.uses, self.works, called, overwritten)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         modules = {path: self.model.get_submodule(path) for path in (*self.read, *self.made)}
         hooks = [module.register_forward_pre_hook(self._enter(path)) for path, module in modules.items()]
-        hooks += [module.register_forward_hook(self._leave(path)) for path, module in modules.items()]
+        hooks += [module.register_forward_hook(self._leave(path), with_kwargs=True) for path, module in modules.items()]
         try:
             yield
         finally:
@@ -117,8 +124,10 @@ class Follower(TorchDispatchMode):
         return note
 
     def _leave(self, path: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _args: Any, out: Any) -> None:
+        def note(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             self._look()
+            first = [value for value in _tensors((args, kwargs))[:1] if not value.is_inference()]
+            self.given += [(path, value, value._version) for value in first]
             self.works.setdefault(path, []).append(self.inside.pop())
             self.done.append(_Done("", label=path))
             self._put(tensors_of(out), len(self.done) - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -21,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 # Several kinds in one run, since runs take time; one by one where something differs, to name it.
 _TOGETHER: tuple[dict[str, bool], ...] = ({"gradients": True, "twice": True}, {"gradients": True, "training": True}, {})
+_COMPUTING: tuple[dict[str, bool], ...] = ({"gradients": True}, {})
 _APART: tuple[tuple[str, dict[str, bool]], ...] = (
     ("with gradients", {"gradients": True}),
     ("in training mode", {"gradients": True, "training": True}),
@@ -30,12 +32,25 @@ _APART: tuple[tuple[str, dict[str, bool]], ...] = (
 _DRAWN = "numbers are drawn from Python's or NumPy's generator on the way to its input, which may depend on them"
 
 
-def other_ways(
-    model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str], maps: Collection[str] = ()
-) -> dict[str, str]:
-    """The modules around which the code does other things in another run, each with the reason.
+class Seen(NamedTuple):
+    """What several runs of a model show.
 
-    Their inputs are computed in another way, or more is done with their outputs.
+    Attributes:
+        changing: the modules around which the code does other things in another run, each with the reason. Their inputs
+            are computed in another way, or more is done with their outputs, or they do other things inside.
+        called: paths of the modules that are called in eval mode, without gradients and with them.
+        overwritten: paths of the modules of which no gradient can go through, since their input is written later.
+    """
+
+    changing: dict[str, str]
+    called: tuple[set[str], set[str]]
+    overwritten: set[str]
+
+
+def seen_in_runs(
+    model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str], maps: Collection[str] = ()
+) -> Seen | None:
+    """Run a model several times on fake tensors, and compare what it does around some modules. None if it cannot run.
 
     The runs: in eval mode without gradients, which is the one that others are compared with, the same again, with
     gradients, in training mode, and for a batch twice as large. A factor of noise, as dropout has it, is left out.
@@ -59,7 +74,7 @@ def other_ways(
         ...     def forward(self, x):
         ...         h = self.act(x)
         ...         return self.last(h * 2 if self.training else h)
-        >>> other_ways(Net(), ((torch.ones(2, 4),), {}), ["act", "last"], [])
+        >>> seen_in_runs(Net(), ((torch.ones(2, 4),), {}), ["act", "last"], []).changing
         {'last': 'in training mode its input is computed in another way (mul 2)'}
     """
     own = [path for path in maps if not _plain(model.get_submodule(path))]
@@ -70,25 +85,27 @@ def other_ways(
                 return _compared(Follower(model, read, made), run, made, own, computes=real)
         except Exception as error:  # whatever the model's own code raises
             _log.debug("no run to see the ways between modules: %s", error)
-    return {}
+    return None
 
 
 def _compared(
     follow: Follower, run: FakeRun, made: Collection[str], own: Collection[str], *, computes: bool
-) -> dict[str, str]:
+) -> Seen | None:
     """What the first run shows, and those of other kinds; runs that compute leave statistics and memory alone."""
-    together = [kind for kind in _TOGETHER if not (computes and ("training" in kind or "twice" in kind))]
     first = follow.ways(run)
     found = {path: _DRAWN for path, ways in first.inputs.items() if any(way.drawn for way in ways)}
-    others = [_run(follow, run, kind) for kind in together]
-    if all(other is not None and not _differing(first, other, made, own) for other in others):
-        return found
-    apart = [(when, kind) for when, kind in _APART if not computes or set(kind) <= {"gradients"}]
-    seen = [(when, _run(follow, run, kind)) for when, kind in apart]
-    for when, other in [*seen, *(("at another call", other) for other in others)]:
+    others = [_run(follow, run, kind) for kind in (_COMPUTING if computes else _TOGETHER)]
+    same = all(other is not None and not _differing(first, other, made, own) for other in others)
+    apart = [] if same else [(when, kind) for when, kind in _APART if not computes or kind in _COMPUTING]
+    each = [(when, _run(follow, run, kind)) for when, kind in apart]
+    for when, other in [*each, *(("at another call", other) for other in others)]:
         for path, why in (_differing(first, other, made, own) if other is not None else {}).items():
             found.setdefault(path, f"{when} {why}")
-    return found
+    with_gradients = dict(each).get("with gradients") or others[0]
+    if with_gradients is None:
+        return None
+    runs = [first, *(other for other in (*others, *(other for _, other in each)) if other is not None)]
+    return Seen(found, (first.called, with_gradients.called), set[str]().union(*(one.overwritten for one in runs)))
 
 
 def _run(follow: Follower, run: FakeRun, kind: dict[str, bool]) -> Ways | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from linearize.graph.capture import Inputs
 from linearize.graph.dryrun import called_by_mode, called_modules
 from linearize.graph.overwrite import overwritten_later
-from linearize.graph.ways import other_ways
+from linearize.graph.ways import Seen, seen_in_runs
 from linearize.sites.record import Step
 from linearize.sites.site import Site
 from linearize.surgery.fused import SWITCH, UNFUSED, fuse, unfuse
@@ -46,11 +46,9 @@ def settle_modes(
     steps: list[Step] = [{"path": path, "module": {"type": UNFUSED}} for path in paths]
     for path in paths:
         unfuse(model.get_submodule(path), {})
-    called = called_modules(model, inputs)
-    modes = called_by_mode(model, inputs) or [called, called]
-    written = overwritten_later(model, inputs, replaced)
+    seen = _seen(model, sites, replaced, inputs)
     settled = tuple(
-        replace(site, ungated=_WRITTEN) if site.name in written else _settled(site, replaced, called, modes)
+        replace(site, ungated=_WRITTEN) if site.name in seen.overwritten else _settled(site, replaced, seen.called)
         for site in sites
     )
     for name in [site.name for site in settled if site.name in replaced and site.ungated is not None]:
@@ -59,23 +57,29 @@ def settle_modes(
     for step in [step for step in steps if step["path"] not in left]:
         fuse(model.get_submodule(step["path"]))
         steps.remove(step)
-    return _of_one_way(model, settled, inputs), steps
+    return tuple(_of_one_way(site, seen.changing) for site in settled), steps
 
 
-def _of_one_way(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> tuple[Site, ...]:
-    """The sites, with a reason where the code around a gate does other things in another run."""
+def _seen(model: nn.Module, sites: tuple[Site, ...], replaced: Iterable[str], inputs: Inputs) -> Seen:
+    """What runs show around the gates; where a model cannot be run so, what can be found out otherwise."""
     sound = [site for site in sites if site.ungated is None and site.reason is None]
-    read = dict.fromkeys(path for site in sound for path in _read(site))
+    read = dict.fromkeys([*replaced, *(path for site in sound for path in _read(site))])
     made = dict.fromkeys(path for site in sound for path in _made(site))
     maps = dict.fromkeys(path for site in sound for path in _linear(site))
-    changing = other_ways(model, inputs, read, made, maps) if read else {}
-    why = {
-        site.name: next(
-            (f"{path}: {changing[path]}" for path in (*_read(site), *_made(site)) if path in changing), None
-        )
-        for site in sound
-    }
-    return tuple(replace(site, reason=site.reason or why.get(site.name)) for site in sites)
+    seen = seen_in_runs(model, inputs, read, made, maps)
+    if seen is not None:
+        return seen
+    called = called_modules(model, inputs)
+    modes = called_by_mode(model, inputs) or [called, called]
+    return Seen({}, (modes[0], modes[1]), overwritten_later(model, inputs, replaced))
+
+
+def _of_one_way(site: Site, changing: Mapping[str, str]) -> Site:
+    """The site, with a reason where the code around its gate does other things in another run."""
+    if site.ungated is not None or site.reason is not None:
+        return site
+    why = (f"{path}: {changing[path]}" for path in (*_read(site), *_made(site)) if path in changing)
+    return replace(site, reason=next(why, None))
 
 
 def _read(site: Site) -> Iterator[str]:
@@ -101,16 +105,16 @@ def _above(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts))]
 
 
-def _missing(path: str, modes: list[set[str]]) -> list[str]:
+def _missing(path: str, modes: Sequence[set[str]]) -> list[str]:
     """The modes in which a module is not called."""
     return [mode for mode, called in zip(_MODES, modes, strict=True) if path not in called]
 
 
-def _settled(site: Site, replaced: dict[str, nn.Module], called: set[str], modes: list[set[str]]) -> Site:
+def _settled(site: Site, replaced: dict[str, nn.Module], modes: Sequence[set[str]]) -> Site:
     if site.name not in replaced:
         return site
     missing = _missing(site.name, modes)
-    if len(missing) == 2 or site.name not in called:
+    if len(missing) == 2:
         return replace(site, ungated=_ELSEWHERE)
     if missing:
         return replace(site, ungated=_PASSED.format(mode=missing[0]))
