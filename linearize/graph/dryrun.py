@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ class _Noter(TorchDispatchMode):
         read = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         sources = tuple(self.made_by.get(id(value), -1) for value in read)
         position = len(self.trace.ops)
-        name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
+        name = op_of(func)
         self.trace.ops.append(Op(name, tuple(numbers_of(func, given)), sources))
         out = func(*args, **kwargs)
         for value in pytree.tree_leaves((out, written_of(given))):
@@ -80,26 +81,59 @@ class _Noter(TorchDispatchMode):
         return out
 
 
-Given = list[tuple[Any, Any]]  # an op's arguments by its schema, and their values
+class Entry(NamedTuple):
+    """An argument in the schema of an op: its name, whether it may be a number to compute with, and is written."""
+
+    name: str
+    numeric: bool
+    written: bool
+
+
+Given = list[tuple[Entry, Any]]  # an op's arguments by its schema, and their values
+
+
+@functools.cache
+def _schema(func: Any) -> tuple[Entry, ...]:
+    """The arguments of an op. To ask torch for them takes long. An int is a size, an axis or a position."""
+    return tuple(
+        Entry(
+            argument.name,
+            not any(word in str(argument.type) for word in ("int", "bool")),
+            argument.alias_info is not None and argument.alias_info.is_write,
+        )
+        for argument in func._schema.arguments
+    )
 
 
 def given_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Given:
     """The arguments of an op's schema that a call gives, with their values."""
-    named = [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
-    return [*zip(func._schema.arguments, args, strict=False), *named]
+    entries = _schema(func)
+    named = [(entry, kwargs[entry.name]) for entry in entries if entry.name in kwargs] if kwargs else []
+    return [*zip(entries, args, strict=False), *named]
+
+
+@functools.cache
+def op_of(func: Any) -> str:
+    """The name of an op, in place or not.
+
+    Examples:
+        >>> op_of(torch.ops.aten.relu_.default)
+        'relu'
+    """
+    return str(func.overloadpacket).removeprefix("aten.").rstrip("_")
 
 
 def written_of(given: Given) -> list[Any]:
     """What an op writes into."""
-    return [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
+    return [value for entry, value in given if entry.written]
 
 
 def numbers_of(func: Any, given: Given) -> Iterator[complex | str]:
     """Numbers that an op computes with, given as a tensor, scalar or float; an int is a size, an axis or a position."""
-    for argument, value in given:
-        if isinstance(value, (int, float, complex)) and not any(word in str(argument.type) for word in ("int", "bool")):
+    for entry, value in given:
+        if isinstance(value, (int, float, complex)) and entry.numeric:
             yield value
-        elif isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and str(func) == "aten.lift_fresh":
+        elif func.overloadpacket is torch.ops.aten.lift_fresh and value.numel() == 1 and not value.is_meta:
             yield value.item()
 
 

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import on_modules, tensors_of
-from linearize.graph.dryrun import calls_watched, given_to, numbers_of, written_of
+from linearize.graph.dryrun import calls_watched, given_to, numbers_of, op_of, written_of
 from linearize.graph.fakes import FakeRun
 
 # They move values or give them another shape or memory, and compute nothing.
@@ -139,18 +138,19 @@ class Follower(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = given_to(func, args, kwargs)
-        name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
+        name = op_of(func)
         sources = tuple(self._source(value) for value in _tensors((args, kwargs))) if name not in _SHAPED else ()
         out = func(*args, **kwargs)
+        made = _tensors(out)
         position = len(self.done)
         numbers = tuple(numbers_of(func, given))
         self.done.append(done := self._op(func, name, numbers, sources))
-        for ops in self.inside if name not in _SILENT and _tensors(out) else ():
+        for ops in self.inside if name not in _SILENT and made else ():
             ops.append((name, numbers))
-        if done.name and not done.noise and _tensors(out):  # else it asks for a size or a device
+        if done.name and not done.noise and made:  # else it asks for a size or a device
             self._used(sources, done.name)
         written = _tensors(written_of(given))
-        self._put([*_tensors(out), *written], position)
+        self._put([*made, *written], position)
         self.written.update((_memory(value), position) for value in written)
         return out
 
@@ -172,7 +172,8 @@ class Follower(TorchDispatchMode):
 
     def _source(self, value: Tensor) -> int:
         """What made a tensor: the last op that gave it, or that wrote into its memory."""
-        return max(self.made_by.get(id(value), -1), self.written.get(_memory(value), -1))
+        made = self.made_by.get(id(value), -1)
+        return max(made, self.written.get(_memory(value), -1)) if self.written else made
 
     def _used(self, sources: Iterable[int], by: str) -> None:
         """Note what reads outputs of watched modules, outside of such."""
@@ -220,7 +221,13 @@ class Follower(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+    if isinstance(values, Tensor):
+        return [values]
+    if type(values) in (tuple, list):
+        return [tensor for value in values for tensor in _tensors(value)]
+    if type(values) is dict:
+        return [tensor for value in values.values() for tensor in _tensors(value)]
+    return []
 
 
 def _memory(value: Tensor) -> int:
