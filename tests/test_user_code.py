@@ -269,7 +269,7 @@ def asks_for_a_tensor() -> nn.Module:
     return net(forward, a=nn.Linear(6, 12), b=nn.Linear(12, 5))
 
 
-@case("in training mode its input is computed in another way")
+@case("in training mode")
 def draws_random_numbers_in_training() -> nn.Module:
     """A traced forward would draw them once and for all; the source does not. A narrower layer would not fit them."""
 
