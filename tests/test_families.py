@@ -17,6 +17,7 @@ from linearize.families.option import Group, Option, SiteChoice
 from linearize.families.registry import FAMILIES, family_of, register
 from linearize.gating.gate import ChannelGate, gates
 from linearize.plan import Form, Plan, SitePlan, added_form
+from linearize.planning.surveying import Wanted, survey
 from linearize.running.passes import Collector, Moment
 from linearize.sites.record import Record, record_of, set_record
 from linearize.surgery.specs import build, replace_module
@@ -130,6 +131,17 @@ def test_a_new_family_needs_no_edit_elsewhere(tmp_path: Path) -> None:
     loaded = linearize.load(tmp_path / "m.safetensors", model=model)
     assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), result.model.buffers(), strict=True))
     torch.testing.assert_close(loaded(x), result.model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("silences")
+def test_options_of_a_new_family_are_timed_beside_the_others() -> None:
+    model = nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3)).eval()
+    data = [torch.randn(64, 6) for _ in range(4)]
+    wanted = Wanted("latency", rounds=3)
+    found = survey(model, linearize.convert(model, data[0]), data, data[0], wanted, progress=False)
+    told = {choice.form: option.latency for g in found.groups for option in g.options for choice in option.choices}
+    assert told["silent"] is not None
+    assert 0 < told["silent"] < 1
 
 
 def test_forms_belong_to_one_family() -> None:
