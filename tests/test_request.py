@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import linearize
 from benchmarks.stress import toys
 from linearize.compress import compress
 from linearize.errors import UsageError
@@ -92,3 +95,11 @@ def test_a_plan_that_was_noted_is_plain_json(tmp_path: Path) -> None:
     held = json.loads(noted.read_text())
     assert {"sha256", "decision", "format"} == set(held)
     assert held["decision"]["outcome"]["met"] is True
+
+
+def test_the_function_and_the_request_have_the_same_defaults() -> None:
+    """They are written in both, since a signature is what people read."""
+    parameters = inspect.signature(linearize.compress).parameters
+    shared = {field.name: field.default for field in dataclasses.fields(Request) if field.name in parameters}
+    assert len(shared) > 30
+    assert shared == {name: parameters[name].default for name in shared}
