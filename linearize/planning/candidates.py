@@ -62,7 +62,7 @@ def surveys_of(found: Survey, around: Survey) -> dict[str, Survey]:
         found: the survey.
         around: the same after the search, which decides the plan with everything in it.
     """
-    own = {name: forms for name, forms in kinds().items() if " and " not in name}
+    own = kinds()
     every = [form for forms in own.values() for form in forms]
     made = {"mixed": around, "widths": replace(found, groups=without_forms(found.groups, every))}
     for name, forms in own.items():

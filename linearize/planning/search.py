@@ -58,7 +58,9 @@ def searched(
     race = _Race(found, limits, some_of(data, batches), say)
     best = found.groups
     race.wins(found.groups, "at the start")
-    for name, forms in kinds().items():
+    own = kinds()
+    every = {" and ".join(own): [form for forms in own.values() for form in forms]} if len(own) > 1 else {}
+    for name, forms in (own | every).items():
         others = without_forms(found.groups, forms)
         if trials and others != found.groups and race.wins(others, f"without {name}"):
             best = others
@@ -109,9 +111,7 @@ class _Race:
 def kinds() -> dict[str, list[str]]:
     """Kinds of options whose predicted losses may all be wrong together, by the names of their families."""
     own = {family.name: [form.name for form in family.forms if form.replaces] for family in registry.FAMILIES}
-    own = {name: forms for name, forms in own.items() if forms}
-    every = [form for forms in own.values() for form in forms]
-    return own | ({" and ".join(own): every} if len(own) > 1 else {})
+    return {name: forms for name, forms in own.items() if forms}
 
 
 def _scaled(group: Group, scale: float) -> Group:
