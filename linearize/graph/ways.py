@@ -48,7 +48,12 @@ class Seen(NamedTuple):
 
 
 def seen_in_runs(
-    model: nn.Module, inputs: Inputs, read: Collection[str], made: Collection[str], maps: Collection[str] = ()
+    model: nn.Module,
+    inputs: Inputs,
+    read: Collection[str],
+    made: Collection[str],
+    maps: Collection[str] = (),
+    others: Collection[str] = (),
 ) -> Seen | None:
     """Run a model several times on fake tensors, and compare what it does around some modules. None if it cannot run.
 
@@ -64,6 +69,7 @@ def seen_in_runs(
         made: paths of the modules of whose outputs it is known what reads them.
         maps: paths of the modules that shall do the same inside; those among `read` and `made`. Layers of torch's own
             are taken to do so, and so are those with parametrised weights, which are made plain.
+        others: paths of further modules, of which it is only known whether their inputs are written later.
 
     Examples:
         >>> import torch
@@ -82,7 +88,7 @@ def seen_in_runs(
     for real in (False, True):
         try:
             with fake_runs(model, inputs, real=real, on_cpu=on_cpu) as run:
-                return _compared(Follower(model, read, made), run, made, own, computes=real)
+                return _compared(Follower(model, read, (*made, *others)), run, made, own, computes=real)
         except Exception as error:  # whatever the model's own code raises
             _log.debug("no run to see the ways between modules: %s", error)
     return None

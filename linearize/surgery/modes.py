@@ -63,10 +63,10 @@ def settle_modes(
 def _seen(model: nn.Module, sites: tuple[Site, ...], replaced: Iterable[str], inputs: Inputs) -> Seen:
     """What runs show around the gates; where a model cannot be run so, what can be found out otherwise."""
     sound = [site for site in sites if site.ungated is None and site.reason is None]
-    read = dict.fromkeys([*replaced, *(path for site in sound for path in _read(site))])
+    read = dict.fromkeys(path for site in sound for path in _read(site))
     made = dict.fromkeys(path for site in sound for path in _made(site))
     maps = dict.fromkeys(path for site in sound for path in _linear(site))
-    seen = seen_in_runs(model, inputs, read, made, maps)
+    seen = seen_in_runs(model, inputs, read, made, maps, list(replaced))
     if seen is not None:
         return seen
     called = called_modules(model, inputs)
