@@ -19,8 +19,9 @@ from tests.chain import error, randomize
 class Block(nn.Module):
     """A block whose hidden channels are doubled in some runs, behind the activation or before it."""
 
-    def __init__(self, kind: str = "never", *, behind: bool = True) -> None:
+    def __init__(self, kind: str = "never", *, behind: bool = True, keyword: bool = False) -> None:
         super().__init__()
+        self.keyword = keyword
         self.fc1, self.fc2, self.kind, self.behind, self.calls = nn.Linear(6, 8), nn.Linear(8, 6), kind, behind, 0
         self.drop = nn.Dropout(0.3)
 
@@ -32,7 +33,8 @@ class Block(nn.Module):
         hidden = functional.gelu(hidden)
         if self.behind and self.doubles(x):
             hidden[..., :4] *= 2
-        return x + self.fc2(self.drop(hidden))
+        hidden = self.drop(hidden)
+        return x + (self.fc2(input=hidden) if self.keyword else self.fc2(hidden))
 
     def doubles(self, x: Tensor) -> bool:
         kinds: dict[str, Any] = {
@@ -97,6 +99,14 @@ def test_what_does_other_things_in_another_run_is_left_alone(kind: str, behind: 
     assert site.reason is not None
     assert site.reason.startswith(("0.fc2", "0.gelu_0") if behind else "0.gelu_0")
     assert OTHER[kind] in site.reason or "every" in kind
+
+
+def test_layers_that_are_given_their_input_by_keyword() -> None:
+    gated, collapsed = made(Block("training", keyword=True))
+    assert error(runs(gated), runs(collapsed)) <= 1e-12
+    gated, collapsed = made(Block(keyword=True))
+    assert error(runs(gated), runs(collapsed)) <= 1e-12
+    assert isinstance(collapsed.get_submodule("0.fc2"), nn.Identity)
 
 
 def test_a_block_that_always_does_the_same_is_collapsed() -> None:

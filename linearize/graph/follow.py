@@ -103,7 +103,9 @@ class Follower(TorchDispatchMode):
     @contextmanager
     def _watched(self) -> Iterator[None]:
         modules = {path: self.model.get_submodule(path) for path in (*self.read, *self.made)}
-        hooks = [module.register_forward_pre_hook(self._enter(path)) for path, module in modules.items()]
+        hooks = [
+            module.register_forward_pre_hook(self._enter(path), with_kwargs=True) for path, module in modules.items()
+        ]
         hooks += [module.register_forward_hook(self._leave(path), with_kwargs=True) for path, module in modules.items()]
         try:
             yield
@@ -112,9 +114,9 @@ class Follower(TorchDispatchMode):
                 hook.remove()
 
     def _enter(self, path: str) -> Callable[..., None]:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self._look()
-            start = [self._source(tensor) for tensor in tensors_of(list(args))]
+            start = [self._source(tensor) for tensor in _tensors((args, kwargs))]
             self._used(start, path)
             self.inside.append([])
             if path in self.read:
