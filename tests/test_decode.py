@@ -70,7 +70,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
         return float(counter.get_total_flops())
 
+    def layers(runs: dict[str, Callable[[], Any]], x: Tensor, *_: Any) -> dict[str, Tensor]:
+        return {name: torch.tensor([max(seconds(run, x.device), 1.0)]) for name, run in runs.items()}
+
     monkeypatch.setattr("linearize.serving.decoder.decode_seconds", seconds)
+    monkeypatch.setattr("linearize.planning.timing.layers.seconds_of", layers)
     monkeypatch.setattr("linearize.bench._SHORTEST", 1e-5)
 
 

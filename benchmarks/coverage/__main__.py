@@ -112,13 +112,13 @@ def work_of(options: argparse.Namespace) -> tuple[list[str], Callable[[str], Rec
     )
 
 
-def write_versions(zoo: str, known: int) -> None:
+def write_versions(zoo: str, known: int, folder: Path) -> None:
     """Note what a sweep ran with, beside its table, and how many names there are."""
-    counts = FOLDER / "known.json"
+    counts = folder / "known.json"
     if zoo in ("timm", "transformers"):
         found = json.loads(counts.read_text()) if counts.exists() else {}
         counts.write_text(json.dumps({**found, zoo: known}, indent=1))
-    path = FOLDER / "versions.json"
+    path = folder / "versions.json"
     versions = json.loads(path.read_text()) if path.exists() else {}
     for package in ("torch", "torchvision", zoo):
         with suppress(PackageNotFoundError):
@@ -178,7 +178,9 @@ def main() -> None:
     )
     from benchmarks.coverage.cases import timm_names, transformers_names
 
-    write_versions(options.zoo, len(transformers_names() if options.zoo == "transformers" else timm_names()))
+    write_versions(
+        options.zoo, len(transformers_names() if options.zoo == "transformers" else timm_names()), out.parent
+    )
     for result, count in Counter(row["result"] for row in rows).most_common():
         print(f"{count:5d}  {result}")
 
