@@ -336,6 +336,7 @@ def test_a_plan_for_other_heads_is_refused() -> None:
         linearize.compress(gated, [tokens()], flops=0.8, families=("hats",), **QUIET)
 
 
+@pytest.mark.slow
 def test_a_plan_may_be_told_to_leave_heads_alone() -> None:
     model, data = llama(), [tokens(4, 12, seed) for seed in range(3)]
     plan = linearize.compress(model, data, params=0.8, families=["channels", "heads"], dry_run=True, **QUIET).plan

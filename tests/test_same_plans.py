@@ -128,7 +128,7 @@ def _compressed(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("mlp", "layers") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    "name", [name if name in ("mlp", "decoder") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
 @pytest.mark.filterwarnings("ignore:.*the covariance has no full rank", "ignore:.*tokens for an expert")
 def test_a_plan_and_its_model_are_as_they_were(name: str) -> None:
