@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import linearize
+from linearize.graph.fakes import fake_runs
 from linearize.sites.record import record_of
 from tests.chain import error, randomize
 
@@ -164,6 +165,23 @@ def test_what_is_read_in_training_only(what: str) -> None:
     assert record is not None
     (site,), expected = record.sites, ASIDE[what]
     assert site.reason is None if expected is None else str(site.reason).startswith(expected)
+
+
+class Writing(nn.Module):
+    """Works in place on its input, and adds to a list that it is given."""
+
+    def forward(self, x: Tensor, seen: list[Tensor]) -> tuple[Tensor, int]:
+        seen.append(x)
+        return x.mul_(2), len(seen)
+
+
+def test_every_run_has_inputs_of_its_own() -> None:
+    """What one run writes into its inputs is not there in the next one, nor in the user's own."""
+    x, seen = torch.ones(2), list[Tensor]()
+    with fake_runs(Writing(), ((x, seen), {}), real=True) as run:
+        found = [run(), run()]
+    assert [(out.tolist(), count) for out, count in found] == [([2.0, 2.0], 1)] * 2
+    assert (x.tolist(), seen) == ([1.0, 1.0], [])
 
 
 class Noisy(nn.Module):

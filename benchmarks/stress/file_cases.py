@@ -65,37 +65,19 @@ class Subject:
     output: Tensor
 
 
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _tiny(kind: str, head: str, **sizes: int) -> Callable[[], nn.Module]:
+    """What makes a small model of transformers."""
+    import transformers
 
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=100,
-    )  # fmt: skip
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.eval()
+    def make() -> nn.Module:
+        config = getattr(transformers, f"{kind}Config")(hidden_size=16, vocab_size=100, **sizes)
+        model: nn.Module = getattr(transformers, f"{kind}{head}")(config)
+        return model.eval()
 
-
-def _mixtral() -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, vocab_size=100,
-    )  # fmt: skip
-    model: nn.Module = MixtralForCausalLM(config)
-    return model.eval()
+    return make
 
 
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, vocab_size=100,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    model: nn.Module = BertForMaskedLM(config)
-    return model.eval()
+_DECODER = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def _compressed(model: nn.Module, **options: Any) -> nn.Module:
@@ -117,7 +99,7 @@ def subjects(folder: Path) -> list[Subject]:
     ids = {"input_ids": torch.arange(8)[None], "use_cache": False}
     bases: list[tuple[str, Callable[[], nn.Module], Any]] = [
         ("timm", lambda: create("timm:test_vit", num_classes=10, img_size=32, in_chans=1), torch.randn(2, 1, 32, 32)),
-        ("transformers", _llama, ids),
+        ("transformers", _tiny("Llama", "ForCausalLM", intermediate_size=48, **_DECODER), ids),
         ("plain", Net, torch.randn(2, 3, 6, 6)),
     ]
     found = []
@@ -130,9 +112,13 @@ def subjects(folder: Path) -> list[Subject]:
             linearize.save(model, path)
             base = make if name == "plain" else None
             found.append(Subject(f"{name} {stage}", path.read_bytes(), base, inputs, _run(model.eval(), inputs)))
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    layers = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32}
+    mixtral = _tiny("Mixtral", "ForCausalLM", intermediate_size=24, **_DECODER, **experts)
+    bert = _tiny("Bert", "ForMaskedLM", intermediate_size=24, **layers)
     for name, make, families, given in (
-        ("mixture", _mixtral, ["experts"], ids),
-        ("encoder", _bert, ["heads", "depth", "modules"], {"input_ids": ids["input_ids"]}),
+        ("mixture", mixtral, ["experts"], ids),
+        ("encoder", bert, ["heads", "depth", "modules"], {"input_ids": ids["input_ids"]}),
     ):
         model = _compressed(make(), families=families)
         path = folder / f"{name}.safetensors"

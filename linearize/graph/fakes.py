@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from linearize.graph.capture import Inputs
 from linearize.graph.protect import untouched
 from linearize.graph.state import muted
 from linearize.nest import copied
+
+__all__ = ["FakeRun", "fake_runs"]
 
 FakeRun = Callable[..., Any]
 
@@ -49,7 +51,6 @@ def fake_runs(model: nn.Module, inputs: Inputs, *, real: bool = False, on_cpu: b
                 name: torch.empty_like(tensor, device=device).requires_grad_(tensor.requires_grad)
                 for name, tensor in fake.items()
             }
-    given = copied(inputs)  # before the mode, in which no object with real tensors in it can be copied
     modules = list(model.modules())
 
     def run(
@@ -61,9 +62,10 @@ def fake_runs(model: nn.Module, inputs: Inputs, *, real: bool = False, on_cpu: b
     ) -> Any:
         for module in modules:
             module.training = training
-        args, kwargs = given
+        with unset_fake_temporarily():  # in whose mode no object with real tensors in it can be copied
+            args, kwargs = copied(inputs)  # of its own: a run may write into it, or fill a cache
         if not real:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), given)
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device=device), (args, kwargs))
         if twice:
             args, kwargs = _twice((args, kwargs))
         with torch.set_grad_enabled(gradients), around or nullcontext():
@@ -82,6 +84,3 @@ def _twice(inputs: Inputs) -> Inputs:
 
     made: Inputs = pytree.tree_map_only(Tensor, doubled, inputs)
     return made
-
-
-__all__ = ["FakeRun", "fake_runs"]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import on_modules, tensors_of
-from linearize.graph.dryrun import calls_watched, given_to, numbers_of, op_of, written_of
+from linearize.graph.dryrun import calls_watched
 from linearize.graph.fakes import FakeRun
+from linearize.graph.memory import storage_of
+from linearize.graph.op_calls import given_to, numbers_of, op_of, written_of
 
 # They move values or give them another shape or memory, and compute nothing.
 _SILENT = frozenset(
@@ -116,7 +118,7 @@ class Follower(TorchDispatchMode):
     def _enter(self, path: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self._look()
-            start = [self._source(tensor) for tensor in _tensors((args, kwargs))]
+            start = [self._source(tensor) for tensor in tensors_of((args, kwargs))]
             self._used(start, path)
             self.inside.append([])
             if path in self.read:
@@ -153,7 +155,7 @@ class Follower(TorchDispatchMode):
             self._used(sources, done.name)
         written = _tensors(written_of(given))
         self._put([*made, *written], position)
-        self.written.update((_memory(value), position) for value in written)
+        self.written.update((storage_of(value), position) for value in written)
         return out
 
     def _op(self, func: Any, name: str, numbers: tuple[complex | str, ...], sources: tuple[int, ...]) -> _Done:
@@ -175,7 +177,7 @@ class Follower(TorchDispatchMode):
     def _source(self, value: Tensor) -> int:
         """What made a tensor: the last op that gave it, or that wrote into its memory."""
         made = self.made_by.get(id(value), -1)
-        return max(made, self.written.get(_memory(value), -1)) if self.written else made
+        return max(made, self.written.get(storage_of(value), -1)) if self.written else made
 
     def _used(self, sources: Iterable[int], by: str) -> None:
         """Note what reads outputs of watched modules, outside of such."""
@@ -230,13 +232,6 @@ def _tensors(values: Any) -> list[Tensor]:
     if type(values) is dict:
         return [tensor for value in values.values() for tensor in _tensors(value)]
     return []
-
-
-def _memory(value: Tensor) -> int:
-    try:
-        return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without memory, such as a sparse one
-        return -id(value)
 
 
 def _generators() -> tuple[Any, ...]:

@@ -11,10 +11,18 @@ from linearize.graph.capture import Capture, is_check
 from linearize.graph.ops import is_inplace
 
 
+def storage_of(tensor: Tensor) -> int:
+    """An identifier of a tensor's memory. Views of one tensor have the same."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a tensor without memory, such as a sparse one
+        return -id(tensor)
+
+
 def memory_of(node: fx.Node) -> int | None:
-    """An identifier of the memory of a node's value. Views of one tensor have the same."""
+    """An identifier of the memory of a node's value."""
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_of(value) if isinstance(value, Tensor) else None
 
 
 def overwrites(activation: Activation) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.graph.capture import Inputs, tensors_of
 from linearize.graph.dryrun import run_once
+from linearize.graph.memory import storage_of
 
 _log = logging.getLogger(__name__)
 
@@ -130,15 +131,15 @@ class _Noter(TorchDispatchMode):
         def note(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             for value in given[:1]:
-                if not (isinstance(out, Tensor) and _memory(out) == _memory(value)):
-                    self.overwritten.setdefault(_memory(value), []).append((value, name))
+                if not (isinstance(out, Tensor) and storage_of(out) == storage_of(value)):
+                    self.overwritten.setdefault(storage_of(value), []).append((value, name))
 
         return note
 
     def read(self, tensors: Iterable[Tensor]) -> None:
         """Note that an operation, or the caller of the model, reads these tensors."""
         for tensor in tensors:
-            held = self.overwritten.get(_memory(tensor), ())
+            held = self.overwritten.get(storage_of(tensor), ())
             self.found.update(name for older, name in held if _overlap(older, tensor))
 
     def __torch_dispatch__(
@@ -146,10 +147,6 @@ class _Noter(TorchDispatchMode):
     ) -> Any:
         self.read(value for value in pytree.tree_leaves((args, kwargs or {})) if isinstance(value, Tensor))
         return func(*args, **(kwargs or {}))
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

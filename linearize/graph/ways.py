@@ -1,4 +1,4 @@
-"""Find modules whose input is computed in another way in another run: in training mode, for a larger batch, next time.
+"""Find modules around which code does other things in another run: in training mode, for a larger batch, next time.
 
 A capture shows one run. What surgery does around an activation is right in every run only if the same ops lie between
 the modules around it in every run, so that is looked at here, on fake tensors.
